@@ -1,0 +1,29 @@
+"""flipproof: how a neural network behaves when its memory loses bits, and how to make it survive."""
+
+from flipproof.campaigns import Assessment, assess, sample_size
+from flipproof.errors import FlipproofError, FlipproofWarning
+from flipproof.faults import BitErrorRate, BitPosition, FaultSpace, Parameters, RandomBits, StuckAt
+from flipproof.formats import Affine, BFloat16, FixedPoint, Float8E4M3, Float8E5M2, Float16, Float32
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Affine",
+    "Assessment",
+    "BFloat16",
+    "BitErrorRate",
+    "BitPosition",
+    "FaultSpace",
+    "FixedPoint",
+    "FlipproofError",
+    "FlipproofWarning",
+    "Float8E4M3",
+    "Float8E5M2",
+    "Float16",
+    "Float32",
+    "Parameters",
+    "RandomBits",
+    "StuckAt",
+    "assess",
+    "sample_size",
+]

@@ -1,0 +1,149 @@
+"""The user's data, read once and kept, so that every trial sees exactly what the golden run saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+from flipproof.errors import DataError
+
+Data = Iterable[Any]
+"""Batches `(inputs, targets)`, e.g. a DataLoader or a list."""
+
+Output = Callable[[Any], Tensor] | str | int | None
+"""How to get the tensor to judge out of what the model returns: a function, a dict key, a tuple index."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """All batches on the model's device, and the targets of all samples on the CPU, int64 (N,)."""
+
+    inputs: tuple[Any, ...]
+    sizes: tuple[int, ...]
+    targets: Tensor
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in all."""
+        return int(self.targets.numel())
+
+    def digest(self) -> str:
+        """A hash of every input and target, batch borders included."""
+        state = blake2b(digest_size=16)
+        for inputs in self.inputs:
+            leaves, tree = pytree.tree_flatten(inputs)
+            state.update(repr(tree).encode())
+            for leaf in leaves:
+                state.update(tensor_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
+        state.update(tensor_bytes(self.targets))
+        return state.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """Type, shape and every bit of a tensor, for hashing."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return f"{tensor.dtype}{tuple(tensor.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes()
+
+
+def read_batches(data: Data, device: torch.device) -> Batches:
+    """Read and check every batch.
+
+    Raises:
+        DataError: on no data, batches that are not pairs, targets that are not one class a sample.
+    """
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        raise DataError(
+            "data= is one (inputs, targets) pair; it takes an iterable of batches: pass [(inputs, targets)]"
+        )
+    inputs, sizes, targets = [], [], []
+    for i, batch in enumerate(data):
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise DataError(f"batch {i}: expected a pair (inputs, targets), got {_describe(batch)}")
+        target = _class_targets(batch[1], i)
+        if target.numel() == 0:
+            continue
+        inputs.append(pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch[0]))
+        sizes.append(int(target.numel()))
+        targets.append(target)
+    if not targets:
+        raise DataError(
+            "data= holds no samples; it takes an iterable of (inputs, targets) batches that is not exhausted"
+        )
+    return Batches(tuple(inputs), tuple(sizes), torch.cat(targets))
+
+
+def _class_targets(target: Any, batch: int) -> Tensor:
+    target = torch.as_tensor(target).detach().cpu()
+    if target.dim() == 2 and target.shape[1] == 1:
+        target = target[:, 0]
+    if target.dim() != 1:
+        raise DataError(
+            f"batch {batch}: targets must hold one class a sample, shape (samples,) or (samples, 1), "
+            f"got {tuple(target.shape)}; one-hot targets go through .argmax(dim=1)"
+        )
+    whole: Tensor = target.to(torch.int64)
+    if target.is_complex() or not bool((whole == target).all()):
+        raise DataError(
+            f"batch {batch}: targets must be whole class numbers, got {target.dtype} with {target[:5].tolist()} …"
+        )
+    return whole
+
+
+def check_labels(targets: Tensor, classes: int) -> None:
+    """Raise DataError unless every target is a class that the model can answer."""
+    outside = (targets < 0) | (targets >= classes)
+    if bool(outside.any()):
+        first = int(outside.nonzero()[0, 0])
+        raise DataError(
+            f"sample {first} has the label {int(targets[first])}, but the model answers classes 0 to {classes - 1} "
+            f"({int(outside.sum())} such samples)"
+        )
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Run the model: a tuple or list is its arguments, a mapping its keyword arguments, anything else its input."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence):
+        return model(*inputs)
+    return model(inputs)
+
+
+def pick(raw: Any, output: Output) -> Tensor:
+    """The tensor to judge.
+
+    Raises:
+        DataError: saying what the model returned and how to pick from it.
+    """
+    if callable(output):
+        picked = output(raw)
+    elif output is None:
+        picked = raw
+    else:
+        try:
+            picked = raw[output]
+        except (KeyError, IndexError, TypeError) as error:
+            raise DataError(f"output={output!r} does not fit what the model returns, {_describe(raw)}") from error
+    if not isinstance(picked, Tensor) or not picked.is_floating_point():
+        raise DataError(
+            f"expected one floating-point tensor to judge, got {_describe(picked)}; pass output= a tuple index, "
+            f"a dict key or a function that picks it"
+        )
+    return picked
+
+
+def _describe(thing: Any) -> str:
+    if isinstance(thing, Tensor):
+        return f"a {thing.dtype} tensor of shape {tuple(thing.shape)}"
+    if isinstance(thing, Mapping):
+        return f"a {type(thing).__name__} with the keys {list(thing)}"
+    if isinstance(thing, (tuple, list)):
+        return f"a {type(thing).__name__} of {len(thing)}: " + ", ".join(_describe(part) for part in thing[:4])
+    return f"a {type(thing).__name__}"

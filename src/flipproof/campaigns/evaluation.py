@@ -1,0 +1,140 @@
+"""Running a model over all batches: the golden run once, then the same again under faults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from flipproof.campaigns.batches import Batches, Output, call, pick
+from flipproof.campaigns.suffix import Suffixes
+from flipproof.errors import DataError, InfrastructureError, ModelError
+from flipproof.outcomes import bit_pattern
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without gradients; every module's own training flag is put back afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU, one torch thread: sums are then taken in one order, so that every executor gets the same bits."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class FaultyRunError(Exception):
+    """The model raised while it was faulty: every sample of the trial is a DUE."""
+
+
+def run(model: nn.Module, batches: Batches, output: Output, suffixes: Suffixes | None = None, start: int = 0) -> Tensor:
+    """Outputs of all samples, on the CPU; from cached activations where `suffixes` has them for `start`.
+
+    Raises:
+        FaultyRunError: if the model raises on its own account.
+        InfrastructureError: if memory ran out or the device failed.
+    """
+    outputs = []
+    for i, inputs in enumerate(batches.inputs):
+        try:
+            raw = suffixes.resume(start, i) if suffixes is not None and start else call(model, inputs)
+        except Exception as error:
+            if is_infrastructure(error):
+                raise InfrastructureError(f"batch {i}: {type(error).__name__}: {error}") from error
+            raise FaultyRunError(f"{type(error).__name__}: {error}") from error
+        outputs.append(pick(raw, output).detach().cpu())
+    return torch.cat(outputs)
+
+
+def is_infrastructure(error: BaseException) -> bool:
+    """Whether an exception says something about the machine rather than about the faulty model."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        sign in text
+        for sign in ("out of memory", "can't allocate memory", "cuda error", "cublas_status", "cudnn_status")
+    )
+
+
+def golden_run(model: nn.Module, batches: Batches, output: Output) -> Tensor:
+    """The fault-free outputs, checked: one row a sample, no NaN, and the same bits when run again.
+
+    Raises:
+        DataError: if the model rejects a batch or returns something else.
+        ModelError: if outputs hold NaN (naming the first layer that makes one) or are not repeatable.
+    """
+    for i, (inputs, size) in enumerate(zip(batches.inputs, batches.sizes, strict=True)):
+        try:
+            raw = call(model, inputs)
+        except Exception as error:
+            if is_infrastructure(error):
+                raise InfrastructureError(f"golden run, batch {i}: {type(error).__name__}: {error}") from error
+            raise DataError(
+                f"the model rejects batch {i} (inputs: {_shapes(inputs)}): {type(error).__name__}: {error}"
+            ) from error
+        picked = pick(raw, output)
+        if picked.dim() == 0 or picked.shape[0] != size:
+            raise DataError(
+                f"batch {i} has {size} targets but the model's output has the shape {tuple(picked.shape)}; the first "
+                f"dimension must count samples"
+            )
+        if bool(torch.isnan(picked).any()):
+            raise ModelError(
+                f"the fault-free model gives NaN on batch {i}; {_first_nan(model, inputs)}. No fault can be judged "
+                f"against that: repair the model or leave the sample out"
+            )
+        if i == 0 and not torch.equal(bit_pattern(picked), bit_pattern(pick(call(model, inputs), output))):
+            raise ModelError(
+                "two fault-free runs of batch 0 differ, so 'masked' would mean nothing: something in the model stays "
+                "random in eval mode or keeps state between calls. Seed or remove it; on CUDA try "
+                "torch.use_deterministic_algorithms(True)"
+            )
+    return run(model, batches, output)
+
+
+def _first_nan(model: nn.Module, inputs: Any) -> str:
+    """Names the first module, in order of execution, whose output holds NaN."""
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, result: Any) -> None:
+            leaves = pytree.tree_leaves(result)
+            if any(isinstance(t, Tensor) and t.is_floating_point() and bool(torch.isnan(t).any()) for t in leaves):
+                found.append(f"{name} ({type(module).__name__})")
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    leaves = pytree.tree_leaves(inputs)
+    if any(isinstance(t, Tensor) and t.is_floating_point() and bool(torch.isnan(t).any()) for t in leaves):
+        return "its inputs already hold NaN"
+    return f"the first layer to do so is {found[0]}" if found else "it arises outside any submodule"
+
+
+def _shapes(inputs: Any) -> str:
+    leaves = pytree.tree_leaves(inputs)
+    return ", ".join(f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__ for t in leaves)

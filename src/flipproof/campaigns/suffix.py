@@ -1,0 +1,193 @@
+"""Skipping the fault-free prefix: a trial starts at the first layer that a fault touched.
+
+Everything before that layer computes what the golden run computed, so its activations are kept (within a budget) and
+only the rest of the network runs. `torch.fx` gives the order; where tracing fails, or a resumed run does not give
+back the golden outputs bit by bit, trials run whole, and records are the same either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+from flipproof.campaigns.batches import Output, call, pick
+from flipproof.outcomes import bit_pattern
+
+_PLAIN = (int, float, bool, str, type(None), torch.Size, torch.dtype, torch.device)
+
+
+class Suffixes:
+    """Cached activations at chosen cuts of a traced model, and the subgraphs that run from there.
+
+    A cut is an index into the graph's nodes; 0 means the whole model.
+    """
+
+    def __init__(self, traced: fx.GraphModule, first_use: dict[str, int]) -> None:
+        self._traced = traced
+        self._nodes = list(traced.graph.nodes)
+        self._first_use = first_use
+        self._graphs: dict[int, fx.GraphModule] = {}
+        self._caches: dict[int, list[list[Any]]] = {}
+        self._cuts: list[int] = []
+
+    @classmethod
+    def trace(cls, model: nn.Module) -> Suffixes | None:
+        """Trace a model in eval mode; None where that would not be faithful."""
+        if any(_hooked(module) for module in model.modules()):
+            return None
+        try:
+            traced = fx.symbolic_trace(model)
+        except Exception:  # a forward that cannot be traced may raise anything; whole runs need no trace
+            return None
+        first_use: dict[str, int] = {}
+        modules = dict(model.named_modules())
+        for index, node in enumerate(traced.graph.nodes):
+            names: list[str] = []
+            if node.op == "get_attr":
+                names = [str(node.target)]
+            elif node.op == "call_module":
+                held = modules[str(node.target)]
+                inside = [
+                    *held.named_parameters(remove_duplicate=False),
+                    *held.named_buffers(remove_duplicate=False),
+                ]
+                names = [f"{node.target}.{name}" for name, _ in inside]
+            for name in names:
+                first_use.setdefault(name, index)
+        return cls(traced, first_use)
+
+    def cut_of(self, names: Sequence[str]) -> int:
+        """The latest prepared cut that lies before the first use of any of these tensors (with all their names)."""
+        uses = [self._first_use.get(name, 0) for name in names]
+        earliest = min(uses, default=0)
+        return max((cut for cut in self._cuts if cut <= earliest), default=0)
+
+    def position_of(self, names: Sequence[str]) -> float:
+        """How far into the graph the first use lies, 0 to 1: what a cut there would save, roughly."""
+        return min((self._first_use.get(name, 0) for name in names), default=0) / max(len(self._nodes), 1)
+
+    def prepare(
+        self, model: nn.Module, inputs: Sequence[Any], sizes: Sequence[int], output: Output, budget: int
+    ) -> None:
+        """Record activations at as many cuts as `budget` bytes allow, and keep only cuts that prove faithful."""
+        cuts = sorted({index for index in self._first_use.values() if index > 0})
+        measured = self._record(inputs[0], cuts)
+        cost = {cut: _bytes(values) * sum(sizes) / sizes[0] for cut, values in measured.items()}
+        usable = [cut for cut in cuts if cut in cost and cost[cut] <= budget]
+        for stride in range(1, len(usable) + 1):
+            chosen = usable[stride - 1 :: stride]
+            if sum(cost[cut] for cut in chosen) <= budget:
+                break
+        else:
+            return
+        self._caches = {cut: [] for cut in chosen}
+        for batch in inputs:
+            recorded = self._record(batch, chosen)
+            for cut in list(self._caches):
+                if cut in recorded:
+                    self._caches[cut].append(recorded[cut])
+                else:
+                    del self._caches[cut]
+        for cut in list(self._caches):
+            self._graphs[cut] = self._suffix(cut)
+            if not all(self._faithful(model, cut, i, inputs[i], output) for i in {0, len(inputs) - 1}):
+                del self._caches[cut], self._graphs[cut]
+        self._cuts = sorted(self._caches)
+
+    def resume(self, cut: int, batch: int) -> Any:
+        """What the model returns on a batch, computed from `cut` on."""
+        return self._graphs[cut](*_copy(self._caches[cut][batch]))
+
+    def _faithful(self, model: nn.Module, cut: int, batch: int, inputs: Any, output: Output) -> bool:
+        whole, resumed = pick(call(model, inputs), output), pick(self.resume(cut, batch), output)
+        return whole.shape == resumed.shape and torch.equal(bit_pattern(whole), bit_pattern(resumed))
+
+    def _live(self, cut: int) -> list[fx.Node]:
+        later = self._nodes[cut:]
+        needed = {source for node in later for source in node.all_input_nodes}
+        return [node for node in self._nodes[:cut] if node in needed]
+
+    def _suffix(self, cut: int) -> fx.GraphModule:
+        graph = fx.Graph()
+        copied: dict[fx.Node, fx.Node] = {
+            node: graph.placeholder(f"live_{i}") for i, node in enumerate(self._live(cut))
+        }
+        for node in self._nodes[cut:]:
+            copied[node] = graph.node_copy(node, lambda source: copied[source])
+        return fx.GraphModule(self._traced, graph)
+
+    def _record(self, inputs: Any, cuts: Sequence[int]) -> dict[int, list[Any]]:
+        """Copies of what is live at each cut, taken at that moment: later nodes may work in place.
+
+        Cuts where two live values share memory, or where one is neither a tensor nor a plain value, are left out.
+        """
+        interpreter = fx.Interpreter(self._traced)
+        arguments = iter(_arguments(self._traced, inputs))
+        env: dict[fx.Node, Any] = {}
+        copies: Copies = {}
+        wanted = set(cuts)
+        recorded: dict[int, list[Any]] = {}
+        for index, node in enumerate(self._nodes):
+            if index in wanted:
+                live = [env[source] for source in self._live(index)]
+                if _separate(live):
+                    recorded[index] = [_copy(value, copies) for value in live]
+            if node.op == "placeholder":
+                env[node] = next(arguments)
+            elif node.op != "output":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: env[source])
+                env[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
+        return recorded
+
+
+def _arguments(traced: fx.GraphModule, inputs: Any) -> list[Any]:
+    """Inputs in the order of the graph's placeholders, defaults filled in."""
+    holders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    if isinstance(inputs, Mapping):
+        given = dict(inputs)
+        return [given[str(h.target)] if str(h.target) in given else h.args[0] for h in holders]
+    values = list(inputs) if isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence) else [inputs]
+    return [*values, *(h.args[0] for h in holders[len(values) :])]
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Tracing runs through composite modules without calling them, so it would lose their hooks."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) and next(module.children(), None) is not None
+
+
+def _separate(live: list[Any]) -> bool:
+    leaves = pytree.tree_leaves(live)
+    if not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
+        return False
+    storages = [leaf.untyped_storage().data_ptr() for leaf in leaves if isinstance(leaf, Tensor) and leaf.numel()]
+    return len(set(storages)) == len(storages)
+
+
+Copies = dict[int, tuple[int, Tensor, Tensor]]
+"""Identity of a tensor → (version copied, copy, the tensor itself, so that its identity stays taken)."""
+
+
+def _copy(value: Any, known: Copies | None = None) -> Any:
+    """Copies of all tensors in `value`; through `known`, one copy serves all cuts until the original changes."""
+
+    def copy(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if known is None:
+            return leaf.clone()
+        entry = known.get(id(leaf))
+        if entry is None or entry[0] != leaf._version:
+            entry = known[id(leaf)] = (leaf._version, leaf.clone(), leaf)
+        return entry[1]
+
+    return pytree.tree_map(copy, value)
+
+
+def _bytes(values: list[Any]) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))

@@ -1,0 +1,166 @@
+"""One trial: draw, inject, measure against the golden run, restore; and the record it leaves."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from math import isnan
+from platform import python_version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flipproof.campaigns.batches import Batches, Output
+from flipproof.campaigns.evaluation import FaultyRunError, eval_mode, one_thread, run
+from flipproof.campaigns.suffix import Suffixes
+from flipproof.faults.models import FaultModel, Faults
+from flipproof.faults.sampling import TrialGenerator
+from flipproof.faults.space import FaultSpace
+from flipproof.metrics import Metric
+from flipproof.outcomes import OUTCOMES, Decision, classify
+
+NAMED_FAULTS = 16
+"""A record names up to this many faults; larger draws are told apart by their digest and can be drawn again."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one trial drew and what came of it: one line of the journal.
+
+    Attributes:
+        point: index of the fault point in the sweep.
+        trial: index of the trial at this point.
+        coordinates: what names the point, e.g. ``{"ber": 1e-05}``.
+        faults: bits drawn; `flips`: bits that changed (the same, except for stuck cells).
+        digest: tells this draw from any other.
+        where: the faults as (name, value, bit), if there are at most 16 of them.
+        metrics: one number a metric over all samples.
+        outcomes: samples by outcome; they sum to `samples`.
+        seconds: wall time, the only field that differs between two runs of a campaign.
+        versions: what computed it.
+        error: why every sample is a DUE, if the faulty model raised.
+    """
+
+    point: int
+    trial: int
+    coordinates: dict[str, float | int]
+    faults: int
+    flips: int
+    digest: str
+    metrics: dict[str, float]
+    outcomes: dict[str, int]
+    samples: int
+    seconds: float
+    versions: dict[str, str]
+    where: list[tuple[str, int, int]] = field(default_factory=list)
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object; an undefined metric is null."""
+        record = asdict(self)
+        record["metrics"] = {name: None if isnan(value) else value for name, value in self.metrics.items()}
+        return record
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Trial:
+        """The inverse of `to_json`."""
+        metrics = {name: float("nan") if value is None else float(value) for name, value in record["metrics"].items()}
+        where = [(str(name), int(value), int(bit)) for name, value, bit in record["where"]]
+        return cls(**{**record, "metrics": metrics, "where": where})
+
+    def row(self) -> dict[str, Any]:
+        """As a flat row of `Assessment.trials`."""
+        return {
+            "point": self.point,
+            **self.coordinates,
+            "trial": self.trial,
+            "faults": self.faults,
+            "flips": self.flips,
+            **self.metrics,
+            **self.outcomes,
+            "samples": self.samples,
+            "seconds": self.seconds,
+            "digest": self.digest,
+            "error": self.error,
+        }
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of whatever computes a trial."""
+    try:
+        own = version("flipproof")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        own = "source"
+    return {"flipproof": own, "torch": torch.__version__, "python": python_version()}
+
+
+@dataclass
+class TrialRunner:
+    """Everything a trial needs. Executors call it; with worker processes each holds a copy.
+
+    The fault space must be `stored()` while it runs.
+    """
+
+    model: nn.Module
+    space: FaultSpace
+    points: tuple[FaultModel, ...]
+    batches: Batches
+    output: Output
+    metrics: tuple[Metric, ...]
+    golden: Tensor
+    decision: Decision
+    seed: int
+    device: torch.device
+    suffixes: Suffixes | None = None
+
+    def draw(self, point: int, trial: int) -> Faults:
+        """The faults of a trial: a function of seed, point and index alone."""
+        model = self.points[point]
+        return model.draw(self.space, TrialGenerator(self.seed, repr(model), trial))
+
+    def __call__(self, point: int, trial: int) -> Trial:
+        """Run one trial."""
+        began = time.perf_counter()
+        faults = self.draw(point, trial)
+        error = None
+        with eval_mode(self.model), one_thread(self.device):
+            start = self._start(faults)
+            with self.space.corrupted(faults) as flips:
+                try:
+                    outputs = run(self.model, self.batches, self.output, self.suffixes, start)
+                except FaultyRunError as failure:
+                    error = str(failure)[:500]
+                    outputs = torch.full_like(self.golden, float("nan"))
+        counts = torch.bincount(classify(self.golden, outputs, self.decision), minlength=len(OUTCOMES)).tolist()
+        targets = self.batches.targets
+        return Trial(
+            point=point,
+            trial=trial,
+            coordinates=self.points[point].coordinates(),
+            faults=len(faults),
+            flips=flips,
+            digest=faults.digest,
+            metrics={metric.name: metric.measure(outputs, targets, self.decision) for metric in self.metrics},
+            outcomes=dict(zip(OUTCOMES, counts, strict=True)),
+            samples=self.batches.samples,
+            seconds=time.perf_counter() - began,
+            versions=versions(),
+            where=self._where(faults),
+            error=error,
+        )
+
+    def _start(self, faults: Faults) -> int:
+        """The latest cached cut before anything that these faults touch."""
+        if self.suffixes is None or not len(faults):
+            return 0
+        return self.suffixes.cut_of(self.space.touched_names(faults))
+
+    def _where(self, faults: Faults) -> list[tuple[str, int, int]]:
+        if len(faults) > NAMED_FAULTS:
+            return []
+        located = self.space.locate(faults)
+        return list(zip(located["site"].tolist(), located["value"].tolist(), located["bit"].tolist(), strict=True))

@@ -1,0 +1,18 @@
+"""Fault spaces, fault models and injection."""
+
+from flipproof.faults.models import BitErrorRate, BitPosition, FaultModel, Faults, RandomBits, StuckAt
+from flipproof.faults.sampling import TrialGenerator
+from flipproof.faults.space import FaultSpace, Parameters, Site
+
+__all__ = [
+    "BitErrorRate",
+    "BitPosition",
+    "FaultModel",
+    "FaultSpace",
+    "Faults",
+    "Parameters",
+    "RandomBits",
+    "Site",
+    "StuckAt",
+    "TrialGenerator",
+]

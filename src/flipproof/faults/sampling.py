@@ -1,0 +1,172 @@
+"""Random numbers that are a function of (campaign seed, point, trial) alone, fast enough for tiny models.
+
+A NumPy generator object costs more than a trial on a small network; a counter-based stream costs nothing to make:
+output i of a stream is the splitmix64 finaliser of ``key + i · 0x9E3779B97F4A7C15`` (Steele, Lea, Flood: Fast
+splittable pseudorandom number generators, OOPSLA 2014), and the key is a BLAKE2 hash of what names the trial.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from flipproof.errors import FaultModelError
+
+Positions = NDArray[np.int64]
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+_LOW = np.uint64(0xFFFFFFFF)
+_11, _27, _30, _31, _32 = (np.uint64(n) for n in (11, 27, 30, 31, 32))
+
+
+@njit(cache=True, inline="always")
+def _word(key, counter):  # type: ignore[no-untyped-def]
+    """Output `counter` of stream `key`: 64 uniform bits."""
+    z = key + counter * _GAMMA
+    z = (z ^ (z >> _30)) * _MIX_1
+    z = (z ^ (z >> _27)) * _MIX_2
+    return z ^ (z >> _31)
+
+
+@njit(cache=True, inline="always")
+def _product(a, b):  # type: ignore[no-untyped-def]
+    """Upper and lower 64 bits of a · b, from four 32-bit products."""
+    a_low, a_high, b_low, b_high = a & _LOW, a >> _32, b & _LOW, b >> _32
+    low = a_low * b_low
+    middle = a_high * b_low + (low >> _32)
+    cross = a_low * b_high + (middle & _LOW)
+    return a_high * b_high + (middle >> _32) + (cross >> _32), (cross << _32) | (low & _LOW)
+
+
+@njit(cache=True)
+def _below(key, counter, high, out):  # type: ignore[no-untyped-def]
+    """Fill `out` with integers uniform in [0, high). Returns the new counter.
+
+    Exactly unbiased: Lemire's multiplication with rejection (Fast random integer generation in an interval, ACM TOMACS
+    2019), whose branch is almost never taken.
+    """
+    limit = np.uint64(high)
+    threshold = (np.uint64(0) - limit) % limit
+    one = np.uint64(1)
+    for i in range(out.size):
+        counter += one
+        value, rest = _product(_word(key, counter), limit)
+        while rest < threshold:
+            counter += one
+            value, rest = _product(_word(key, counter), limit)
+        out[i] = np.int64(value)
+    return counter
+
+
+@njit(cache=True)
+def _bernoulli(key, counter, probability, population, out):  # type: ignore[no-untyped-def]
+    """Positions of successes among `population` independent trials, by geometric gaps. Returns (counter, count).
+
+    Count is −1 if `out` was too small; the caller then starts over from the same counter with more room.
+    """
+    log_failure = np.log1p(-probability)
+    position = np.int64(-1)
+    count = 0
+    one = np.uint64(1)
+    while True:
+        counter += one
+        uniform = (np.float64(_word(key, counter) >> _11) + 1.0) * 2.0**-53  # in (0, 1]
+        gap = np.floor(np.log(uniform) / log_failure)
+        if gap >= population - 1 - position:
+            return counter, count
+        position += np.int64(gap) + 1
+        if count == out.size:
+            return counter, -1
+        out[count] = position
+        count += 1
+
+
+@njit(cache=True)
+def _first_of_each(values):  # type: ignore[no-untyped-def]
+    """Squeeze repeats out of a sorted array in place; returns how many values are left."""
+    kept = 0
+    for i in range(values.size):
+        if kept == 0 or values[i] != values[kept - 1]:
+            values[kept] = values[i]
+            kept += 1
+    return kept
+
+
+class TrialGenerator:
+    """The random stream of one trial.
+
+    Two trials with the same (seed, point, trial) draw the same numbers wherever and whenever they run; any other two
+    draw independent ones. No state is shared, so order and number of workers cannot matter.
+
+    Args:
+        seed: the campaign's seed, any int ≥ 0.
+        point: names the fault point, by convention the repr of its fault model: a rate keeps its draws when other
+            rates join or leave the sweep.
+        trial: index of the trial at this point.
+
+    Example:
+        >>> TrialGenerator(0, "p", 7).distinct(3, 1000).tolist() == TrialGenerator(0, "p", 7).distinct(3, 1000).tolist()
+        True
+    """
+
+    def __init__(self, seed: int, point: str, trial: int) -> None:
+        if seed < 0 or trial < 0:
+            raise FaultModelError(f"seed and trial count from 0, got seed={seed}, trial={trial}")
+        name = f"{seed}\x00{point}\x00{trial}".encode()
+        self._key = np.uint64(int.from_bytes(blake2b(name, digest_size=8).digest(), "little"))
+        self._counter = np.uint64(0)
+
+    def below(self, high: int, count: int) -> Positions:
+        """`count` independent integers, uniform in [0, high)."""
+        out = np.empty(count, np.int64)
+        if count:
+            self._counter = np.uint64(_below(self._key, self._counter, high, out))
+        return out
+
+    def distinct(self, count: int, population: int) -> Positions:
+        """A uniformly random `count`-subset of range(population), sorted.
+
+        Draws with replacement, drops repeats and draws again for as many as were dropped: each draw adds at most one
+        element, so the set never overshoots, and no element is preferred. Needs no memory of the population's size;
+        beyond half of it the complement is drawn instead.
+        """
+        if not 0 <= count <= population:
+            raise FaultModelError(f"cannot draw {count} distinct bits from {population}")
+        if count > population // 2:
+            left_out = self.distinct(population - count, population)
+            keep = np.ones(population, np.bool_)
+            keep[left_out] = False
+            return np.flatnonzero(keep).astype(np.int64)
+        chosen = self._sorted_unique(population, count)
+        while chosen.size < count:  # a few are missing: merge them in rather than sort everything again
+            fresh = self._sorted_unique(population, count - chosen.size)
+            place = np.searchsorted(chosen, fresh)
+            new = (place == chosen.size) | (chosen[np.minimum(place, chosen.size - 1)] != fresh)
+            chosen = np.insert(chosen, place[new], fresh[new])
+        return chosen
+
+    def _sorted_unique(self, population: int, draws: int) -> Positions:
+        values = self.below(population, draws)
+        values.sort()
+        return values[: _first_of_each(values)]
+
+    def bernoulli(self, probability: float, population: int) -> Positions:
+        """Each of range(population) independently with `probability`, sorted."""
+        if probability <= 0.0 or population == 0:
+            return np.empty(0, np.int64)
+        if probability >= 1.0:
+            return np.arange(population, dtype=np.int64)
+        expected = probability * population
+        room = int(expected + 6 * expected**0.5) + 16
+        while True:
+            out = np.empty(room, np.int64)
+            counter, count = _bernoulli(self._key, self._counter, probability, population, out)
+            if count >= 0:
+                self._counter = np.uint64(counter)
+                return out[:count]
+            room *= 2

@@ -1,0 +1,395 @@
+"""The fault space: every stored bit that can be hit, and the injector that hits it and puts it back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from flipproof.errors import FaultSpaceError, FormatError
+from flipproof.faults.memory import CLEAR, FLIP, SET, DirectMemory, UndoLog
+from flipproof.faults.models import Faults
+from flipproof.faults.sampling import Positions
+from flipproof.faults.selection import KINDS, Candidate, FormatChoice, Kind, candidates, choose_format
+from flipproof.formats.base import Coding, Format, dense, sparse, word_dtype
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Fault space over a model's parameters: weights, biases, normalisation, thresholds, whatever it registers.
+
+    Args:
+        include: glob patterns over qualified names; a module's name takes all it holds. "*" is everything.
+        exclude: the same; it wins over `include`.
+        buffers: also hit floating-point buffers (BatchNorm's running statistics).
+        kinds: keep only these of "weight", "bias", "norm", "buffer", "other"; () keeps all.
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> fp.FaultSpace(net, where=fp.Parameters(exclude="*.bias")).bits
+        576
+    """
+
+    include: str | Sequence[str] = "*"
+    exclude: str | Sequence[str] = ()
+    buffers: bool = False
+    kinds: Sequence[Kind] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("include", "exclude", "kinds"):
+            value = getattr(self, field)
+            object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
+        unknown = [kind for kind in self.kinds if kind not in KINDS]
+        if unknown:
+            raise FaultSpaceError(f"Parameters: kinds must be among {list(KINDS)}, got {unknown}")
+
+    def selects(self, candidate: Candidate) -> bool:
+        """Whether this tensor belongs to the space."""
+        return (
+            candidate.matches(tuple(self.include))
+            and not candidate.matches(tuple(self.exclude))
+            and (not self.kinds or candidate.kind in self.kinds)
+        )
+
+
+@dataclass(frozen=True)
+class Site:
+    """One stored tensor of the space.
+
+    Attributes:
+        name: qualified name; `aliases` are its other names if it is tied.
+        layer: qualified name of the module that owns it.
+        kind: "weight", "bias", "norm", "buffer" or "other".
+        offset: number of its first bit in the space. Bit b of value v is `offset + v · width + b`.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    layer: str
+    kind: Kind
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    format: Format
+    offset: int
+
+    @property
+    def values(self) -> int:
+        """Number of values stored here."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def width(self) -> int:
+        """Stored bits a value."""
+        return self.format.width
+
+    @property
+    def bits(self) -> int:
+        """Stored bits in all."""
+        return self.values * self.width
+
+
+class FaultSpace:
+    """Every stored bit of a model that can be hit, numbered from 0.
+
+    The space is bound to the live model and never copies it. Formats that equal a tensor's own float type are hit in
+    place; for every other format the model holds decoded values while `stored()` is active (which keeps one copy of
+    the originals), and a fault re-decodes only the words it touches.
+
+    Args:
+        model: any module.
+        where: which of its tensors.
+        format: how they are stored, see `assess`.
+
+    Raises:
+        FaultSpaceError: if nothing is selected, or naming each tensor that cannot be hit.
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> net = torch.nn.Linear(2, 1)
+        >>> space = fp.FaultSpace(net, format=fp.Float32())
+        >>> space.bits, [site.name for site in space.sites]
+        (96, ['weight', 'bias'])
+        >>> before = net.weight.clone()
+        >>> with space.corrupted(space.faults([("weight", 0, 31)])):  # the sign of the first weight
+        ...     bool((net.weight == before * torch.tensor([-1, 1])).all())
+        True
+        >>> torch.equal(net.weight, before)
+        True
+    """
+
+    def __init__(self, model: nn.Module, *, where: Parameters | None = None, format: FormatChoice = None) -> None:
+        where = where or Parameters()
+        sites: list[Site] = []
+        tensors: list[Tensor] = []
+        self.left_out: dict[str, str] = {}
+        """Tensors that are not in the space, and why."""
+        offset = 0
+        found = candidates(model, buffers=where.buffers)
+        for candidate in found:
+            if not where.selects(candidate):
+                self.left_out[candidate.name] = "not selected by where="
+                continue
+            chosen = choose_format(candidate, format)
+            if isinstance(chosen, str):
+                self.left_out[candidate.name] = chosen
+                continue
+            t = candidate.tensor
+            site = Site(
+                candidate.name,
+                candidate.names[1:],
+                candidate.owner,
+                candidate.kind,
+                tuple(t.shape),
+                t.dtype,
+                chosen,
+                offset,
+            )
+            offset += site.bits
+            sites.append(site)
+            tensors.append(t)
+        if not sites:
+            known = "\n  ".join(f"{c.name} ({c.kind})" for c in found[:20]) or "none at all"
+            raise FaultSpaceError(
+                f"no parameter is left to hit with {where!r} and format={format!r}; "
+                f"the model's parameters are\n  {known}"
+            )
+        self.sites: tuple[Site, ...] = tuple(sites)
+        self.bits = offset
+        self._tensors = tensors
+        self._index = {name: i for i, site in enumerate(sites) for name in (site.name, *site.aliases)}
+        self._firsts = np.array([site.offset for site in sites], np.int64)
+        self._originals: dict[int, Tensor] | None = None
+        self._codings: dict[int, Coding] = {}
+        self._direct: tuple[tuple[tuple[int, int], ...], DirectMemory | None, list[int]] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Addresses mean nothing in another process: they are looked up again there."""
+        return {**self.__dict__, "_direct": None}
+
+    @property
+    def layers(self) -> dict[str, list[tuple[int, int]]]:
+        """Each module that owns stored tensors, with the ranges of bits [first, last) it owns."""
+        spans: dict[str, list[tuple[int, int]]] = {}
+        for site in self.sites:
+            spans.setdefault(site.layer, []).append((site.offset, site.offset + site.bits))
+        return spans
+
+    def table(self) -> pd.DataFrame:
+        """What is stored how: one row a site, and what its share of the space is."""
+        rows = [
+            {
+                "name": s.name,
+                "layer": s.layer,
+                "kind": s.kind,
+                "values": s.values,
+                "format": repr(s.format),
+                "width": s.width,
+                "bits": s.bits,
+                "share": s.bits / self.bits,
+            }
+            for s in self.sites
+        ]
+        return pd.DataFrame(rows)
+
+    def faults(self, bits: Iterable[tuple[str, int, int]], *, stuck: int | None = None) -> Faults:
+        """Faults at chosen places: (qualified name, flat index of the value, bit), each at most once."""
+        positions = []
+        for name, value, bit in bits:
+            if name not in self._index:
+                raise FaultSpaceError(f"{name!r} is not in the fault space; it holds {[s.name for s in self.sites]}")
+            site = self.sites[self._index[name]]
+            if not (0 <= value < site.values and 0 <= bit < site.width):
+                raise FaultSpaceError(
+                    f"{name} has values 0 to {site.values - 1} of bits 0 to {site.width - 1}, "
+                    f"got value {value}, bit {bit}"
+                )
+            positions.append(site.offset + value * site.width + bit)
+        unique = np.unique(np.array(positions, np.int64))
+        if unique.size != len(positions):
+            raise FaultSpaceError("the same bit is named twice; two flips of one bit cancel out")
+        if stuck not in (None, 0, 1):
+            raise FaultSpaceError(f"stuck must be None, 0 or 1, got {stuck!r}")
+        return Faults(unique, stuck)  # type: ignore[arg-type]
+
+    def locate(self, faults: Faults) -> pd.DataFrame:
+        """Where faults lie: one row a bit with its `site`, `value` (flat index) and `bit`."""
+        which = np.searchsorted(self._firsts, faults.positions, side="right") - 1
+        width = np.array([site.width for site in self.sites], np.int64)[which]
+        local = faults.positions - self._firsts[which]
+        names = np.array([site.name for site in self.sites], dtype=object)[which]
+        return pd.DataFrame({"site": names, "value": local // width, "bit": local % width})
+
+    def touched_names(self, faults: Faults) -> list[str]:
+        """Every name of every tensor that these faults touch."""
+        which = np.searchsorted(faults.positions, np.append(self._firsts, self.bits))
+        return [
+            name
+            for site, first, last in zip(self.sites, which, which[1:], strict=False)
+            if last > first
+            for name in (site.name, *site.aliases)
+        ]
+
+    @contextmanager
+    def stored(self) -> Iterator[None]:
+        """While active, the model computes with what its formats can represent. Restores every value bit-exactly.
+
+        Raises:
+            FormatError: naming the tensor whose values the format cannot hold.
+        """
+        if self._originals is not None:
+            raise FaultSpaceError("the model is already stored in this space")
+        originals: dict[int, Tensor] = {}
+        self._codings = {}
+        try:
+            for i, (site, tensor) in enumerate(zip(self.sites, self._tensors, strict=True)):
+                if site.format.is_native(site.dtype):
+                    continue
+                original = tensor.data.clone(memory_format=torch.contiguous_format)
+                decoded = self._decoded(i, site, original)
+                originals[i] = original
+                tensor.data.copy_(decoded)
+            self._originals = originals
+            yield
+        finally:
+            for i, original in originals.items():
+                self._tensors[i].data.copy_(original)
+            self._originals = None
+
+    def _decoded(self, i: int, site: Site, original: Tensor) -> Tensor:
+        try:
+            self._codings[i] = site.format.fit(original)
+            words = site.format.encode_values(original, dense(self._codings[i], original.shape))
+        except FormatError as error:
+            raise FormatError(f"{site.name}: {error}") from None
+        decoded = site.format.decode_words(words, dense(self._codings[i], original.shape), site.dtype)
+        lost = torch.isfinite(original) & ~torch.isfinite(decoded)
+        if bool(lost.any()):
+            raise FormatError(
+                f"{site.name}: {int(lost.sum())} finite values become NaN or infinite in {site.format!r} "
+                f"(largest magnitude {float(original[lost].abs().max()):g}); choose a format with more range"
+            )
+        return decoded
+
+    def originals(self) -> dict[str, Tensor]:
+        """While `stored()`: the values that its formats replaced, by qualified name."""
+        return {self.sites[i].name: original for i, original in (self._originals or {}).items()}
+
+    @contextmanager
+    def corrupted(self, faults: Faults) -> Iterator[int]:
+        """The model with these faults in its memory; afterwards bit-identical to before, whatever happens inside.
+
+        Yields:
+            How many stored bits changed (fewer than `len(faults)` for stuck cells that already held the value).
+
+        Raises:
+            FaultSpaceError: if a fault lies outside the space.
+        """
+        positions = faults.positions
+        if positions.size and (positions[0] < 0 or positions[-1] >= self.bits):
+            raise FaultSpaceError(
+                f"faults lie outside the space of {self.bits:,} bits: {positions[0]} … {positions[-1]}"
+            )
+        if self._originals is None and any(not s.format.is_native(s.dtype) for s in self.sites):
+            with self.stored(), self.corrupted(faults) as changed:
+                yield changed
+            return
+        operation = FLIP if faults.stuck is None else SET if faults.stuck else CLEAR
+        direct, coded = self._paths()
+        log = UndoLog()
+        undo: list[tuple[Tensor, Tensor, Tensor]] = []
+        try:
+            changed = direct.apply(positions, operation, log) if direct is not None and positions.size else 0
+            for i in coded:
+                changed += self._corrupt_words(i, positions, operation, undo)
+            yield changed
+        finally:
+            _restore(log, undo)
+
+    def _paths(self) -> tuple[DirectMemory | None, list[int]]:
+        """Which sites are changed in memory and which through their format; found anew if the tensors moved."""
+        where = tuple((t.data_ptr(), t.element_size()) for t in self._tensors)
+        if self._direct is None or self._direct[0] != where:
+            direct = [
+                i
+                for i, (s, t) in enumerate(zip(self.sites, self._tensors, strict=True))
+                if t.device.type == "cpu" and t.is_contiguous() and s.format.is_native(t.dtype) and t.dtype == s.dtype
+            ]
+            memory = DirectMemory(
+                [self._tensors[i].data for i in direct],
+                [self.sites[i].offset for i in direct],
+                [self.sites[i].bits for i in direct],
+            )
+            coded = [i for i in range(len(self.sites)) if i not in set(direct)]
+            moved = [self.sites[i].name for i in coded if self._tensors[i].dtype != self.sites[i].dtype]
+            if moved:
+                raise FaultSpaceError(f"{moved[0]} changed its dtype since the fault space was made; make a new space")
+            self._direct = (where, memory if direct else None, coded)
+        return self._direct[1], self._direct[2]
+
+    def _corrupt_words(
+        self, i: int, positions: Positions, operation: int, undo: list[tuple[Tensor, Tensor, Tensor]]
+    ) -> int:
+        """Re-encode the touched values of one site, change their words, decode them into the model."""
+        site, tensor = self.sites[i], self._tensors[i].data
+        first, last = np.searchsorted(positions, (site.offset, site.offset + site.bits))
+        if first == last:
+            return 0
+        local = positions[first:last] - site.offset
+        values, bits = np.divmod(local, site.width)
+        starts = np.flatnonzero(np.diff(values, prepend=-1))
+        masks = np.bitwise_or.reduceat(np.uint64(1) << bits.astype(np.uint64), starts)
+        index = torch.from_numpy(values[starts]).to(tensor.device)
+        mask = _as_words(masks, site.width).to(tensor.device)
+        golden = _gather(tensor, index)
+        source = self._originals.get(i) if self._originals else None
+        coding = sparse(self._codings.get(i, ()), tensor.shape, index)
+        before = site.format.encode_values(golden if source is None else _gather(source, index), coding)
+        after = before ^ mask if operation == FLIP else before | mask if operation == SET else before & ~mask
+        undo.append((tensor, index, golden))
+        _scatter(tensor, index, site.format.decode_words(after, coding, site.dtype))
+        if operation == FLIP:
+            return int(local.size)
+        differing = (before ^ after).cpu().numpy().view(f"u{word_dtype(site.width).itemsize}")
+        return int(sum(int(word).bit_count() for word in differing))
+
+
+def _restore(log: UndoLog, undo: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Undo everything, even if Ctrl-C comes in the middle: finish first, then let it through."""
+    interrupted: KeyboardInterrupt | None = None
+    while True:
+        try:
+            while undo:
+                _scatter(*undo[-1])
+                undo.pop()
+            log.undo()
+            break
+        except KeyboardInterrupt as signal:
+            interrupted = signal
+    if interrupted is not None:
+        raise interrupted
+
+
+def _as_words(masks: NDArray[np.uint64], width: int) -> Tensor:
+    dtype = word_dtype(width)
+    words = masks.astype(f"u{dtype.itemsize}")
+    return torch.from_numpy(words if dtype == torch.uint8 else words.view(f"i{dtype.itemsize}"))
+
+
+def _gather(tensor: Tensor, index: Tensor) -> Tensor:
+    if tensor.is_contiguous():
+        return tensor.view(-1)[index]
+    return tensor[torch.unravel_index(index, tensor.shape)]
+
+
+def _scatter(tensor: Tensor, index: Tensor, values: Tensor) -> None:
+    if tensor.is_contiguous():
+        tensor.view(-1)[index] = values
+    else:
+        tensor[torch.unravel_index(index, tensor.shape)] = values

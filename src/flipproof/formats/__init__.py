@@ -1,0 +1,18 @@
+"""Formats: how a value is stored as a word of bits."""
+
+from flipproof.formats.affine import Affine
+from flipproof.formats.base import Format, Stored
+from flipproof.formats.fixed import FixedPoint
+from flipproof.formats.floating import BFloat16, Float8E4M3, Float8E5M2, Float16, Float32
+
+__all__ = [
+    "Affine",
+    "BFloat16",
+    "FixedPoint",
+    "Float8E4M3",
+    "Float8E5M2",
+    "Float16",
+    "Float32",
+    "Format",
+    "Stored",
+]

@@ -1,0 +1,137 @@
+"""The contract of a format: how a value is stored as a word of bits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flipproof.errors import FormatError
+
+Coding = tuple[Tensor, ...]
+"""What a format keeps of a tensor besides its words, e.g. ``(scale, zero)``: each a scalar or one entry a slice
+of axis 0. It is taken to lie in protected memory: faults hit words."""
+
+
+def word_dtype(width: int) -> torch.dtype:
+    """The narrowest torch integer that holds a word: uint8, int16, int32 or int64.
+
+    Words narrower than their container leave its upper bits 0; a word as wide as a signed container uses its sign
+    bit as its most significant bit.
+
+    >>> word_dtype(5), word_dtype(32), word_dtype(39)
+    (torch.uint8, torch.int32, torch.int64)
+    """
+    for limit, dtype in ((8, torch.uint8), (16, torch.int16), (32, torch.int32), (64, torch.int64)):
+        if 1 <= width <= limit:
+            return dtype
+    raise FormatError(f"a word must be 1 to 64 bits wide, got {width}")
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """How a value is stored as a word of `width` bits; bit 0 is the least significant.
+
+    A new format is a frozen dataclass with `width`, `encode_values` and `decode_words`, and `fit` if it has to look
+    at the whole tensor first (a scale). Formats wrap: a protected format holds an `inner` one and calls the same
+    three methods. `flipproof.testing.FormatContract` is the suite it has to pass.
+
+    Whether encoding happens on a whole tensor or on a few of its elements, the same two methods run, so a campaign
+    that re-decodes only touched words and one that decodes everything agree bit by bit.
+    """
+
+    weights_only: ClassVar[bool] = False
+    """True where the format, given alone, stores only the weights of Conv, Linear and recurrent layers."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Stored bits a value, check bits included."""
+
+    def fit(self, x: Tensor) -> Coding:
+        """What has to be known of the whole tensor to encode it; nothing by default."""
+        return ()
+
+    @abstractmethod
+    def encode_values(self, x: Tensor, coding: Coding) -> Tensor:
+        """Values to words, element by element; `coding` broadcasts against `x`."""
+
+    @abstractmethod
+    def decode_words(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> Tensor:
+        """Words to values of `dtype`, element by element; `coding` broadcasts against `words`."""
+
+    def is_native(self, dtype: torch.dtype) -> bool:
+        """True if a tensor of `dtype` already holds exactly these words in its memory."""
+        return False
+
+    def encode(self, x: Tensor) -> Stored:
+        """Store a floating-point tensor.
+
+        Args:
+            x: values, any shape, also empty.
+
+        Returns:
+            The stored tensor: `.words` has the shape of `x` and one integer element a value.
+
+        Raises:
+            FormatError: if `x` is not floating point or holds values the format has no word for.
+
+        Example:
+            >>> import flipproof as fp, torch
+            >>> stored = fp.Float32().encode(torch.tensor([1.0, -2.0]))
+            >>> [f"{word & 0xFFFFFFFF:08x}" for word in stored.words.tolist()]
+            ['3f800000', 'c0000000']
+            >>> stored.decode()
+            tensor([ 1., -2.])
+        """
+        if not x.is_floating_point():
+            raise FormatError(f"{self!r} stores floating-point values, got a tensor of {x.dtype}")
+        x = x.detach()
+        coding = self.fit(x)
+        return Stored(self, self.encode_values(x, dense(coding, x.shape)), coding, x.dtype)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as a format keeps it.
+
+    Attributes:
+        format: the format that wrote it.
+        words: integer tensor of the tensor's shape, one element a value.
+        coding: the format's per-tensor (or per-channel) constants.
+        dtype: of the decoded values.
+    """
+
+    format: Format
+    words: Tensor
+    coding: Coding
+    dtype: torch.dtype
+
+    def decode(self) -> Tensor:
+        """The values that these words stand for."""
+        return self.format.decode_words(self.words, dense(self.coding, self.words.shape), self.dtype)
+
+    def decode_at(self, index: Tensor, words: Tensor) -> Tensor:
+        """The values that `words` would stand for at the flat positions `index`, everything else left aside.
+
+        Args:
+            index: flat (row-major) positions, int64, shape (n,).
+            words: the words there, shape (n,), of the dtype of `.words`.
+        """
+        return self.format.decode_words(words, sparse(self.coding, self.words.shape, index), self.dtype)
+
+
+def dense(coding: Coding, shape: torch.Size) -> Coding:
+    """Coding shaped to broadcast against a whole tensor of `shape`."""
+    return tuple(c if c.dim() == 0 else c.reshape(-1, *[1] * (len(shape) - 1)) for c in coding)
+
+
+def sparse(coding: Coding, shape: torch.Size, index: Tensor) -> Coding:
+    """Coding of the elements at flat positions `index` of a tensor of `shape`."""
+    if all(c.dim() == 0 for c in coding):
+        return coding
+    slice_size = max(shape.numel() // max(shape[0], 1), 1)
+    return tuple(c if c.dim() == 0 else c[index // slice_size] for c in coding)

@@ -1,0 +1,103 @@
+"""IEEE-754 binary32 and binary16, bfloat16 and the two 8-bit floats, as torch stores them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flipproof.formats.base import Coding, Format, word_dtype
+
+
+@dataclass(frozen=True)
+class _Floating(Format):
+    """A float type of torch: a word is the value's bit pattern.
+
+    Rounding is to nearest, ties to even, as torch's own casts do it. NaN, infinities, subnormals and −0.0 have words
+    and come back as they were; a tensor that already has this type keeps its very bits, NaN payloads included.
+    """
+
+    storage: ClassVar[torch.dtype]
+
+    @property
+    def width(self) -> int:
+        return self.storage.itemsize * 8
+
+    def encode_values(self, x: Tensor, coding: Coding) -> Tensor:
+        return x.to(self.storage).contiguous().view(word_dtype(self.width))
+
+    def decode_words(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> Tensor:
+        return words.contiguous().view(self.storage).to(dtype)
+
+    def is_native(self, dtype: torch.dtype) -> bool:
+        return dtype == self.storage
+
+
+@dataclass(frozen=True)
+class Float32(_Floating):
+    """IEEE-754 binary32: bit 31 sign, 30…23 exponent, 22…0 fraction.
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> stored = fp.Float32().encode(torch.tensor([0.5]))
+        >>> fp.Float32().decode_words(stored.words ^ (1 << 30), (), torch.float32)  # the critical bit
+        tensor([1.7014e+38])
+    """
+
+    storage: ClassVar[torch.dtype] = torch.float32
+
+
+@dataclass(frozen=True)
+class Float16(_Floating):
+    """IEEE-754 binary16: bit 15 sign, 14…10 exponent, 9…0 fraction. Values from 65520 up become infinite.
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> fp.Float16().encode(torch.tensor([1.0, 65519.0, 65520.0])).decode()
+        tensor([1.0000e+00, 6.5504e+04,        inf])
+    """
+
+    storage: ClassVar[torch.dtype] = torch.float16
+
+
+@dataclass(frozen=True)
+class BFloat16(_Floating):
+    """bfloat16: the upper half of a binary32, rounded: bit 15 sign, 14…7 exponent, 6…0 fraction.
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> fp.BFloat16().encode(torch.tensor([3.14159])).decode()
+        tensor([3.1406])
+    """
+
+    storage: ClassVar[torch.dtype] = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Float8E4M3(_Floating):
+    """OCP 8-bit float E4M3FN: bit 7 sign, 6…3 exponent, 2…0 fraction; no infinities, one NaN a sign, largest 448.
+
+    Values that round beyond 448 become NaN, as torch casts them: a campaign refuses weights that do.
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> fp.Float8E4M3().encode(torch.tensor([0.3, 448.0])).decode().tolist()
+        [0.3125, 448.0]
+    """
+
+    storage: ClassVar[torch.dtype] = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Float8E5M2(_Floating):
+    """OCP 8-bit float E5M2: bit 7 sign, 6…2 exponent, 1…0 fraction; infinities and NaN as in IEEE-754.
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> fp.Float8E5M2().encode(torch.tensor([0.3, 57344.0])).decode().tolist()
+        [0.3125, 57344.0]
+    """
+
+    storage: ClassVar[torch.dtype] = torch.float8_e5m2

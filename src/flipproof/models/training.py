@@ -1,0 +1,86 @@
+"""A small training loop for the networks of the papers: seeded, so that the same call gives the same weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flipproof.errors import DataError
+
+Batch = tuple[Tensor, Tensor]
+
+
+def train_classifier(
+    model: nn.Module, data: Sequence[Batch], *, epochs: int, lr: float = 1e-3, seed: int = 0
+) -> nn.Module:
+    """Train in place with Adam on cross entropy; the learning rate follows a cosine down to 0.
+
+    Args:
+        model: gives logits (N, classes).
+        data: batches, visited in a new order every epoch.
+        epochs: passes over the data.
+        lr: initial learning rate.
+        seed: of that order.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        DataError: if there is nothing to train on.
+    """
+    if not data or epochs < 1:
+        raise DataError(f"training needs data and at least one epoch, got {len(data)} batches and epochs={epochs}")
+    order = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.Adam(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=epochs * len(data))
+    model.train()
+    for _ in range(epochs):
+        for i in torch.randperm(len(data), generator=order).tolist():
+            inputs, targets = data[i]
+            optimiser.zero_grad(set_to_none=True)
+            loss = F.cross_entropy(model(inputs), targets)
+            torch.autograd.backward(loss)
+            optimiser.step()
+            schedule.step()
+    return model.eval()
+
+
+def cache_folder() -> Path:
+    """Where trained weights are kept: `$XDG_CACHE_HOME/flipproof` or `~/.cache/flipproof`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flipproof"
+
+
+def cached(name: str, build: Callable[[], nn.Module], train: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """The model with weights from the cache, training and caching it the first time.
+
+    A cache file that does not fit the model is trained anew; one that cannot be written is done without.
+
+    Args:
+        name: of the cache file, without suffix; change it when the recipe changes.
+        build: makes the untrained model.
+        train: trains it.
+    """
+    path = cache_folder() / f"{name}.safetensors"
+    model = build()
+    if path.exists():
+        try:
+            model.load_state_dict(load_file(path))
+        except (OSError, RuntimeError, ValueError):  # torn or of another recipe: train anew
+            model = build()
+        else:
+            return model.eval()
+    model = train(model)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(model.state_dict(), temporary)
+        temporary.replace(path)
+    except OSError:  # a read-only home costs a few seconds of training next time, nothing else
+        temporary.unlink(missing_ok=True)
+    return model
