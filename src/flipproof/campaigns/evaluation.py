@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,22 +19,25 @@ from flipproof.outcomes import bit_pattern
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, without gradients; every module's own training flag is put back afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    if training:  # every trial comes by here, and nearly always finds the campaign's own eval mode
+        model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, training in flags:
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 @contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
     """On a CPU, one torch thread: sums are then taken in one order, so that every executor gets the same bits."""
     before = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
+    if device.type != "cpu" or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
     try:
         yield
     finally:
@@ -45,8 +48,17 @@ class FaultyRunError(Exception):
     """The model raised while it was faulty: every sample of the trial is a DUE."""
 
 
-def run(model: nn.Module, batches: Batches, output: Output, suffixes: Suffixes | None = None, start: int = 0) -> Tensor:
+def run(
+    model: nn.Module,
+    batches: Batches,
+    output: Output,
+    suffixes: Suffixes | None = None,
+    start: int = 0,
+    looks: Sequence[int] = (),
+) -> Tensor:
     """Outputs of all samples, on the CPU; from cached activations where `suffixes` has them for `start`.
+
+    At the cuts `looks` a batch whose activations are golden again takes the golden outputs.
 
     Raises:
         FaultyRunError: if the model raises on its own account.
@@ -55,7 +67,7 @@ def run(model: nn.Module, batches: Batches, output: Output, suffixes: Suffixes |
     outputs = []
     for i, inputs in enumerate(batches.inputs):
         try:
-            raw = suffixes.resume(start, i) if suffixes is not None and start else call(model, inputs)
+            raw = suffixes.resume(start, i, looks) if suffixes is not None and start else call(model, inputs)
         except Exception as error:
             if is_infrastructure(error):
                 raise InfrastructureError(f"batch {i}: {type(error).__name__}: {error}") from error

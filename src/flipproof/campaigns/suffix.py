@@ -3,6 +3,9 @@
 Everything before that layer computes what the golden run computed, so its activations are kept (within a budget) and
 only the rest of the network runs. `torch.fx` gives the order; where tracing fails, or a resumed run does not give
 back the golden outputs bit by bit, trials run whole, and records are the same either way.
+
+A third of all single faults in weights is gone a layer or two later: rounded away, or stopped by a ReLU. So a trial
+looks at the next cuts behind its last faulted layer, and where every live value is golden, bit by bit, so is the rest.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ from torch.utils import _pytree as pytree
 from flipproof.campaigns.batches import Output, call, pick
 from flipproof.outcomes import bit_pattern
 
+_LOOKS = 2
+"""How many cuts behind the last faulted layer to look at: its own output, and what its activation made of that."""
+
 _PLAIN = (int, float, bool, str, type(None), torch.Size, torch.dtype, torch.device)
 
 
@@ -27,11 +33,14 @@ class Suffixes:
     A cut is an index into the graph's nodes; 0 means the whole model.
     """
 
-    def __init__(self, traced: fx.GraphModule, first_use: dict[str, int]) -> None:
+    def __init__(self, traced: fx.GraphModule, first_use: dict[str, int], last_use: dict[str, int]) -> None:
         self._traced = traced
         self._nodes = list(traced.graph.nodes)
         self._first_use = first_use
+        self._last_use = last_use
         self._graphs: dict[int, fx.GraphModule] = {}
+        self._steps: dict[tuple[int, int], fx.GraphModule] = {}
+        self._golden: list[Any] = []
         self._caches: dict[int, list[list[Any]]] = {}
         self._cuts: list[int] = []
 
@@ -45,6 +54,7 @@ class Suffixes:
         except Exception:  # a forward that cannot be traced may raise anything; whole runs need no trace
             return None
         first_use: dict[str, int] = {}
+        last_use: dict[str, int] = {}
         modules = dict(model.named_modules())
         for index, node in enumerate(traced.graph.nodes):
             names: list[str] = []
@@ -59,13 +69,19 @@ class Suffixes:
                 names = [f"{node.target}.{name}" for name, _ in inside]
             for name in names:
                 first_use.setdefault(name, index)
-        return cls(traced, first_use)
+                last_use[name] = index
+        return cls(traced, first_use, last_use)
 
     def cut_of(self, names: Sequence[str]) -> int:
         """The latest prepared cut that lies before the first use of any of these tensors (with all their names)."""
         uses = [self._first_use.get(name, 0) for name in names]
         earliest = min(uses, default=0)
         return max((cut for cut in self._cuts if cut <= earliest), default=0)
+
+    def looks_after(self, names: Sequence[str]) -> tuple[int, ...]:
+        """The next prepared cuts that lie behind every use of these tensors: where their faults may be gone."""
+        latest = max((self._last_use.get(name, len(self._nodes)) for name in names), default=len(self._nodes))
+        return tuple(cut for cut in self._cuts if cut > latest)[:_LOOKS]
 
     def position_of(self, names: Sequence[str]) -> float:
         """How far into the graph the first use lies, 0 to 1: what a cut there would save, roughly."""
@@ -85,6 +101,8 @@ class Suffixes:
                 break
         else:
             return
+        self._golden = [_copy(call(model, batch)) for batch in inputs]
+        whole = {i: pick(self._golden[i], output).clone() for i in (0, len(inputs) - 1)}
         self._caches = {cut: [] for cut in chosen}
         for batch in inputs:
             recorded = self._record(batch, chosen)
@@ -94,31 +112,41 @@ class Suffixes:
                 else:
                     del self._caches[cut]
         for cut in list(self._caches):
-            self._graphs[cut] = self._suffix(cut)
-            if not all(self._faithful(model, cut, i, inputs[i], output) for i in {0, len(inputs) - 1}):
+            self._graphs[cut] = self._part(cut)
+            if not all(_same(whole[i], pick(self.resume(cut, i), output)) for i in whole):
                 del self._caches[cut], self._graphs[cut]
         self._cuts = sorted(self._caches)
 
-    def resume(self, cut: int, batch: int) -> Any:
-        """What the model returns on a batch, computed from `cut` on."""
-        return self._graphs[cut](*_copy(self._caches[cut][batch]))
+    def resume(self, cut: int, batch: int, looks: Sequence[int] = ()) -> Any:
+        """What the model returns on a batch, computed from `cut` on, or up to one of `looks` if all is golden there."""
+        live = _copy(self._caches[cut][batch])
+        for look in looks:
+            live = self._step(cut, look)(*live)
+            if _same(live, self._caches[look][batch]):
+                return _copy(self._golden[batch])
+            cut = look
+        return self._graphs[cut](*live)
 
-    def _faithful(self, model: nn.Module, cut: int, batch: int, inputs: Any, output: Output) -> bool:
-        whole, resumed = pick(call(model, inputs), output), pick(self.resume(cut, batch), output)
-        return whole.shape == resumed.shape and torch.equal(bit_pattern(whole), bit_pattern(resumed))
+    def _step(self, cut: int, end: int) -> fx.GraphModule:
+        if (cut, end) not in self._steps:
+            self._steps[cut, end] = self._part(cut, end)
+        return self._steps[cut, end]
 
     def _live(self, cut: int) -> list[fx.Node]:
         later = self._nodes[cut:]
         needed = {source for node in later for source in node.all_input_nodes}
         return [node for node in self._nodes[:cut] if node in needed]
 
-    def _suffix(self, cut: int) -> fx.GraphModule:
+    def _part(self, cut: int, end: int | None = None) -> fx.GraphModule:
+        """From what is live at `cut` to what the model returns, or to what is live at `end`."""
         graph = fx.Graph()
         copied: dict[fx.Node, fx.Node] = {
             node: graph.placeholder(f"live_{i}") for i, node in enumerate(self._live(cut))
         }
-        for node in self._nodes[cut:]:
+        for node in self._nodes[cut:end]:
             copied[node] = graph.node_copy(node, lambda source: copied[source])
+        if end is not None:
+            graph.output([copied[node] for node in self._live(end)])
         return fx.GraphModule(self._traced, graph)
 
     def _record(self, inputs: Any, cuts: Sequence[int]) -> dict[int, list[Any]]:
@@ -187,6 +215,23 @@ def _copy(value: Any, known: Copies | None = None) -> Any:
         return entry[1]
 
     return pytree.tree_map(copy, value)
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Whether two structures hold the same bits: −0.0 is not 0.0, and a NaN is itself."""
+    leaves, tree = pytree.tree_flatten(left)
+    others, other_tree = pytree.tree_flatten(right)
+    return tree == other_tree and all(map(_same_leaf, leaves, others))
+
+
+def _same_leaf(left: Any, right: Any) -> bool:
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        return type(left) is type(right) and bool(left == right)
+    if left.dtype != right.dtype or left.shape != right.shape or left.is_complex():
+        return False
+    if left.is_floating_point():
+        return torch.equal(bit_pattern(left), bit_pattern(right))
+    return torch.equal(left, right)
 
 
 def _bytes(values: list[Any]) -> int:

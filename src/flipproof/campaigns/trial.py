@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from math import isnan
@@ -60,7 +60,7 @@ class Trial:
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object; an undefined metric is null."""
-        record = asdict(self)
+        record = {field.name: getattr(self, field.name) for field in fields(self)}
         record["metrics"] = {name: None if isnan(value) else value for name, value in self.metrics.items()}
         return record
 
@@ -128,10 +128,10 @@ class TrialRunner:
         faults = self.draw(point, trial)
         error = None
         with eval_mode(self.model), one_thread(self.device):
-            start = self._start(faults)
+            start, looks = self._shortcut(faults)
             with self.space.corrupted(faults) as flips:
                 try:
-                    outputs = run(self.model, self.batches, self.output, self.suffixes, start)
+                    outputs = run(self.model, self.batches, self.output, self.suffixes, start, looks)
                 except FaultyRunError as failure:
                     error = str(failure)[:500]
                     outputs = torch.full_like(self.golden, float("nan"))
@@ -153,14 +153,14 @@ class TrialRunner:
             error=error,
         )
 
-    def _start(self, faults: Faults) -> int:
-        """The latest cached cut before anything that these faults touch."""
+    def _shortcut(self, faults: Faults) -> tuple[int, tuple[int, ...]]:
+        """The latest cached cut before anything that these faults touch, and the cuts where they may be gone."""
         if self.suffixes is None or not len(faults):
-            return 0
-        return self.suffixes.cut_of(self.space.touched_names(faults))
+            return 0, ()
+        touched = self.space.touched_names(faults)
+        return self.suffixes.cut_of(touched), self.suffixes.looks_after(touched)
 
     def _where(self, faults: Faults) -> list[tuple[str, int, int]]:
         if len(faults) > NAMED_FAULTS:
             return []
-        located = self.space.locate(faults)
-        return list(zip(located["site"].tolist(), located["value"].tolist(), located["bit"].tolist(), strict=True))
+        return self.space.places(faults)
