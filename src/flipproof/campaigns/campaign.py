@@ -31,7 +31,7 @@ from flipproof.outcomes import Decision
 CHECK_EVERY = 20
 """With `margin`, intervals are looked at after every 20th trial of a point, whatever the number of workers."""
 
-_SMALLEST_CACHE = 64 * 2**20
+_SMALLEST_CACHE = 16 * 2**20
 
 
 def assess(
@@ -81,7 +81,8 @@ def assess(
         confidence: of all intervals.
         output: picks the tensor to judge out of what the model returns: function, dict key or tuple index.
         cache_bytes: memory for golden activations, with which a trial starts at the first faulted layer; 0 runs every
-            trial whole. None allows the size of the model's parameters, at least 64 MiB. Records do not depend on it.
+            trial whole. None allows the size of the model's parameters, less what `format` keeps of them (a campaign
+            then holds the model and one copy), but at least 16 MiB. Records do not depend on it.
         progress: show a progress bar; None shows it on a terminal.
 
     Returns:
@@ -182,8 +183,9 @@ def _narrow(runner: TrialRunner, records: list[Trial], margin: float, confidence
 
 def _prepare_suffixes(runner: TrialRunner, cache_bytes: int | None) -> Suffixes | None:
     """Cached prefixes, if this campaign's faults leave enough of a prefix to be worth it."""
-    stored = sum(site.values * site.dtype.itemsize for site in runner.space.sites)
-    budget = max(stored, _SMALLEST_CACHE) if cache_bytes is None else cache_bytes
+    parameters = sum(parameter.nbytes for parameter in runner.model.parameters())
+    copied = sum(original.nbytes for original in runner.space.originals().values())
+    budget = max(parameters - copied, _SMALLEST_CACHE) if cache_bytes is None else cache_bytes
     if budget <= 0:
         return None
     suffixes = Suffixes.trace(runner.model)

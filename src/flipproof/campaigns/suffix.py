@@ -10,8 +10,8 @@ looks at the next cuts behind its last faulted layer, and where every live value
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 
 from flipproof.campaigns.batches import Output, call, pick
 from flipproof.outcomes import bit_pattern
+
+T = TypeVar("T")
 
 _LOOKS = 2
 """How many cuts behind the last faulted layer to look at: its own output, and what its activation made of that."""
@@ -92,8 +94,8 @@ class Suffixes:
     ) -> None:
         """Record activations at as many cuts as `budget` bytes allow, and keep only cuts that prove faithful."""
         cuts = sorted({index for index in self._first_use.values() if index > 0})
-        measured = self._record(inputs[0], cuts)
-        cost = {cut: _bytes(values) * sum(sizes) / sizes[0] for cut, values in measured.items()}
+        measured = self._visit(inputs[0], cuts, _bytes)
+        cost = {cut: size * sum(sizes) / sizes[0] for cut, size in measured.items()}
         usable = [cut for cut in cuts if cut in cost and cost[cut] <= budget]
         for stride in range(1, len(usable) + 1):
             chosen = usable[stride - 1 :: stride]
@@ -150,27 +152,43 @@ class Suffixes:
         return fx.GraphModule(self._traced, graph)
 
     def _record(self, inputs: Any, cuts: Sequence[int]) -> dict[int, list[Any]]:
-        """Copies of what is live at each cut, taken at that moment: later nodes may work in place.
+        """Copies of what is live at each cut, taken at that moment: later nodes may work in place."""
+        copies: Copies = {}
+
+        def copy(live: list[Any]) -> list[Any]:
+            copied = [_copy(value, copies) for value in live]
+            here = {id(leaf) for leaf in pytree.tree_leaves(live)}
+            for gone in copies.keys() - here:  # what has died stays dead: let its memory go
+                del copies[gone]
+            return copied
+
+        return self._visit(inputs, cuts, copy)
+
+    def _visit(self, inputs: Any, cuts: Sequence[int], take: Callable[[list[Any]], T]) -> dict[int, T]:
+        """Run the model node by node and take something of what is live at each cut.
 
         Cuts where two live values share memory, or where one is neither a tensor nor a plain value, are left out.
         """
         interpreter = fx.Interpreter(self._traced)
         arguments = iter(_arguments(self._traced, inputs))
         env: dict[fx.Node, Any] = {}
-        copies: Copies = {}
         wanted = set(cuts)
-        recorded: dict[int, list[Any]] = {}
+        taken: dict[int, T] = {}
         for index, node in enumerate(self._nodes):
             if index in wanted:
                 live = [env[source] for source in self._live(index)]
                 if _separate(live):
-                    recorded[index] = [_copy(value, copies) for value in live]
+                    taken[index] = take(live)
+                del live
             if node.op == "placeholder":
                 env[node] = next(arguments)
             elif node.op != "output":
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: env[source])
                 env[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
-        return recorded
+                del args, kwargs
+            for dead in interpreter.user_to_last_uses.get(node, ()):
+                del env[dead]
+        return taken
 
 
 def _arguments(traced: fx.GraphModule, inputs: Any) -> list[Any]:
@@ -218,20 +236,20 @@ def _copy(value: Any, known: Copies | None = None) -> Any:
 
 
 def _same(left: Any, right: Any) -> bool:
-    """Whether two structures hold the same bits: −0.0 is not 0.0, and a NaN is itself."""
-    leaves, tree = pytree.tree_flatten(left)
-    others, other_tree = pytree.tree_flatten(right)
-    return tree == other_tree and all(map(_same_leaf, leaves, others))
-
-
-def _same_leaf(left: Any, right: Any) -> bool:
-    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
-        return type(left) is type(right) and bool(left == right)
-    if left.dtype != right.dtype or left.shape != right.shape or left.is_complex():
+    """Whether both hold the same bits: −0.0 is not 0.0, a NaN is itself, and what is not known to be equal is not."""
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        if left.dtype != right.dtype or left.shape != right.shape or left.is_complex():
+            return False
+        if left.is_floating_point():
+            return torch.equal(bit_pattern(left), bit_pattern(right))
+        return torch.equal(left, right)
+    if type(left) is not type(right):
         return False
-    if left.is_floating_point():
-        return torch.equal(bit_pattern(left), bit_pattern(right))
-    return torch.equal(left, right)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(_same, left, right))
+    if isinstance(left, Mapping):
+        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
+    return isinstance(left, _PLAIN) and bool(left == right)
 
 
 def _bytes(values: list[Any]) -> int:
