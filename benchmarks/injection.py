@@ -47,23 +47,29 @@ def _rows(
     points = {f"{point.coordinates()['ber']:g}": point for point in fp.BitErrorRate(RATES).points()}
     with one_thread(), space.stored():
         forward = partial(net, batch)
-        actions = {ber: partial(_fault_seconds, point, space, forward) for ber, point in points.items()}
-        found = interleaved({"forward": lambda turn: seconds(forward), **actions}, rounds)
-    return [
-        Row(
-            f"{name}, {fmt!r}, BER {ber}: draw + inject + restore ÷ forward",
-            found[ber] / found["forward"],
-            at_most=goal(float(ber)) if goal else None,
-            percent=True,
-        )
-        for ber in points
-    ]
+        actions = {"forward": lambda turn: seconds(forward)}
+        for ber, point in points.items():
+            actions[ber] = partial(_fault_seconds, point, repr(point), space, forward)
+            actions[f"{ber}, caches warm"] = partial(_warm_seconds, point, repr(point), space)
+        found = interleaved(actions, rounds)
+    rows = []
+    for ber in points:
+        what = f"{name}, {type(fmt).__name__}, BER {ber}"
+        bound = goal(float(ber)) if goal else None
+        rows.append(Row(what, found[ber] / found["forward"], at_most=bound, percent=True))
+        if bound is not None:
+            warm = f"{ber}, caches warm"
+            rows.append(Row(f"{what}, caches warm", found[warm] / found["forward"], percent=True))
+    return rows
 
 
-def _fault_seconds(point: fp.BitErrorRate, space: fp.FaultSpace, forward: Callable[[], object], turn: int) -> float:
-    """As in a trial: the faulty forward comes between injecting and restoring, and leaves the caches cold."""
+def _fault_seconds(
+    point: fp.BitErrorRate, name: str, space: fp.FaultSpace, forward: Callable[[], object], turn: int
+) -> float:
+    """As in a trial: a forward comes before drawing and between injecting and restoring, and leaves the caches cold."""
+    forward()
     began = time.perf_counter()
-    faults = point.draw(space, TrialGenerator(0, repr(point), turn))
+    faults = point.draw(space, TrialGenerator(0, name, turn))
     injected = space.corrupted(faults)
     injected.__enter__()
     before = time.perf_counter() - began
@@ -72,3 +78,13 @@ def _fault_seconds(point: fp.BitErrorRate, space: fp.FaultSpace, forward: Callab
     finally:
         after = seconds(lambda: injected.__exit__(None, None, None))
     return before + after
+
+
+def _warm_seconds(point: fp.BitErrorRate, name: str, space: fp.FaultSpace, turn: int) -> float:
+    """The same work for the twentieth time in a row, with nothing in between."""
+
+    def once() -> None:
+        with space.corrupted(point.draw(space, TrialGenerator(0, name, turn))):
+            pass
+
+    return [seconds(once) for _ in range(20)][-1]

@@ -28,7 +28,7 @@ def run(size: Size) -> list[Row]:
     rows = []
     for fmt, faults in cases:
         extra = [_in_a_process(fmt, faults, size) for _ in range(size.choose(3, 1, 1))]
-        what = f"ResNet-18, batch 64, {FORMATS[fmt]!r}, {faults}: extra peak memory ÷ parameters"
+        what = f"ResNet-18, batch 64, {type(FORMATS[fmt]).__name__}, {faults}: extra peak memory ÷ parameters"
         rows.append(Row(what, median(extra), at_most=1.05))
     return rows
 

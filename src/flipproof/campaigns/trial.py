@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, fields
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from math import isnan
 from platform import python_version
@@ -119,8 +119,11 @@ class TrialRunner:
 
     def draw(self, point: int, trial: int) -> Faults:
         """The faults of a trial: a function of seed, point and index alone."""
-        model = self.points[point]
-        return model.draw(self.space, TrialGenerator(self.seed, repr(model), trial))
+        return self.points[point].draw(self.space, TrialGenerator(self.seed, self._names[point], trial))
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(map(repr, self.points))
 
     def __call__(self, point: int, trial: int) -> Trial:
         """Run one trial."""
