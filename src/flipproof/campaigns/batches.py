@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -41,7 +42,8 @@ class Batches:
             leaves, tree = pytree.tree_flatten(inputs)
             state.update(repr(tree).encode())
             for leaf in leaves:
-                state.update(tensor_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
+                # a repr would show only the ends of a long array
+                state.update(tensor_bytes(leaf) if isinstance(leaf, Tensor) else pickle.dumps(leaf, protocol=4))
         state.update(tensor_bytes(self.targets))
         return state.hexdigest()
 
@@ -62,6 +64,8 @@ def read_batches(data: Data, device: torch.device) -> Batches:
         raise DataError(
             "data= is one (inputs, targets) pair; it takes an iterable of batches: pass [(inputs, targets)]"
         )
+    if not isinstance(data, Iterable):
+        raise DataError(f"data= takes an iterable of (inputs, targets) batches, got {_describe(data)}")
     inputs, sizes, targets = [], [], []
     for i, batch in enumerate(data):
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
@@ -69,7 +73,10 @@ def read_batches(data: Data, device: torch.device) -> Batches:
         target = _class_targets(batch[1], i)
         if target.numel() == 0:
             continue
-        inputs.append(pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch[0]))
+        given = dict(batch[0]) if isinstance(batch[0], Mapping) else batch[0]
+        inputs.append(
+            pytree.tree_map(lambda x: x.to(device=device) if isinstance(x, (Tensor, PackedSequence)) else x, given)
+        )
         sizes.append(int(target.numel()))
         targets.append(target)
     if not targets:
@@ -80,7 +87,10 @@ def read_batches(data: Data, device: torch.device) -> Batches:
 
 
 def _class_targets(target: Any, batch: int) -> Tensor:
-    target = torch.as_tensor(target).detach().cpu()
+    try:
+        target = torch.as_tensor(target).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"batch {batch}: targets must be class numbers, got {_describe(target)} ({error})") from error
     if target.dim() == 2 and target.shape[1] == 1:
         target = target[:, 0]
     if target.dim() != 1:
@@ -107,8 +117,14 @@ def check_labels(targets: Tensor, classes: int) -> None:
         )
 
 
+def own(inputs: Any) -> Any:
+    """A copy of the inputs for one call: a model may work in place on what it is given."""
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
+
+
 def call(model: nn.Module, inputs: Any) -> Any:
     """Run the model: a tuple or list is its arguments, a mapping its keyword arguments, anything else its input."""
+    inputs = own(inputs)
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence):
