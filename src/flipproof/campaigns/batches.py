@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 
@@ -74,9 +75,7 @@ def read_batches(data: Data, device: torch.device) -> Batches:
         if target.numel() == 0:
             continue
         given = dict(batch[0]) if isinstance(batch[0], Mapping) else batch[0]
-        inputs.append(
-            pytree.tree_map(lambda x: x.to(device=device) if isinstance(x, (Tensor, PackedSequence)) else x, given)
-        )
+        inputs.append(pytree.tree_map(partial(_moved, device), given))
         sizes.append(int(target.numel()))
         targets.append(target)
     if not targets:
@@ -84,6 +83,10 @@ def read_batches(data: Data, device: torch.device) -> Batches:
             "data= holds no samples; it takes an iterable of (inputs, targets) batches that is not exhausted"
         )
     return Batches(tuple(inputs), tuple(sizes), torch.cat(targets))
+
+
+def _moved(device: torch.device, leaf: Any) -> Any:
+    return leaf.to(device) if isinstance(leaf, (Tensor, PackedSequence)) else leaf  # type: ignore[arg-type]
 
 
 def _class_targets(target: Any, batch: int) -> Tensor:
