@@ -132,7 +132,7 @@ def _of_user(metric: UserMetric, name: str | None = None) -> Metric:
         raise MetricError(f"a metric is a name or a function (outputs, targets) → number, got {metric!r}")
     if name is None:
         name = getattr(metric, "__name__", None) or _snake(type(metric).__name__)
-    if not name.isidentifier() or name in _RESERVED:
+    if not name.isidentifier() or name in _RESERVED or name in _NAMED:
         raise MetricError(
             f"a metric needs a column name of its own, got {name!r}; pass metrics={{'my_name': function}}"
         )

@@ -43,8 +43,7 @@ class Batches:
             leaves, tree = pytree.tree_flatten(inputs)
             state.update(repr(tree).encode())
             for leaf in leaves:
-                # a repr would show only the ends of a long array
-                state.update(tensor_bytes(leaf) if isinstance(leaf, Tensor) else pickle.dumps(leaf, protocol=4))
+                state.update(tensor_bytes(leaf) if isinstance(leaf, Tensor) else _pickled(leaf))
         state.update(tensor_bytes(self.targets))
         return state.hexdigest()
 
@@ -53,6 +52,16 @@ def tensor_bytes(tensor: Tensor) -> bytes:
     """Type, shape and every bit of a tensor, for hashing."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return f"{tensor.dtype}{tuple(tensor.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes()
+
+
+def _pickled(leaf: Any) -> bytes:
+    """Every bit of an input that is no tensor; its repr would show only the ends of a long array."""
+    try:
+        return pickle.dumps(leaf, protocol=4)
+    except Exception as error:  # pickling runs code of the object's own
+        raise DataError(
+            f"an input is {_describe(leaf)} that cannot be pickled, so data cannot be told apart"
+        ) from error
 
 
 def read_batches(data: Data, device: torch.device) -> Batches:
@@ -75,7 +84,7 @@ def read_batches(data: Data, device: torch.device) -> Batches:
         if target.numel() == 0:
             continue
         given = dict(batch[0]) if isinstance(batch[0], Mapping) else batch[0]
-        inputs.append(pytree.tree_map(partial(_moved, device), given))
+        inputs.append(pytree.tree_map(partial(_moved, device), given, is_leaf=_packed))
         sizes.append(int(target.numel()))
         targets.append(target)
     if not targets:
@@ -87,6 +96,10 @@ def read_batches(data: Data, device: torch.device) -> Batches:
 
 def _moved(device: torch.device, leaf: Any) -> Any:
     return leaf.to(device) if isinstance(leaf, (Tensor, PackedSequence)) else leaf  # type: ignore[arg-type]
+
+
+def _packed(node: Any) -> bool:
+    return isinstance(node, PackedSequence)  # its batch sizes stay on the CPU, so it has to move as a whole
 
 
 def _class_targets(target: Any, batch: int) -> Tensor:

@@ -80,14 +80,16 @@ class Journal:
     def _unwritten(self) -> bool:
         """No file, an empty one, or a header of ours that was torn before its end: nothing was recorded yet."""
         try:
+            if self.path.stat().st_size == 0:
+                return True
             with self.path.open("rb") as file:
-                start = file.readline()
+                start = file.read(len(_START))
+                if not _START.startswith(start) or file.readline().endswith(b"\n"):
+                    return False
         except FileNotFoundError:
             return True
         except OSError as error:
             raise JournalError(f"cannot read {self.path}: {error.strerror or error}") from error
-        if start.endswith(b"\n") or not (start.startswith(_START) or _START.startswith(start)):
-            return False
         os.ftruncate(self._open(), 0)
         return True
 
