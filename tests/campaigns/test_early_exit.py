@@ -50,7 +50,7 @@ def test_records_are_those_of_whole_runs():
 
 def prepared(net, inputs):
     net.eval()
-    suffixes = Suffixes.trace(net)
+    suffixes = Suffixes.trace(net, [inputs])
     suffixes.prepare(net, [inputs], [len(inputs)], None, 2**20)
     return suffixes
 

@@ -10,6 +10,7 @@ looks at the next cuts behind its last faulted layer, and where every live value
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from flipproof.campaigns.batches import Output, call, pick
+from flipproof.campaigns.batches import Output, call, own, pick
 from flipproof.outcomes import bit_pattern
 
 T = TypeVar("T")
@@ -35,7 +36,10 @@ class Suffixes:
     A cut is an index into the graph's nodes; 0 means the whole model.
     """
 
-    def __init__(self, traced: fx.GraphModule, first_use: dict[str, int], last_use: dict[str, int]) -> None:
+    def __init__(
+        self, model: nn.Module, traced: fx.GraphModule, first_use: dict[str, int], last_use: dict[str, int]
+    ) -> None:
+        self._model = model
         self._traced = traced
         self._nodes = list(traced.graph.nodes)
         self._first_use = first_use
@@ -47,14 +51,21 @@ class Suffixes:
         self._cuts: list[int] = []
 
     @classmethod
-    def trace(cls, model: nn.Module) -> Suffixes | None:
-        """Trace a model in eval mode; None where that would not be faithful."""
-        if any(_hooked(module) for module in model.modules()):
+    def trace(cls, model: nn.Module, inputs: Sequence[Any]) -> Suffixes | None:
+        """Trace a model in eval mode for these batches; None where that would not be faithful."""
+        tracer = _Tracer()
+        # tracing runs through a module that is no leaf without calling it, so it would lose its hooks
+        traced_through = [m for m in model.modules() if m is model or not tracer.is_leaf_module(m, "")]
+        if any(module._forward_hooks or module._forward_pre_hooks for module in traced_through):
             return None
         try:
-            traced = fx.symbolic_trace(model)
+            traced = fx.GraphModule(model, tracer.trace(model, concrete_args=_fixed(model, inputs)))
         except Exception:  # a forward that cannot be traced may raise anything; whole runs need no trace
             return None
+        if any(
+            node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in traced.graph.nodes
+        ):
+            return None  # computed while tracing, perhaps from a parameter: faults would not reach it
         first_use: dict[str, int] = {}
         last_use: dict[str, int] = {}
         modules = dict(model.named_modules())
@@ -72,7 +83,7 @@ class Suffixes:
             for name in names:
                 first_use.setdefault(name, index)
                 last_use[name] = index
-        return cls(traced, first_use, last_use)
+        return cls(model, traced, first_use, last_use)
 
     def cut_of(self, names: Sequence[str]) -> int:
         """The latest prepared cut that lies before the first use of any of these tensors (with all their names)."""
@@ -93,6 +104,14 @@ class Suffixes:
         self, model: nn.Module, inputs: Sequence[Any], sizes: Sequence[int], output: Output, budget: int
     ) -> None:
         """Record activations at as many cuts as `budget` bytes allow, and keep only cuts that prove faithful."""
+        try:
+            self._prepare(model, inputs, sizes, output, budget)
+        except Exception:  # what was traced cannot run like the model, in whatever way that shows: run the model
+            self._caches, self._graphs, self._cuts = {}, {}, []
+
+    def _prepare(
+        self, model: nn.Module, inputs: Sequence[Any], sizes: Sequence[int], output: Output, budget: int
+    ) -> None:
         cuts = sorted({index for index in self._first_use.values() if index > 0})
         measured = self._visit(inputs[0], cuts, _bytes)
         cost = {cut: size * sum(sizes) / sizes[0] for cut, size in measured.items()}
@@ -115,7 +134,7 @@ class Suffixes:
                     del self._caches[cut]
         for cut in list(self._caches):
             self._graphs[cut] = self._part(cut)
-            if not all(_same(whole[i], pick(self.resume(cut, i), output)) for i in whole):
+            if not all(_same(expected, pick(self.resume(cut, i), output)) for i, expected in whole.items()):
                 del self._caches[cut], self._graphs[cut]
         self._cuts = sorted(self._caches)
 
@@ -170,7 +189,7 @@ class Suffixes:
         Cuts where two live values share memory, or where one is neither a tensor nor a plain value, are left out.
         """
         interpreter = fx.Interpreter(self._traced)
-        arguments = iter(_arguments(self._traced, inputs))
+        arguments = iter(_arguments(self._model, own(inputs)).values())
         env: dict[fx.Node, Any] = {}
         wanted = set(cuts)
         taken: dict[int, T] = {}
@@ -191,20 +210,36 @@ class Suffixes:
         return taken
 
 
-def _arguments(traced: fx.GraphModule, inputs: Any) -> list[Any]:
-    """Inputs in the order of the graph's placeholders, defaults filled in."""
-    holders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+class _Tracer(fx.Tracer):
+    """Keeps buffers symbolic, so that what a forward computes from one is computed again under faults."""
+
+    proxy_buffer_attributes = True
+
+
+def _arguments(model: nn.Module, inputs: Any) -> dict[str, Any]:
+    """Inputs by the names of the forward's parameters, in their order, defaults filled in."""
+    signature = inspect.signature(model.forward)
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values()):
+        raise TypeError("a forward with *args or **kwargs is not traced argument by argument")
     if isinstance(inputs, Mapping):
-        given = dict(inputs)
-        return [given[str(h.target)] if str(h.target) in given else h.args[0] for h in holders]
-    values = list(inputs) if isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence) else [inputs]
-    return [*values, *(h.args[0] for h in holders[len(values) :])]
+        bound = signature.bind(**inputs)
+    elif isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence):
+        bound = signature.bind(*inputs)
+    else:
+        bound = signature.bind(inputs)
+    bound.apply_defaults()
+    return bound.arguments
 
 
-def _hooked(module: nn.Module) -> bool:
-    """Tracing runs through composite modules without calling them, so it would lose their hooks."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks) and next(module.children(), None) is not None
+def _fixed(model: nn.Module, inputs: Sequence[Any]) -> dict[str, Any]:
+    """Arguments that are plain values, the same in every batch: `if mask is None` has to go the way it really goes."""
+    every = [
+        {name: value for name, value in _arguments(model, batch).items() if isinstance(value, _PLAIN)}
+        for batch in inputs
+    ]
+    if any(fixed != every[0] for fixed in every):
+        raise TypeError("arguments that are not tensors differ between batches")
+    return every[0]
 
 
 def _separate(live: list[Any]) -> bool:

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
-from math import isnan
+from math import isinf, isnan
 from platform import python_version
 from typing import Any
 
@@ -41,7 +41,7 @@ class Trial:
         outcomes: samples by outcome; they sum to `samples`.
         seconds: wall time, the only field that differs between two runs of a campaign.
         versions: what computed it.
-        error: why every sample is a DUE, if the faulty model raised.
+        error: why every sample is a DUE, if the faulty model raised or gave outputs of another shape.
     """
 
     point: int
@@ -59,9 +59,12 @@ class Trial:
     error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON object; an undefined metric is null."""
+        """As a JSON object, which has no word for such numbers: NaN is null, infinities are "inf" and "-inf"."""
         record = {field.name: getattr(self, field.name) for field in fields(self)}
-        record["metrics"] = {name: None if isnan(value) else value for name, value in self.metrics.items()}
+        record["metrics"] = {
+            name: None if isnan(value) else str(value) if isinf(value) else value
+            for name, value in self.metrics.items()
+        }
         return record
 
     @classmethod
@@ -137,7 +140,11 @@ class TrialRunner:
                     outputs = run(self.model, self.batches, self.output, self.suffixes, start, looks)
                 except FaultyRunError as failure:
                     error = str(failure)[:500]
-                    outputs = torch.full_like(self.golden, float("nan"))
+                else:
+                    if outputs.shape != self.golden.shape:
+                        error = f"outputs of shape {tuple(outputs.shape)} instead of {tuple(self.golden.shape)}"
+        if error is not None:
+            outputs = torch.full_like(self.golden, float("nan"))
         counts = torch.bincount(classify(self.golden, outputs, self.decision), minlength=len(OUTCOMES)).tolist()
         targets = self.batches.targets
         return Trial(
