@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from flipproof.campaigns.batches import Data, Output
@@ -40,7 +41,7 @@ class HardeningReport:
         seconds: what it took.
         forwards: passes over the whole calibration data that it took, in forward-equivalents (a backward pass
             counts two).
-        example: (shape, dtype) of the inputs of one batch, to time the model with.
+        example: (shape, dtype) of the inputs of one batch, to time the model with; None if they are not all tensors.
     """
 
     method: str
@@ -201,7 +202,7 @@ def harden(
         clean_drop=judged.accuracy - judged.accuracy_of(rewritten.model),
         seconds=time.perf_counter() - began,
         forwards=work.forwards,
-        example=pytree.tree_map(_shape_of, calibration.batches.inputs[0]),
+        example=_shapes(calibration.batches.inputs[0]),
     )
     vars(rewritten.model)[_REPORT] = report
     if report.unreachable:
@@ -249,7 +250,7 @@ def _check(rewritten: Rewritten) -> int:
         raise ModelError(
             "these bounds would leave nothing of the model:\n  "
             + "\n  ".join(problems)
-            + "\nIs the layer dead on the calibration data (then it is useless), or is the regularisation too strong?"
+            + "\nWas the regularisation too strong, or the learning rate too large?"
         )
     return count
 
@@ -263,8 +264,12 @@ def _shared(rewritten: Rewritten) -> list[str]:
     ]
 
 
-def _shape_of(leaf: Any) -> Any:
-    return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
+def _shapes(inputs: Any) -> Any:
+    """(shape, dtype) for each tensor; None for inputs that are more than tensors."""
+    leaves, tree = pytree.tree_flatten(inputs, is_leaf=lambda node: isinstance(node, PackedSequence))
+    if not all(isinstance(leaf, Tensor) for leaf in leaves):
+        return None
+    return pytree.tree_unflatten([(tuple(leaf.shape), leaf.dtype) for leaf in leaves], tree)
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -106,6 +106,12 @@ def profile(
             rewritten.dismiss(site, "is not executed on the calibration data, so nothing is known of its range")
     if not rewritten.sites:
         raise ModelError("none of this model's activations is executed on the calibration data")
+    dead = [site.name for site in rewritten.sites if site.function == "relu" and float(found[site.module].high) <= 0]
+    if dead and of == "output":
+        raise ModelError(
+            f"{', '.join(dead)}: nothing but 0 comes out on the calibration data, so thresholds would collapse to 0 "
+            f"and cut everything. Is the layer dead (then it is useless), or the data not what the model was made for?"
+        )
     return {site: found[site.module] for site in rewritten.sites}
 
 

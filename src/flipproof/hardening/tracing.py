@@ -116,8 +116,9 @@ def rewrite_forward(module: nn.Module, rewriting: Rewriting) -> None:
 
 def restore_forward(module: nn.Module) -> None:
     """Take a rewritten forward back."""
-    if isinstance(module, BoundedForward):
-        module.__class__ = module._original
+    original = _class_of(module)
+    if type(module) is not original:
+        module.__class__ = original
 
 
 class BoundedForward(nn.Module):
@@ -225,8 +226,9 @@ class _Tracer(fx.Tracer):
         return super().create_proxy(kind, *args, **kwargs)
 
 
-def _modes() -> tuple[bool, bool, bool]:
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+def _modes() -> tuple[bool, ...]:
+    autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
 def _trace(module: nn.Module, pattern: Pattern, training: bool) -> fx.Graph:
@@ -240,7 +242,9 @@ def _trace(module: nn.Module, pattern: Pattern, training: bool) -> fx.Graph:
     current = type(module)
     module.__class__ = _class_of(module)
     try:
-        graph = _Tracer(pattern).trace(module)
+        # without gradients in one state and with them in the other: a forward that sets either is seen to change it
+        with torch.set_grad_enabled(training):
+            graph = _Tracer(pattern).trace(module)
     except Untraceable:
         raise
     except Exception as error:  # whatever a forward does with a proxy

@@ -60,7 +60,8 @@ def train_thresholds(
 ) -> list[dict[str, Any]]:
     """Train the thresholds of some bounds and keep the smallest that hold the accuracy budget on the held-out part.
 
-    Smallest is by ‖λ‖² over these bounds. If no epoch holds the budget, thresholds are as they were before.
+    Smallest is by ‖λ‖² over these bounds, their values before training included. If nothing holds the budget, they stay
+    as they were.
 
     Args:
         work: what is being hardened; its model is run in eval mode.
@@ -83,7 +84,9 @@ def train_thresholds(
     floor = held.accuracy - schedule.budget
     rows: list[dict[str, Any]] = []
     best = [threshold.detach().clone() for threshold in thresholds]
-    smallest = _size(best)
+    start = held.accuracy_of(work.model)
+    work.spend(held, 1.0)
+    smallest = _size(best) if start >= floor else float("inf")
     with _only(work.model, thresholds):
         optimiser = torch.optim.Adam(thresholds, lr=schedule.lr)
         halving = torch.optim.lr_scheduler.StepLR(optimiser, schedule.halve_every, gamma=0.5)
@@ -99,7 +102,7 @@ def train_thresholds(
                 with torch.no_grad():
                     for threshold in thresholds:
                         threshold.clamp_(min=0.0)  # a negative bound cuts off as much as 0 does
-                total += float(value) * targets.numel()
+                total += float(value.detach()) * targets.numel()
             if not total < float("inf"):
                 raise ModelError(f"{label}: the loss became {total}; use a smaller lr than {schedule.lr}")
             halving.step()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -72,6 +73,8 @@ class Watch(TorchFunctionMode):
 
     def __enter__(self) -> Self:
         for module in self.model.modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks, and shows nothing of what it computes
+                continue
             self._handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
             self._handles.append(module.register_forward_hook(self._end, always_call=True))
         super().__enter__()  # type: ignore[no-untyped-call]
