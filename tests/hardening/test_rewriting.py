@@ -439,6 +439,29 @@ def test_what_a_trace_would_get_wrong_is_refused(make: Callable[[], nn.Module], 
         assert isinstance(found.model[0].runs, int)
 
 
+class LooksAtItsCaller(nn.Module):
+    """Computes something else while it is traced: the kind of forward that only a comparison of outputs catches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.fc(x)) * (2.0 if isinstance(x, fx.Proxy) else 1.0)
+
+
+def test_a_rewritten_forward_that_computes_something_else_is_taken_back() -> None:
+    model = nn.Sequential(LooksAtItsCaller(), Block(), nn.ReLU()).eval()
+    found = rewrite(model, X)
+    assert [site.name for site in found.sites] == ["1.relu:0", "2:0"], "the others stay rewritten"
+    assert [(entry.name, entry.reason) for entry in found.unreachable] == [
+        ("0 (relu)", "computes something else once it is rewritten")
+    ]
+    assert type(found.model[0]) is LooksAtItsCaller
+    assert same(model, found.model)
+    assert found.model.state_dict().keys() == model.state_dict().keys(), "nothing is left of the attempt"
+
+
 def test_data_dependent_shapes_never_leave_a_function_unbounded_in_silence() -> None:
     found = rewrite(Alternates().eval(), X)
     assert [site.name for site in found.sites] == ["tanh:0"] or "relu:0" in [site.name for site in found.sites]

@@ -173,11 +173,11 @@ def harden(
         DataError: if the calibration data is empty, holds NaN or does not fit the model.
 
     Example:
-        >>> import flipproof as fp, flipproof.hardening, torch
+        >>> import flipproof as fp, torch
         >>> _ = torch.manual_seed(0)
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
-        >>> safe = fp.hardening.harden(net, fp.hardening.Ranger(), data=[(torch.randn(16, 4), torch.randint(3, (16,)))])
-        >>> [site.name for site in fp.hardening.hardening_report(safe).sites], safe[1]
+        >>> safe = fp.harden(net, fp.Ranger(), data=[(torch.randn(16, 4), torch.randint(3, (16,)))])
+        >>> [site.name for site in fp.hardening_report(safe).sites], safe[1]
         (['1:0'], Saturate(relu, per layer))
     """
     if not isinstance(model, nn.Module):

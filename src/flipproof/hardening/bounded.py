@@ -66,21 +66,25 @@ class Bounded(Activation, ABC):
         self.register_parameter("low", None if low is None else _stored(low))
 
     @abstractmethod
-    def bound(self, x: Tensor) -> Tensor:
-        """The bounded activation of `x`, which stays as it is."""
+    def bound(self, x: Tensor, *, overwrite: bool = False) -> Tensor:
+        """The bounded activation of `x`; with `overwrite`, the memory of `x` may be used for it."""
 
-    def _finite(self, x: Tensor, *, below: float | None) -> Tensor:
-        """The activation in memory of its own, with NaN and +∞ as 0 and −∞ as `below` (None: the lowest number)."""
+    def _finite(self, x: Tensor, *, below: float | None, overwrite: bool) -> Tensor:
+        """The activation, not in the memory of `x` unless told so, with NaN and +∞ as 0 and −∞ as `below`.
+
+        None for `below` makes it the lowest number.
+        """
         if self.rectifies:
-            return torch.nan_to_num(x, 0.0, 0.0, 0.0).relu_()
+            return (x.nan_to_num_(0.0, 0.0, 0.0) if overwrite else torch.nan_to_num(x, 0.0, 0.0, 0.0)).relu_()
         return torch.nan_to_num(self.activate(x), 0.0, 0.0, below)
 
     def forward(self, x: Tensor) -> Tensor:
         """Bounded activation of `x`, shape (N, …)."""
         if not self.inplace:
             return self.bound(x)
-        # written to the memory of x, as the function that this replaces did; backward still needs the old values
-        return x.copy_(self.bound(x.clone() if torch.is_grad_enabled() else x))
+        # the result goes where the replaced function put it; backward still needs the old values
+        overwrite = self.rectifies and not torch.is_grad_enabled()
+        return self.bound(x, overwrite=True) if overwrite else x.copy_(self.bound(x.clone()))
 
     def extra_repr(self) -> str:
         """The activation and the shape of its bounds."""
@@ -96,19 +100,12 @@ class Saturate(Bounded):
         tensor([0., 1., 2., 2., 0.])
     """
 
-    def bound(self, x: Tensor) -> Tensor:
+    def bound(self, x: Tensor, *, overwrite: bool = False) -> Tensor:
         if self.rectifies:  # the order matters: a NaN threshold gives NaN first, a negative one a negative number
-            return torch.clamp_max(x, self.threshold).nan_to_num_(0.0).relu_()
-        return self._two_sided(self.activate(x)).nan_to_num_(0.0)
-
-    def _two_sided(self, value: Tensor) -> Tensor:
-        capped = torch.clamp_max(value, self.threshold)
-        return capped if self.low is None else capped.clamp_min_(self.low)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.inplace and self.rectifies:
-            return x.clamp_max_(self.threshold).nan_to_num_(0.0).relu_()
-        return super().forward(x)
+            capped = x.clamp_max_(self.threshold) if overwrite else torch.clamp_max(x, self.threshold)
+            return capped.nan_to_num_(0.0).relu_()
+        capped = torch.clamp_max(self.activate(x), self.threshold)
+        return (capped if self.low is None else capped.clamp_min_(self.low)).nan_to_num_(0.0)
 
 
 class ZeroAbove(Bounded):
@@ -119,13 +116,13 @@ class ZeroAbove(Bounded):
         tensor([0., 1., 0., 0., 0.])
     """
 
-    def bound(self, x: Tensor) -> Tensor:
-        value = self._finite(x, below=0.0)
+    def bound(self, x: Tensor, *, overwrite: bool = False) -> Tensor:
+        value = self._finite(x, below=0.0, overwrite=overwrite)
         # the comparison is written as a number: mixing bytes and floats costs three times as much
         inside = value.detach().clone().le_(self.threshold)
         if self.low is not None:
             inside = inside * (value >= self.low)
-        return _product(value, inside)
+        return _product(value, inside, overwrite)
 
 
 class Smooth(Bounded):
@@ -164,22 +161,24 @@ class Smooth(Bounded):
             raise ValueError(f"the slope k must be positive, got {slope}: a negative one suppresses what lies below λ")
         self.slope = float(slope)
 
-    def bound(self, x: Tensor) -> Tensor:
-        value = self._finite(x, below=0.0 if self.low is None else None)
+    def bound(self, x: Tensor, *, overwrite: bool = False) -> Tensor:
+        value = self._finite(x, below=0.0 if self.low is None else None, overwrite=overwrite)
         if self.low is not None:
             value = torch.clamp_min(value, torch.nan_to_num(self.low, 0.0))
         # 1 − σ(z) = σ(−z), without the cancellation; x = +∞ is 0 already, since ∞ · 0 would be NaN
         gate = torch.sub(torch.nan_to_num(self.threshold, 0.0), value).mul_(self.slope).sigmoid_()
-        return _product(value, gate)
+        return _product(value, gate, overwrite)
 
     def extra_repr(self) -> str:
         """The activation, the shape of its bounds and k."""
         return f"{super().extra_repr()}, slope={self.slope:g}"
 
 
-def _product(value: Tensor, gate: Tensor) -> Tensor:
-    """Value · gate, in the memory of `gate` unless backward will need it."""
-    return value * gate if torch.is_grad_enabled() else gate.mul_(value)
+def _product(value: Tensor, gate: Tensor, overwrite: bool) -> Tensor:
+    """Value · gate, in the memory of one of them unless backward will need it."""
+    if torch.is_grad_enabled():
+        return value * gate
+    return value.mul_(gate) if overwrite else gate.mul_(value)
 
 
 def _stored(value: Tensor | float) -> nn.Parameter:

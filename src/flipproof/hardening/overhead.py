@@ -54,11 +54,11 @@ def overhead(model: nn.Module, hardened: nn.Module, *, inputs: Any = None, repea
         ConfigError: if `hardened` has fewer parameters than `model`.
 
     Example:
-        >>> import flipproof as fp, flipproof.hardening, torch
+        >>> import flipproof as fp, torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 10), torch.nn.ReLU(), torch.nn.Linear(10, 5))
         >>> data = [(torch.randn(8, 4), torch.randint(5, (8,)))]
-        >>> safe = fp.hardening.harden(net, fp.hardening.Ranger(), data=data)
-        >>> overhead(net, safe, repeats=0)
+        >>> safe = fp.harden(net, fp.Ranger(), data=data)
+        >>> fp.overhead(net, safe, repeats=0)
         Overhead(parameters=105, thresholds=1, memory_percent=0.9523809523809523, bytes=4, time_ratio=None)
     """
     counts = [sum(parameter.numel() for parameter in each.parameters()) for each in (model, hardened)]

@@ -95,8 +95,11 @@ class _Edit:
     bases: dict[str, str]
     rewriting: Rewriting | None
     before: dict[str, Any] = field(default_factory=dict)
+    graph: fx.Graph | None = None
 
     def apply(self) -> None:
+        if isinstance(self.owner, fx.GraphModule):
+            self.graph = deepcopy(self.owner.graph)
         self.before = {name: vars(self.owner)[name] for name in self.children if name in vars(self.owner)}
         for name, child in self.children.items():
             setattr(self.owner, name, child)
@@ -105,6 +108,8 @@ class _Edit:
 
     def undo(self) -> None:
         restore_forward(self.owner)
+        if isinstance(self.owner, fx.GraphModule) and self.graph is not None:
+            self.owner.graph = self.graph
         for name in self.children:
             self.owner._modules.pop(name, None)
         vars(self.owner).update(self.before)
