@@ -28,6 +28,9 @@ from flipproof.hardening import (
     hardening_report,
 )
 from flipproof.hardening.base import Work
+from flipproof.hardening.calibration import Calibration
+from flipproof.hardening.profile import profile
+from flipproof.hardening.rewriting import Site, rewrite
 from flipproof.models import digits_cnn
 from flipproof.models.training import train_classifier
 
@@ -304,3 +307,35 @@ def test_ranger_bounds_make_a_trained_network_survive_more(digits_net: nn.Module
     plain, safe = fp.assess(digits_net, **setup), fp.assess(hardened, **setup)
     assert safe.golden["accuracy"] > plain.golden["accuracy"] - 0.01
     assert safe.summary["accuracy"][0] > plain.summary["accuracy"][0] + 0.1
+
+
+@pytest.mark.parametrize("method", [Ranger(), Ranger(replace="zero"), FitAct(epochs=1)], ids=repr)
+def test_campaigns_give_the_same_records_from_cached_activations(method: Hardening, digits_net: nn.Module) -> None:
+    """A campaign starts trials from a trace of the hardened model; bounds must act there as they do when called."""
+    hardened = harden(digits_net, method, data=digits("train")[:2])
+    setup: dict[str, Any] = {
+        "data": digits("test", batch_size=60)[:2],
+        "faults": fp.BitErrorRate([1e-4]),
+        "trials": 15,
+        "metrics": ("accuracy",),
+    }
+    cached, whole = fp.assess(hardened, **setup), fp.assess(hardened, cache_bytes=0, **setup)
+    columns = ["accuracy", "masked", "non_critical_sdc", "critical_sdc", "due", "digest"]
+    pd.testing.assert_frame_equal(cached.trials[columns], whole.trials[columns])
+    assert cached.trials["critical_sdc"].sum() > 0
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_profiles_of_inputs_are_taken_before_the_activation_overwrites_them(inplace: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=inplace), nn.Linear(6, 3)).eval()
+    x = torch.randn(20, 4)
+    data = [(x[:15], torch.zeros(15)), (x[15:], torch.zeros(5))]
+    calibration = Calibration.read(model, data, torch.device("cpu"))
+    before = model[0](x).detach()
+    for of, expected in (("input", before), ("output", before.clamp_min(0))):
+        (seen,) = profile(rewrite(model, x), calibration, of=of).values()  # type: ignore[arg-type]
+        low, high = seen.of("neuron", Site("1:0", "1", "relu", 1))
+        assert torch.allclose(low, expected.amin(dim=0))
+        assert torch.allclose(high, expected.amax(dim=0))
+        assert float(seen.low) == pytest.approx(float(expected.min()))
+        assert seen.calls == 2
