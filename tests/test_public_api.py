@@ -29,6 +29,7 @@ def test_public_names_are_exactly_these():
         "Ranger",
         "StuckAt",
         "assess",
+        "compare",
         "harden",
         "hardening_report",
         "overhead",

@@ -5,6 +5,7 @@ from flipproof.errors import FlipproofError, FlipproofWarning
 from flipproof.faults import BitErrorRate, BitPosition, FaultSpace, Parameters, RandomBits, StuckAt
 from flipproof.formats import Affine, BFloat16, FixedPoint, Float8E4M3, Float8E5M2, Float16, Float32
 from flipproof.hardening import FitAct, FTClipAct, HardeningReport, ProAct, Ranger, harden, hardening_report, overhead
+from flipproof.reports import compare
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "Ranger",
     "StuckAt",
     "assess",
+    "compare",
     "harden",
     "hardening_report",
     "overhead",

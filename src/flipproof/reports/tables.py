@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from rich.console import Group
 from rich.table import Table
 from scipy import stats
 
@@ -20,35 +21,49 @@ NEGLIGIBLE = 0.005
 """A drop below half a percentage point is not worth a sentence."""
 
 
-def summary_table(assessment: Assessment, *, title: str | None = None, rows: list[int] | None = None) -> Table:
+METRICS_A_TABLE = 3
+"""More of them, each with an interval and a drop, do not fit 100 columns."""
+
+
+def summary_table(assessment: Assessment, *, title: str | None = None, rows: list[int] | None = None) -> Group:
     """One line a point: the metric with its interval, its drop, and the outcomes; percent throughout.
+
+    Further metrics follow in tables of their own, so that each fits 100 columns.
 
     Args:
         assessment: what to show.
         title: above the table.
         rows: indices of points to show; all by default.
     """
-    summary = assessment.summary
+    first, *others = assessment.metrics
+    tables = [_table(assessment, [first], title, rows, outcomes=True)]
+    for start in range(0, len(others), METRICS_A_TABLE):
+        tables.append(_table(assessment, others[start : start + METRICS_A_TABLE], None, rows, outcomes=False))
+    return Group(*tables)
+
+
+def _table(
+    assessment: Assessment, metrics: Sequence[str], title: str | None, rows: list[int] | None, *, outcomes: bool
+) -> Table:
     confidence = float(assessment.header["plan"]["confidence"])
-    table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False, collapse_padding=True)
+    table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
     coordinates = list(assessment.header["points"][0]["coordinates"])
-    for name in coordinates:
-        table.add_column(name.upper() if name == "ber" else name, justify="right", no_wrap=True)
-    table.add_column("flips", justify="right", no_wrap=True)
-    for name in assessment.metrics:
-        table.add_column(f"{name} %\n[{confidence:.0%} interval]", justify="right", no_wrap=True)
-        table.add_column("drop\npoints", justify="right", no_wrap=True)
-    for heading in ("masked\n%", "SDC\n%", "critical\n%", "DUE\n%"):
+    headings = [name.upper() if name == "ber" else name for name in coordinates]
+    headings += ["flips"] if outcomes else []
+    for name in metrics:
+        headings += [f"{name} %\n\\[{confidence:.0%} interval]", "drop\npoints"]
+    headings += ["masked\n%", "SDC\n%", "critical\n%", "DUE\n%", "trials"] if outcomes else []
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("trials", justify="right", no_wrap=True)
-    for _, row in summary.iterrows():
+    for _, row in assessment.summary.iterrows():
         if rows is not None and int(row["point"]) not in rows:
             continue
         exact = bool(assessment.header["points"][int(row["point"])]["repeats"])
-        cells = [number(row[name]) for name in coordinates] + [f"{row['flips']:,.0f}"]
-        for name in assessment.metrics:
+        cells = [number(row[name]) for name in coordinates]
+        cells += [f"{row['flips']:,.0f}"] if outcomes else []
+        for name in metrics:
             cells += [_with_interval(row, name, exact), percent(row[f"{name}_drop"])]
-        cells += [percent(row[outcome]) for outcome in OUTCOMES] + [f"{int(row['trials'])}"]
+        cells += [*(percent(row[outcome]) for outcome in OUTCOMES), f"{int(row['trials'])}"] if outcomes else []
         table.add_row(*cells)
     return table
 
@@ -80,7 +95,7 @@ def number(value: float) -> str:
         >>> number(1e-4), number(3e-05), number(0.25), number(12)
         ('1e-4', '3e-5', '0.25', '12')
     """
-    if value == 0 or 1e-2 <= abs(value) < 1e6:
+    if value == 0 or 0.1 <= abs(value) < 1e6:
         return f"{value:g}"
     mantissa, exponent = f"{value:e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
@@ -120,8 +135,8 @@ def findings(assessment: Assessment) -> list[str]:
     if worst["critical_total"] > 0:
         kind = "NaN outputs (DUE)" if worst["due"] > worst["critical_sdc"] else "silently wrong answers (critical SDC)"
         said.append(
-            f"At {name} {number(worst[coordinate])} {worst['critical_total']:.1%} of answers are lost, mostly to {kind}: "
-            f"{worst['critical_sdc']:.1%} critical SDC, {worst['due']:.1%} DUE."
+            f"At {name} {number(worst[coordinate])} {worst['critical_total']:.1%} of answers are lost, "
+            f"mostly to {kind}: {worst['critical_sdc']:.1%} critical SDC, {worst['due']:.1%} DUE."
         )
     return said
 

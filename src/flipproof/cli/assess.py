@@ -1,50 +1,20 @@
-"""The command line: verbs only. Each is one call of the function of that name."""
+"""`flipproof assess`."""
 
 from __future__ import annotations
 
-import sys
-import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-import flipproof.datasets
-import flipproof.models
-from flipproof import specs
 from flipproof.campaigns import Assessment
+from flipproof.cli.console import out
 from flipproof.config import CampaignConfig, read_toml
-from flipproof.demo import run_demo
-from flipproof.errors import ConfigError, FlipproofError, FlipproofWarning
+from flipproof.errors import ConfigError
 from flipproof.metrics import METRIC_NAMES
-from flipproof.reports import compare as compare_assessments
 from flipproof.reports import findings, metric_figure, outcome_figure, save, summary_table
 
-app = typer.Typer(
-    name="flipproof",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    help="How a PyTorch network behaves when the memory that holds it loses bits. Start with `flipproof demo`.",
-)
-out, errors = Console(), Console(stderr=True)
 
-
-@app.command()
-def demo(
-    folder: Annotated[Path, typer.Option("--out", help="Folder for journals, tables and figures.")] = Path(
-        "flipproof-demo"
-    ),
-    trials: Annotated[int, typer.Option(min=2, help="Trials at each bit error rate.")] = 300,
-    workers: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
-) -> None:
-    """Train a small CNN, sweep the bit error rate, flip every bit position. Under a minute."""
-    run_demo(folder, trials=trials, workers=workers, console=out)
-
-
-@app.command()
 def assess(
     model: Annotated[
         str | None,
@@ -149,60 +119,6 @@ def assess(
     out.print(f"Written to {results}/: journal.jsonl, trials.csv, summary.csv, campaign.toml" + _figures(results))
 
 
-@app.command()
-def compare(
-    journals: Annotated[list[str], typer.Argument(help="NAME=JOURNAL.jsonl, the baseline first.")],
-    csv: Annotated[Path | None, typer.Option(help="Also write the whole table as CSV.")] = None,
-    figure: Annotated[
-        Path | None, typer.Option(help="Also draw the metric against the rate: .png, .pdf or .svg.")
-    ] = None,
-) -> None:
-    """Put campaigns side by side: drops, outcomes, gains over the first one with intervals."""
-    assessments: dict[str, Assessment] = {}
-    for text in journals:
-        name, equals, path = text.partition("=")
-        if not equals:
-            name, path = Path(text).stem, text
-        if name in assessments:
-            raise ConfigError(f"two campaigns are called {name!r}; write NAME=JOURNAL.jsonl")
-        assessments[name] = Assessment.load(path)
-    table = compare_assessments(**assessments)
-    metric = next(iter(assessments.values())).metrics[0]
-    for name, assessment in assessments.items():
-        out.print(summary_table(assessment, title=name))
-        gains = table[table["campaign"] == name]
-        if name != next(iter(assessments)):
-            for _, row in gains.iterrows():
-                out.print("  " + _gain(row, metric), markup=False, highlight=False)
-    if csv:
-        table.to_csv(csv, index=False)
-    if figure:
-        save(metric_figure(assessments, metric=metric), figure)
-
-
-@app.command(name="list")
-def list_names() -> None:
-    """Name what can be chosen: formats, fault models, metrics, models, data sets."""
-    for kind, names in {
-        "formats": specs.FORMATS,
-        "fault models": specs.FAULT_MODELS,
-        "metrics": METRIC_NAMES,
-        "models": [f"flipproof.models:{name}" for name in flipproof.models.__all__],
-        "data sets": [f"flipproof.datasets:{name}" for name in flipproof.datasets.__all__],
-    }.items():
-        out.print(f"[bold]{kind}[/]")
-        for name in names:
-            out.print(f"  {name}", highlight=False)
-
-
-@app.callback(invoke_without_command=True)
-def about(show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
-    """Options of the program itself."""
-    if show:
-        out.print(f"flipproof {version('flipproof')}", highlight=False)
-        raise typer.Exit
-
-
 def _formats(given: list[str] | None) -> str | dict[str, str] | None:
     if not given:
         return None
@@ -234,35 +150,5 @@ def _print(result: Assessment) -> None:
         out.print(f"  • {sentence}", markup=False, highlight=False)
 
 
-def _gain(row: Any, metric: str) -> str:
-    low, high = 100 * row[f"{metric}_gain_low"], 100 * row[f"{metric}_gain_high"]
-    how = "paired" if row["paired"] else "independent draws"
-    point = ", ".join(
-        f"{name} {row[name]:g}" for name in ("ber", "bit", "count") if name in row and row[name] == row[name]
-    )
-    return f"{point}: {metric} gains {100 * row[f'{metric}_gain']:+.1f} points [{low:.1f}, {high:.1f}] ({how})"
-
-
 def _figures(folder: Path) -> str:
     return "".join(f", {name}" for name in ("metric.png", "outcomes.png") if (folder / name).exists())
-
-
-def main() -> None:
-    """Run the command line; what flipproof refuses is printed without a traceback, exit status 2."""
-    with warnings.catch_warnings():
-        warnings.showwarning = _show
-        try:
-            app()
-        except FlipproofError as error:
-            errors.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-            errors.print(str(error), markup=False, highlight=False)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            errors.print("interrupted; every finished trial is in the journal, the same command resumes")
-            sys.exit(130)
-
-
-def _show(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
-    name = "warning" if issubclass(category, FlipproofWarning) else category.__name__
-    errors.print(f"[yellow]{name}[/]: ", end="")
-    errors.print(str(message), markup=False, highlight=False)
