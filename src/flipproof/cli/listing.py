@@ -15,7 +15,7 @@ def list_names() -> None:
         "formats": specs.FORMATS,
         "fault models": specs.FAULT_MODELS,
         "metrics": METRIC_NAMES,
-        "models": [f"flipproof.models:{name}" for name in flipproof.models.__all__],
+        "models": [f"flipproof.models:{name}" for name in flipproof.models.__all__ if name != "load_weights"],
         "data sets": [f"flipproof.datasets:{name}" for name in flipproof.datasets.__all__],
     }.items():
         out.print(f"[bold]{kind}[/]")

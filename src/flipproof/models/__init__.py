@@ -1,6 +1,25 @@
-"""Networks of the papers and of the demo, each `f(num_classes=…)`."""
+"""Networks of the papers and of the demo, each `f(num_classes=…)`, and the loader of trained weights."""
 
+from flipproof.models.alexnet import alexnet, alexnet_227
 from flipproof.models.digits_cnn import digits_cnn
-from flipproof.models.resnet import resnet18
+from flipproof.models.lenet import lenet5
+from flipproof.models.mlp import mlp
+from flipproof.models.resnet import resnet18, resnet50
+from flipproof.models.resnet_cifar import resnet20, resnet56
+from flipproof.models.vgg import vgg11, vgg16
+from flipproof.models.weights import load_weights
 
-__all__ = ["digits_cnn", "resnet18"]
+__all__ = [
+    "alexnet",
+    "alexnet_227",
+    "digits_cnn",
+    "lenet5",
+    "load_weights",
+    "mlp",
+    "resnet18",
+    "resnet20",
+    "resnet50",
+    "resnet56",
+    "vgg11",
+    "vgg16",
+]
