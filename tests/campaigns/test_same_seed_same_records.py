@@ -137,22 +137,22 @@ class TestMargin:
         return {"data": blobs, "faults": fp.BitErrorRate([5e-4, 2e-2]), "trials": 200, "seed": 1, **change}
 
     def test_stops_at_the_first_look_that_is_narrow_enough(self, mlp, blobs):
-        result = fp.assess(mlp, **self.setup_for(blobs, margin=0.05))
+        result = fp.assess(mlp, **self.setup_for(blobs, margin=0.025))
         full = fp.assess(mlp, **self.setup_for(blobs))
         counts = result.summary["trials"].tolist()
         for point, count in enumerate(counts):
             of_point = [r for r in records_of(full) if r.point == point]
             assert [r for r in records_of(result) if r.point == point] == of_point[:count]
             widths = {
-                n: half_width(mean_interval([r.metrics["accuracy"] for r in of_point[:n]], bounded=True))
+                n: half_width(mean_interval([r.metrics["accuracy"] for r in of_point[:n]], bounds=(0, 1)))
                 for n in range(20, 201, 20)
             }
-            assert count == min(n for n, width in widths.items() if width <= 0.05)
+            assert count == min(n for n, width in widths.items() if width <= 0.025)
         assert counts[0] < counts[1] < 200  # fewer faults, less scatter, fewer trials
 
     def test_workers_do_not_matter(self, mlp, blobs):
-        one = fp.assess(mlp, **self.setup_for(blobs, margin=0.05))
-        two = fp.assess(mlp, **self.setup_for(blobs, margin=0.05, workers=2))
+        one = fp.assess(mlp, **self.setup_for(blobs, margin=0.025))
+        two = fp.assess(mlp, **self.setup_for(blobs, margin=0.025, workers=2))
         assert records_of(one) == records_of(two)
 
     def test_the_ceiling_holds(self, mlp, blobs):

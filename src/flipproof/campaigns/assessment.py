@@ -78,8 +78,9 @@ class Assessment:
         """One row a point: means with `_low` and `_high`, drops against the golden run, outcomes as rates.
 
         `accuracy_drop` = golden accuracy − mean accuracy; `critical_total` = critical SDC + DUE; `flips` is the mean
-        number of changed bits a trial. Intervals are over trials (`mean_interval`; bootstrap for AUROC and average
-        precision) at the campaign's confidence; points that draw nothing at random have intervals of no width.
+        number of changed bits a trial. Intervals are over trials, at the campaign's confidence (`mean_interval`;
+        bootstrap for AUROC and average precision), never narrower than what unseen trials could change; points that
+        draw nothing at random have intervals of no width.
         """
         confidence = float(self.header["plan"]["confidence"])
         rows = []
@@ -173,12 +174,15 @@ def rates(records: Sequence[Trial], outcome: str) -> list[float]:
 
 def interval_of(name: str, values: Sequence[float], confidence: float) -> tuple[float, float]:
     """The interval a column gets: bootstrap for ranking metrics, else Student's t over trials."""
-    if name in METRIC_NAMES:
-        metric = resolve(name)[0]
-        if metric.ranking:
-            return bootstrap_interval(values, confidence=confidence, bounded=True)
-    bounded = name in METRIC_NAMES or name in (*OUTCOMES, "critical_total")
-    return mean_interval(values, confidence=confidence, bounded=bounded)
+    bounds = (0.0, 1.0) if is_share(name) else None
+    if name in METRIC_NAMES and resolve(name)[0].ranking:
+        return bootstrap_interval(values, confidence=confidence, bounds=bounds)
+    return mean_interval(values, confidence=confidence, bounds=bounds)
+
+
+def is_share(name: str) -> bool:
+    """True for the built-in metrics and the outcomes, which cannot leave [0, 1]."""
+    return name in METRIC_NAMES or name in (*OUTCOMES, "critical_total")
 
 
 def _estimate(name: str, values: Sequence[float], confidence: float, certain: bool) -> tuple[float, float, float]:

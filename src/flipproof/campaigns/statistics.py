@@ -63,39 +63,47 @@ def wilson_interval(successes: float, n: int, *, confidence: float = 0.95) -> In
     return (max(0.0, centre - half), min(1.0, centre + half))
 
 
-def mean_interval(values: ArrayLike, *, confidence: float = 0.95, bounded: bool = False) -> Interval:
+def mean_interval(values: ArrayLike, *, confidence: float = 0.95, bounds: Interval | None = None) -> Interval:
     """Interval of the mean over trials (samples within a trial share its faults and are not independent).
 
-    Student's t over trials. For a quantity that cannot leave [0, 1] the interval is cut to it, and where all n trials
-    agree, so that t would claim no uncertainty at all, it says what is certain: at most a share q of all possible
-    trials differs, q = 1 − ((1 − confidence) / 2)^(1/n) (Clopper-Pearson for 0 of n), and those may lie anywhere in
-    [0, 1]. Fewer than two trials, or agreeing trials of an unbounded quantity, give (nan, nan): nothing is known.
+    Student's t over trials. t only knows what was seen; flips are mostly harmless and rarely fatal, so that a few
+    hundred trials may show no fatal one at all and t would claim near certainty. For a quantity that cannot leave
+    `bounds` the interval is therefore never narrower than what is certain about trials not seen: a share of them up to
+    q = 1 − ((1 − confidence) / 2)^(1/n) (Clopper-Pearson for 0 of n) may lie anywhere within the bounds and take the
+    mean with it, down to mean − q·(mean − lower) and up to mean + q·(upper − mean).
+
+    Args:
+        values: one a trial.
+        confidence: of the interval.
+        bounds: lowest and highest possible value, (0, 1) for shares; None if there are none.
+
+    Returns:
+        (low, high); (nan, nan), nothing is known, for fewer than two trials, for values that are not finite, and for
+        agreeing trials of an unbounded quantity.
 
     Example:
-        >>> [round(bound, 4) for bound in mean_interval([0.9, 0.8, 1.0], bounded=True)]
-        [0.6516, 1.0]
-        >>> [round(bound, 4) for bound in mean_interval([0.0] * 100, bounded=True)]  # no critical trial seen in 100
+        >>> [round(bound, 4) for bound in mean_interval([0.9, 0.8, 1.0], bounds=(0, 1))]
+        [0.2632, 1.0]
+        >>> [round(bound, 4) for bound in mean_interval([0.0] * 100, bounds=(0, 1))]  # no critical trial seen in 100
         [0.0, 0.0362]
     """
     x = np.asarray(values, np.float64)
     if x.size < 2 or not bool(np.isfinite(x).all()):
         return (float("nan"), float("nan"))
-    mean = float(x.mean())
-    if float(np.ptp(x)) == 0.0:
-        return _agreement(float(x[0]), x.size, confidence) if bounded else (float("nan"), float("nan"))
+    mean = float(x[0]) if float(np.ptp(x)) == 0.0 else float(x.mean())
     half = float(stats.t.ppf((1 + confidence) / 2, x.size - 1) * x.std(ddof=1) / x.size**0.5)
-    if bounded:
-        return (max(0.0, mean - half), min(1.0, mean + half))
-    return (mean - half, mean + half)
+    if bounds is None:
+        return (mean - half, mean + half) if float(np.ptp(x)) else (float("nan"), float("nan"))
+    return _with_unseen((mean - half, mean + half), mean, x.size, confidence, bounds)
 
 
 def bootstrap_interval(
-    values: ArrayLike, *, confidence: float = 0.95, bounded: bool = False, resamples: int = 2000
+    values: ArrayLike, *, confidence: float = 0.95, bounds: Interval | None = None, resamples: int = 2000
 ) -> Interval:
     """Bias-corrected bootstrap interval of the mean over trials, for skewed metrics such as AUROC.
 
-    Resampling is seeded, so equal records give equal intervals. Where all trials agree, or there are fewer than two,
-    it answers as `mean_interval` does.
+    Resampling is seeded, so equal records give equal intervals. Trials not seen widen it as they widen
+    `mean_interval`, which also answers where all trials agree or there are fewer than two.
 
     Example:
         >>> low, high = bootstrap_interval([0.9, 0.5, 0.92, 0.91, 0.89])
@@ -104,7 +112,7 @@ def bootstrap_interval(
     """
     x = np.asarray(values, np.float64)
     if x.size < 2 or not bool(np.isfinite(x).all()) or float(np.ptp(x)) == 0.0:
-        return mean_interval(x, confidence=confidence, bounded=bounded)
+        return mean_interval(x, confidence=confidence, bounds=bounds)
     result = stats.bootstrap(
         (x,),
         np.mean,
@@ -113,12 +121,31 @@ def bootstrap_interval(
         method="BCa",
         rng=np.random.default_rng(0),
     )
-    return (float(result.confidence_interval.low), float(result.confidence_interval.high))
+    seen = (float(result.confidence_interval.low), float(result.confidence_interval.high))
+    return seen if bounds is None else _with_unseen(seen, float(x.mean()), x.size, confidence, bounds)
 
 
-def _agreement(value: float, n: int, confidence: float) -> Interval:
+def difference_interval(mean: float, interval: Interval, other_mean: float, other: Interval) -> Interval:
+    """Interval of `mean` − `other_mean` for two independent means that have intervals of their own.
+
+    The distances to the bounds add as squares (MOVER; Zou and Donner, Statistics in Medicine 2008): for two t intervals
+    that is about Welch's, and what widened either of them widens the difference.
+
+    Example:
+        >>> [round(bound, 3) for bound in difference_interval(0.9, (0.87, 0.93), 0.5, (0.46, 0.54))]
+        [0.35, 0.45]
+    """
+    difference = mean - other_mean
+    below = ((mean - interval[0]) ** 2 + (other[1] - other_mean) ** 2) ** 0.5
+    above = ((interval[1] - mean) ** 2 + (other_mean - other[0]) ** 2) ** 0.5
+    return (difference - below, difference + above)
+
+
+def _with_unseen(seen: Interval, mean: float, n: int, confidence: float, bounds: Interval) -> Interval:
     unseen = 1 - ((1 - confidence) / 2) ** (1 / n)
-    return (value * (1 - unseen), value + (1 - value) * unseen)
+    low = min(seen[0], mean - unseen * (mean - bounds[0]))
+    high = max(seen[1], mean + unseen * (bounds[1] - mean))
+    return (max(float(bounds[0]), low), min(float(bounds[1]), high))
 
 
 def half_width(interval: Interval) -> float:

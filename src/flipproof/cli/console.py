@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console
 
-out, errors = Console(), Console(stderr=True)
+PLAIN_WIDTH = 100
+"""Columns of output that goes to a file or a pipe."""
+
+out = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+errors = Console(stderr=True, width=None if sys.stderr.isatty() else PLAIN_WIDTH)

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from rich import box
 from rich.console import Group
 from rich.table import Table
-from scipy import stats
 
-from flipproof.campaigns.assessment import Assessment, rates
-from flipproof.campaigns.statistics import mean_interval
+from flipproof.campaigns.assessment import Assessment, interval_of, is_share, rates
+from flipproof.campaigns.statistics import difference_interval, mean_interval
 from flipproof.campaigns.trial import Trial
 from flipproof.errors import ConfigError
 from flipproof.outcomes import OUTCOMES
@@ -46,7 +46,7 @@ def _table(
     assessment: Assessment, metrics: Sequence[str], title: str | None, rows: list[int] | None, *, outcomes: bool
 ) -> Table:
     confidence = float(assessment.header["plan"]["confidence"])
-    table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     coordinates = list(assessment.header["points"][0]["coordinates"])
     headings = [name.upper() if name == "ber" else name for name in coordinates]
     headings += ["flips"] if outcomes else []
@@ -124,6 +124,13 @@ def findings(assessment: Assessment) -> list[str]:
             f"stays within {percent(NEGLIGIBLE)} points of that."
         )
     broken = summary[summary[f"{metric}_drop_low"] > NEGLIGIBLE]
+    unclear = summary[~summary.index.isin(harmless.index) & ~summary.index.isin(broken.index)]
+    for _, row in unclear.iterrows():
+        said.append(
+            f"At {name} {number(row[coordinate])} {int(row['trials'])} trials cannot tell: the drop is "
+            f"{percent(row[f'{metric}_drop'])} points [{percent(row[f'{metric}_drop_low'])}, "
+            f"{percent(row[f'{metric}_drop_high'])}]. More trials narrow that."
+        )
     if len(broken):
         first, lowest = broken.iloc[0], broken.iloc[int(np.argmax(broken[f"{metric}_drop"]))]
         said.append(f"From {name} {number(first[coordinate])} it measurably falls: {_drop(first, metric)}.")
@@ -183,7 +190,7 @@ def compare(**assessments: Assessment) -> pd.DataFrame:
 
     Besides the columns of `Assessment.summary`, each row says what the campaign gained over the first one at the same
     point: `accuracy_gain` with `_low` and `_high`. Where both drew the very same bits, trial by trial, the interval
-    is of the paired difference; otherwise it is Welch's for two independent means. `paired` says which. `memory` is
+    is of the paired difference; otherwise of the difference of two independent means. `paired` says which. `memory` is
     the stored bits relative to the first campaign's.
 
     Args:
@@ -222,10 +229,11 @@ def _gains(assessment: Assessment, base: Assessment, point: int) -> dict[str, An
     ours = [r for r in assessment.records if r.point == point]
     theirs = [r for r in base.records if match and r.point == match[0]]
     confidence = float(assessment.header["plan"]["confidence"])
+    certain = bool(assessment.header["points"][point]["repeats"])
     gains: dict[str, Any] = {}
     paired = bool(theirs) and {r.trial: r.digest for r in ours} == {r.trial: r.digest for r in theirs}
     for name in (*assessment.metrics, "critical_total"):
-        mean, low, high = _difference(_values(ours, name), _values(theirs, name), paired, confidence)
+        mean, low, high = _difference(name, _values(ours, name), _values(theirs, name), paired, certain, confidence)
         gains |= {f"{name}_gain": mean, f"{name}_gain_low": low, f"{name}_gain_high": high}
     return {**gains, "paired": paired}
 
@@ -234,23 +242,17 @@ def _values(records: Sequence[Trial], name: str) -> list[float]:
     return rates(records, name) if name == "critical_total" else [record.metrics[name] for record in records]
 
 
-def _difference(ours: list[float], theirs: list[float], paired: bool, confidence: float) -> tuple[float, float, float]:
-    nothing = float("nan")
+def _difference(
+    name: str, ours: list[float], theirs: list[float], paired: bool, certain: bool, confidence: float
+) -> tuple[float, float, float]:
     if not theirs:
-        return nothing, nothing, nothing
-    mean = float(np.mean(ours) - np.mean(theirs))
+        return float("nan"), float("nan"), float("nan")
+    mean, other_mean = float(np.mean(ours)), float(np.mean(theirs))
+    if certain:
+        return mean - other_mean, mean - other_mean, mean - other_mean
     if paired:
         differences = np.subtract(ours, theirs)
-        if not differences.any():
-            return 0.0, *((0.0, 0.0) if len(ours) == 1 else _no_difference(len(ours), confidence))
-        return mean, *mean_interval(differences, confidence=confidence)
-    if min(len(ours), len(theirs)) < 2 or float(np.ptp(ours)) == float(np.ptp(theirs)) == 0.0:
-        return mean, nothing, nothing
-    interval = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(confidence)
-    return mean, float(interval.low), float(interval.high)
-
-
-def _no_difference(n: int, confidence: float) -> tuple[float, float]:
-    """No paired trial differed: at most this share of all trials can, by at most 1 either way."""
-    high = mean_interval([0.0] * n, confidence=confidence, bounded=True)[1]
-    return (-high, high)
+        bounds = (-1.0, 1.0) if is_share(name) else None
+        return float(differences.mean()), *mean_interval(differences, confidence=confidence, bounds=bounds)
+    intervals = [interval_of(name, values, confidence) for values in (ours, theirs)]
+    return mean - other_mean, *difference_interval(mean, intervals[0], other_mean, intervals[1])
