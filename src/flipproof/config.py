@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -61,27 +61,7 @@ class CampaignConfig:
             raise ConfigError(f"{source}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
         if missing := [name for name in ("model", "data", "faults") if given.get(name) is None]:
             raise ConfigError(f"{source}: {', '.join(missing)} must be given")
-        values: dict[str, Any] = {}
-        for name, value in given.items():
-            if value is None:
-                continue
-            kind = str(known[name].type)
-            if kind.startswith("tuple"):
-                value = (value,) if isinstance(value, str) else tuple(value)
-            if kind.startswith("float") and isinstance(value, int) and not isinstance(value, bool):
-                value = float(value)
-            wanted = {"int": int, "float": float, "bool": bool, "str": str, "tuple": tuple}[
-                kind.split(" ")[0].split("[")[0]
-            ]
-            fits = isinstance(value, wanted) and (wanted is not int or not isinstance(value, bool))
-            if (
-                not fits
-                and not (name == "format" and isinstance(value, dict))
-                and not (name == "output" and type(value) is int)
-            ):
-                raise ConfigError(f"{source}: {name} takes {kind}, got {value!r}")
-            values[name] = value
-        return cls(**values)
+        return cls(**{name: _fitting(known[name], value, source) for name, value in given.items() if value is not None})
 
     def to_toml(self) -> str:
         """The effective configuration; `flipproof assess --config` on it repeats the run."""
@@ -141,6 +121,24 @@ class CampaignConfig:
             if ":" in self.output:
                 return load_object(self.output)
         return self.output
+
+
+def _fitting(field: Field[Any], value: Any, source: str) -> Any:
+    """The value if it has the field's type; a string or list may stand for a tuple, a whole number for a float."""
+    kind = str(field.type)
+    if kind.startswith("tuple") and isinstance(value, (str, list, tuple)):
+        value = (value,) if isinstance(value, str) else tuple(value)
+        fits = all(isinstance(part, str) for part in value)
+    elif kind.startswith("float") and type(value) in (int, float):
+        value, fits = float(value), True
+    else:
+        allowed = {"int": int, "bool": bool, "str": str, "dict": dict}
+        fits = type(value) in [
+            allowed[part.split("[")[0]] for part in kind.split(" | ") if part.split("[")[0] in allowed
+        ]
+    if not fits:
+        raise ConfigError(f"{source}: {field.name} takes {kind}, got {value!r}")
+    return value
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -120,7 +120,11 @@ def _parse(text: str) -> ast.expr:
 def _build(node: ast.expr, text: str, callables: Mapping[str, Callable[..., Any]]) -> Any:
     if isinstance(node, ast.Call):
         name = ast.unparse(node.func)
-        if name not in callables or any(isinstance(a, ast.Starred) for a in node.args):
+        if any(isinstance(argument, ast.Starred) for argument in node.args) or any(
+            k.arg is None for k in node.keywords
+        ):
+            raise ConfigError(f"cannot read {text!r}: write the arguments out, without * or **")
+        if name not in callables:
             raise ConfigError(f"cannot read {text!r}: {name} is not among {', '.join(sorted(callables))}")
         arguments = [_build(argument, text, callables) for argument in node.args]
         keywords = {str(k.arg): _build(k.value, text, callables) for k in node.keywords}

@@ -191,7 +191,7 @@ def compare(**assessments: Assessment) -> pd.DataFrame:
     Besides the columns of `Assessment.summary`, each row says what the campaign gained over the first one at the same
     point: `accuracy_gain` with `_low` and `_high`. Where both drew the very same bits, trial by trial, the interval
     is of the paired difference; otherwise of the difference of two independent means. `paired` says which. `memory` is
-    the stored bits relative to the first campaign's.
+    the bits of its fault space relative to the first campaign's; what was left outside the space is not counted.
 
     Args:
         assessments: at least one, by name; the first is the baseline.

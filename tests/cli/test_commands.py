@@ -1,0 +1,182 @@
+"""The command line as people use it: `main()` with arguments, what it prints and writes, and how it exits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import flipproof as fp
+import flipproof.models
+from flipproof.cli import main
+
+LSTM = '''
+import torch
+from torch import nn
+
+class Tagger(nn.Module):
+    """A classifier with an LSTM and a dict as output."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(3, 4, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        states, _ = self.lstm(x)
+        return {"logits": self.head(states[:, -1]), "states": states}
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        yield torch.randn(9, 5, 3, generator=generator), torch.arange(9) % 3
+
+def images():
+    yield torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
+'''
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    (tmp_path / "ours.py").write_text(LSTM)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["flipproof", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+ASSESS = ("assess", "ours.py:Tagger", "--data", "ours.py:batches", "--output", "logits", "--trials", "6")
+
+
+def test_an_lstm_with_dict_outputs(run, tmp_path):
+    faults = ("--faults", "BitErrorRate([1e-3, 1e-2])")
+    metrics = ("--metrics", "accuracy", "--metrics", "auroc")
+    code, out, err = run(*ASSESS, *faults, *metrics, "--workers", "2", "--format", "Float16", "--out", "half")
+    assert (code, err) == (0, "")
+    values = 4 * 4 * (3 + 4) + 2 * 16 + 4 * 3 + 3
+    assert f"6 tensors stored as Float16(): {16 * values:,} bits can be hit" in out
+    assert max(map(len, out.splitlines())) <= 100
+    assert {path.name for path in (tmp_path / "half").iterdir()} >= {
+        *("journal.jsonl", "trials.csv", "summary.csv", "campaign.toml", "metric.png", "outcomes.png")
+    }
+    table = pd.read_csv("half/trials.csv")
+    assert (len(table), {"ber", "accuracy", "auroc", "due"} <= set(table)) == (12, True)
+
+    code, again, _ = run("assess", "--config", "half/campaign.toml", "--workers", "1")
+    assert code == 0
+    assert pd.read_csv("half/trials.csv").equals(table)  # resumed: nothing ran again, not even `seconds` changed
+    assert again == out
+
+
+def test_another_seed_is_refused_and_the_old_results_stay(run, tmp_path):
+    faults = ("--faults", "RandomBits(2)")
+    assert run(*ASSESS, *faults)[0] == 0
+    before = (tmp_path / "flipproof-results" / "journal.jsonl").read_bytes()
+    code, _, err = run(*ASSESS, *faults, "--seed", "5")
+    assert code == 2
+    assert "JournalMismatch" in err
+    assert "seed" in err
+    assert (tmp_path / "flipproof-results" / "journal.jsonl").read_bytes() == before
+
+
+def test_torchvisions_resnet18_as_it_is(run):
+    pytest.importorskip("torchvision")
+    model = ("torchvision.models:resnet18(num_classes=3)", "--data", "ours.py:images")
+    formats = ("--format", "fc*=Float16", "--format", "*=Float32", "--include", "fc*", "--include", "layer4*")
+    code, out, err = run("assess", *model, *formats, "--faults", "BitErrorRate([1e-6])", "--trials", "2")
+    assert (code, err) == (0, "")
+    assert "Float16" in out
+    assert "Float32" in out
+
+
+def test_weights_from_safetensors(run, tmp_path):
+    model = flipproof.models.digits_cnn()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.fc2.bias[4] = 1.0  # always answers 4
+    save_file(model.state_dict(), tmp_path / "four.safetensors")
+    network = ("flipproof.models:digits_cnn", "--weights", "four.safetensors", "--data", "flipproof.datasets:digits")
+    code, _, _ = run("assess", *network, "--faults", "BitPosition([0])", "--out", "four")
+    assert code == 0
+    golden = fp.Assessment.load("four/journal.jsonl").golden["accuracy"]
+    targets = torch.cat([y for _, y in flipproof.datasets.digits()])
+    assert golden == pytest.approx(float((targets == 4).float().mean()))
+
+
+def test_compare_names_gains(run, tmp_path):
+    for seed in (0, 1):
+        faults = ("--faults", "BitErrorRate([1e-3, 1e-2])", "--seed", seed, "--out", f"run{seed}")
+        assert run(*ASSESS, *faults)[0] == 0
+    written = ("--csv", "both.csv", "--figure", "both.png")
+    code, out, err = run("compare", "one=run0/journal.jsonl", "two=run1/journal.jsonl", *written)
+    assert (code, err) == (0, "")
+    assert "ber 1e-2: accuracy gains" in out
+    assert "independent draws" in out
+    assert set(pd.read_csv("both.csv")["campaign"]) == {"one", "two"}
+    assert (tmp_path / "both.png").stat().st_size > 1000
+    code, out, _ = run("compare", "a=run0/journal.jsonl", "b=run0/journal.jsonl")
+    assert "accuracy gains +0.0 points" in out
+    assert "(paired)" in out
+    assert run("compare", "a=run0/journal.jsonl", "a=run1/journal.jsonl")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("assess",), "model, data, faults must be given"),
+        ((*ASSESS, "--faults", "BitErrorRate(2)"), "FaultModelError"),
+        ((*ASSESS, "--faults", "BitErrorRate(1e-3)", "--include", "conv*"), "FaultSpaceError"),
+        (("assess", "ours.py:nothing", "--data", "ours.py:batches", "--faults", "RandomBits(1)"), "has no 'nothing'"),
+        ((*ASSESS[:4], "--faults", "RandomBits(1)"), "output="),
+        ((*ASSESS, "--faults", "RandomBits(1)", "--format", "Float16", "--format", "head=Float32"), "PATTERN=FORMAT"),
+        (("compare", "absent.jsonl"), "absent.jsonl"),
+        (("reproduce", "no-such-paper"), "no paper is called 'no-such-paper'"),
+    ],
+)
+def test_refusals_are_one_clear_message_and_status_2(run, arguments, message):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err.replace("\n", " ").replace("  ", " ")
+    assert "Traceback" not in err
+
+
+def test_list_and_version(run):
+    code, out, _ = run("list")
+    assert code == 0
+    for name in ("Affine", "BitErrorRate", "auroc", "flipproof.models:resnet18", "flipproof.datasets:digits"):
+        assert name in out
+    assert run("--version")[1].strip() == f"flipproof {fp.__version__}"
+
+
+def test_help_teaches(run):
+    code, out, _ = run("assess", "--help")
+    assert code == 0
+    for words in ("--faults", "BitErrorRate([1e-6, 1e-5])", "resume", "--config"):
+        assert words in out
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_are_lines_not_tracebacks(run):
+    code, _, err = run(*ASSESS, "--faults", "BitErrorRate([1e-9, 1e-3])")
+    assert code == 0
+    assert err.startswith("warning: ")
+    assert ".py:" not in err
+
+
+def test_as_a_program():
+    command = [sys.executable, "-c", "from flipproof.cli import main; main()", "list"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "fault models" in done.stdout

@@ -1,0 +1,64 @@
+"""What the figures draw is what the tables say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from matplotlib.collections import FillBetweenPolyCollection
+
+import flipproof as fp
+from flipproof.errors import ConfigError
+from flipproof.outcomes import OUTCOMES
+from flipproof.reports import bit_figure, metric_figure, outcome_figure, save
+
+
+@pytest.fixture
+def sweep(mlp, blobs):
+    return fp.assess(
+        mlp, data=blobs, faults=fp.BitErrorRate([1e-3, 1e-2, 1e-1]), trials=20, metrics=("accuracy", "auroc")
+    )
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "auroc"])
+def test_lines_are_means_bands_are_intervals_dashes_are_golden(sweep, metric):
+    (axes,) = metric_figure({"a": sweep, "b": sweep}, metric=metric).axes
+    line, dashed = axes.lines[:2]
+    np.testing.assert_allclose(line.get_xdata(), sweep.summary["ber"])
+    np.testing.assert_allclose(line.get_ydata(), sweep.summary[metric])
+    assert set(dashed.get_ydata()) == {sweep.golden[metric]}
+    band = next(c for c in axes.collections if isinstance(c, FillBetweenPolyCollection))
+    corners = band.get_paths()[0].vertices[:, 1]
+    assert {*sweep.summary[f"{metric}_low"], *sweep.summary[f"{metric}_high"]} <= set(corners)
+    assert axes.get_xscale() == "log"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+
+
+def test_stacked_outcomes_add_up_to_one(sweep):
+    (axes,) = outcome_figure(sweep).axes
+    heights = np.array([[bar.get_height() for bar in group] for group in axes.containers])
+    np.testing.assert_allclose(heights, sweep.summary[list(OUTCOMES)].to_numpy().T)
+    tops = [bar.get_y() + bar.get_height() for bar in axes.containers[-1]]
+    np.testing.assert_allclose(tops, 1)
+
+
+def test_bits_are_drawn_where_they_are(mlp, blobs):
+    bits = fp.assess(mlp, data=blobs, faults=fp.BitPosition(range(32)))
+    (axes,) = bit_figure(bits).axes
+    heights = {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in axes.containers[0]}
+    assert heights == pytest.approx(dict(zip(bits.summary["bit"], bits.summary["accuracy_drop"], strict=True)))
+    assert axes.xaxis_inverted()  # the most significant bit is on the left, as it is written
+
+
+@pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
+def test_saved_into_new_folders(sweep, tmp_path, suffix):
+    path = save(metric_figure({"a": sweep}), tmp_path / "new" / f"figure.{suffix}")
+    assert path.read_bytes()[:4] in (b"\x89PNG", b"%PDF", b"<?xm")
+
+
+def test_nothing_to_draw_is_refused(sweep, mlp, blobs):
+    with pytest.raises(ConfigError, match="at least one assessment"):
+        metric_figure({})
+    with pytest.raises(ConfigError, match="BitPosition"):
+        bit_figure(sweep)
+    with pytest.raises(ConfigError, match="no trial yet"):
+        outcome_figure(fp.Assessment(sweep.header, []))
