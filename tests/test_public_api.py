@@ -33,6 +33,7 @@ def test_public_names_are_exactly_these():
         "harden",
         "hardening_report",
         "overhead",
+        "report",
         "sample_size",
     ]
 

@@ -5,7 +5,7 @@ from flipproof.errors import FlipproofError, FlipproofWarning
 from flipproof.faults import BitErrorRate, BitPosition, FaultSpace, Parameters, RandomBits, StuckAt
 from flipproof.formats import Affine, BFloat16, FixedPoint, Float8E4M3, Float8E5M2, Float16, Float32
 from flipproof.hardening import FitAct, FTClipAct, HardeningReport, ProAct, Ranger, harden, hardening_report, overhead
-from flipproof.reports import compare
+from flipproof.reports import compare, report
 
 __version__ = "0.1.0"
 
@@ -36,5 +36,6 @@ __all__ = [
     "harden",
     "hardening_report",
     "overhead",
+    "report",
     "sample_size",
 ]

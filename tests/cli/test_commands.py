@@ -180,3 +180,10 @@ def test_as_a_program():
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert "fault models" in done.stdout
+
+
+def test_report_writes_one_page(run, tmp_path):
+    assert run(*ASSESS, "--faults", "BitErrorRate([1e-2])", "--out", "one")[0] == 0
+    code, out, err = run("report", "page.html", "ours=one/journal.jsonl")
+    assert (code, out.strip(), err) == (0, "Written to page.html", "")
+    assert "<h2>ours</h2>" in (tmp_path / "page.html").read_text()

@@ -14,6 +14,7 @@ from flipproof.cli.compare import compare
 from flipproof.cli.console import errors, out
 from flipproof.cli.demo import demo
 from flipproof.cli.listing import list_names
+from flipproof.cli.report import report
 from flipproof.cli.reproduce import reproduce
 from flipproof.errors import FlipproofError, FlipproofWarning
 
@@ -28,6 +29,7 @@ app.command()(demo)
 app.command()(assess)
 app.command()(compare)
 app.command(name="list")(list_names)
+app.command()(report)
 app.command()(reproduce)
 
 

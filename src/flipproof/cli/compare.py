@@ -23,14 +23,7 @@ def compare(
     ] = None,
 ) -> None:
     """Put campaigns side by side: drops, outcomes, gains over the first one with intervals."""
-    assessments: dict[str, Assessment] = {}
-    for text in journals:
-        name, equals, path = text.partition("=")
-        if not equals:
-            name, path = Path(text).stem, text
-        if name in assessments:
-            raise ConfigError(f"two campaigns are called {name!r}; write NAME=JOURNAL.jsonl")
-        assessments[name] = Assessment.load(path)
+    assessments = loaded(journals)
     table = compare_assessments(**assessments)
     metric = next(iter(assessments.values())).metrics[0]
     for name, assessment in assessments.items():
@@ -52,3 +45,21 @@ def _gain(row: Any, metric: str) -> str:
         f"{name} {number(row[name])}" for name in ("ber", "bit", "count") if name in row and row[name] == row[name]
     )
     return f"{point}: {metric} gains {100 * row[f'{metric}_gain']:+.1f} points [{low:.1f}, {high:.1f}] ({how})"
+
+
+def loaded(journals: list[str]) -> dict[str, Assessment]:
+    """Assessments from NAME=JOURNAL.jsonl texts; without a name, the file's.
+
+    Raises:
+        ConfigError: if two have one name.
+        JournalError: if a file is no journal.
+    """
+    assessments: dict[str, Assessment] = {}
+    for text in journals:
+        name, equals, path = text.partition("=")
+        if not equals:
+            name, path = Path(text).stem, text
+        if name in assessments:
+            raise ConfigError(f"two campaigns are called {name!r}; write NAME=JOURNAL.jsonl")
+        assessments[name] = Assessment.load(path)
+    return assessments

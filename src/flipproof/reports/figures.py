@@ -22,12 +22,13 @@ COLUMN = (3.5, 2.6)
 """Inches: one column of a two-column page."""
 
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_OUTCOMES = {
+OUTCOME_STYLE = {
     "masked": ("masked", "#DDDDDD", ""),
     "non_critical_sdc": ("non-critical SDC", "#56B4E9", ""),
     "critical_sdc": ("critical SDC", "#E69F00", "//"),
     "due": ("DUE", "#882255", "xx"),
 }
+SWEEPS = {"ber": "bit error rate (flips per stored bit)", "count": "flipped bits", "bit": "bit position"}
 _MARKERS = "osD^vPX"
 
 
@@ -46,7 +47,7 @@ def metric_figure(assessments: Mapping[str, Assessment], *, metric: str | None =
     name = metric or next(iter(assessments.values())).metrics[0]
     figure, axes = _empty()
     for i, (label, assessment) in enumerate(assessments.items()):
-        summary, x = assessment.summary, _sweep(assessment)
+        summary, x = assessment.summary, sweep_of(assessment)
         colour = SERIES[i % len(SERIES)]
         axes.plot(
             summary[x], summary[name], marker=_MARKERS[i % len(_MARKERS)], ms=3.5, lw=1.2, color=colour, label=label
@@ -55,7 +56,7 @@ def metric_figure(assessments: Mapping[str, Assessment], *, metric: str | None =
             summary[x].astype(float), summary[f"{name}_low"], summary[f"{name}_high"], color=colour, alpha=0.2, lw=0
         )
         axes.axhline(assessment.golden[name], color=colour, lw=0.7, ls="--")
-        _label_sweep(axes, summary, x)
+        _labelsweep_of(axes, summary, x)
     confidence = float(next(iter(assessments.values())).header["plan"]["confidence"])
     axes.set_ylabel(name.replace("_", " ").replace("auroc", "AUROC"))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -67,12 +68,12 @@ def metric_figure(assessments: Mapping[str, Assessment], *, metric: str | None =
 
 def outcome_figure(assessment: Assessment) -> Figure:
     """How samples end at each point: masked, non-critical SDC, critical SDC and DUE, stacked to 100 %."""
-    summary, x = assessment.summary, _sweep(assessment)
+    summary, x = assessment.summary, sweep_of(assessment)
     figure, axes = _empty()
     figure.set_size_inches(COLUMN[0], COLUMN[1] + 0.35)
     bottom = pd.Series(0.0, index=summary.index)
     places = range(len(summary))
-    for outcome, (label, colour, hatch) in _OUTCOMES.items():
+    for outcome, (label, colour, hatch) in OUTCOME_STYLE.items():
         axes.bar(
             places,
             summary[outcome],
@@ -86,7 +87,7 @@ def outcome_figure(assessment: Assessment) -> Figure:
         )
         bottom = bottom + summary[outcome]
     axes.set_xticks(list(places), [number(value) for value in summary[x]], fontsize=6.5)
-    axes.set_xlabel(_SWEEPS.get(x, x))
+    axes.set_xlabel(SWEEPS.get(x, x))
     axes.set_ylim(0, 1)
     axes.set_ylabel("share of samples")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -125,19 +126,17 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     return target
 
 
-_SWEEPS = {"ber": "bit error rate (flips per stored bit)", "count": "flipped bits", "bit": "bit position"}
-
-
-def _sweep(assessment: Assessment) -> str:
+def sweep_of(assessment: Assessment) -> str:
+    """The column that names the points of a campaign: "ber", "bit", "count" …; refuses one without trials."""
     if assessment.summary.empty:
         raise ConfigError("the campaign has no trial yet; there is nothing to draw")
     return str(next(iter(assessment.header["points"][0]["coordinates"])))
 
 
-def _label_sweep(axes: Axes, summary: pd.DataFrame, x: str) -> None:
+def _labelsweep_of(axes: Axes, summary: pd.DataFrame, x: str) -> None:
     if x in ("ber", "count") and len(summary) > 1 and float(summary[x].min()) > 0:
         axes.set_xscale("log")
-    axes.set_xlabel(_SWEEPS.get(x, x))
+    axes.set_xlabel(SWEEPS.get(x, x))
 
 
 def _empty() -> tuple[Figure, Axes]:

@@ -1,0 +1,20 @@
+"""`flipproof report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flipproof.cli.compare import loaded
+from flipproof.cli.console import out
+from flipproof.reports import report as write_report
+
+
+def report(
+    page: Annotated[Path, typer.Argument(help="The HTML page to write.")],
+    journals: Annotated[list[str], typer.Argument(help="NAME=JOURNAL.jsonl, the baseline first.")],
+) -> None:
+    """Write one self-contained HTML page of campaigns: figures to hover over, every table, how to read them."""
+    out.print(f"Written to {write_report(page, **loaded(journals))}", highlight=False)

@@ -1,0 +1,212 @@
+"""One self-contained HTML page of campaigns: figures to hover over, every table, and how to read them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from flipproof.campaigns.assessment import Assessment
+from flipproof.errors import ConfigError
+from flipproof.outcomes import OUTCOMES
+from flipproof.reports.figures import OUTCOME_STYLE, SERIES, SWEEPS, sweep_of
+from flipproof.reports.tables import compare, findings, number, percent
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc }
+table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; display: block }
+table { overflow-x: auto }
+th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap }
+th { border-bottom: 1px solid #888 } td.text, th.text { text-align: left; white-space: normal }
+summary { cursor: pointer; color: #0072B2 } .small { color: #555; font-size: .85rem }
+"""
+
+_READING = """
+<p><b>Trial</b>: faults are drawn, injected, all samples are run, the model is restored. <b>Drop</b>: the fault-free
+value minus the mean over trials. <b>Outcomes</b>, for each sample: <i>masked</i>, outputs bit-identical to the
+fault-free run; <i>non-critical SDC</i>, other outputs and the same class; <i>critical SDC</i>, another class and no
+sign of it; <i>DUE</i>, NaN in the output. A DUE stays in the denominator and is never a correct answer.</p>
+<p><b>Intervals</b> are over trials, since the samples of one trial share its faults: Student's t (for AUROC and
+average precision a bias-corrected bootstrap), never narrower than what trials that were <i>not</i> run could change.
+Points at which nothing is drawn at random are exact. <b>Gains</b> are over the first campaign: of the paired
+differences where both drew the very same bits, otherwise of two independent means. <b>Memory</b> counts the bits of
+the fault space.</p>
+"""
+
+
+def report(path: str | os.PathLike[str], /, **assessments: Assessment) -> Path:
+    """Write one HTML page that needs nothing else: no network, no other file.
+
+    Args:
+        path: of the page; its folder is made.
+        assessments: at least one, by name; the first is the baseline, as in `compare`.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: if there is none, one has no trial, or they were measured on different data or metrics.
+
+    Example:
+        >>> import flipproof as fp, tempfile, torch
+        >>> data = [(torch.eye(2), torch.tensor([0, 1]))]
+        >>> base = fp.assess(torch.nn.Linear(2, 2), data=data, faults=fp.RandomBits([1, 4]), trials=5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     fp.report(f"{folder}/report.html", base=base).read_text(encoding="utf-8")[:15]
+        '<!doctype html>'
+    """
+    if not assessments:
+        raise ConfigError("report takes at least one assessment by name: fp.report('report.html', base=…)")
+    table = compare(**assessments)
+    if empty := [name for name, assessment in assessments.items() if assessment.summary.empty]:
+        raise ConfigError(f"{', '.join(empty)} has no trial yet; there is nothing to report")
+    first = next(iter(assessments.values()))
+    body = ["<h1>Behaviour under memory faults</h1>", _campaigns(assessments)]
+    body += [f"<h2>{escape(_title(metric))}</h2>" + _metric_plot(assessments, metric) for metric in first.metrics]
+    if len(assessments) > 1:
+        body.append("<h2>Gains over the first campaign</h2>" + _gains(table, first))
+    for name, assessment in assessments.items():
+        body.append(f"<h2>{escape(name)}</h2>" + _one(assessment))
+    body.append("<h2>How to read this</h2>" + _READING)
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>flipproof report</title>'
+        f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>\n<body>{''.join(body)}</body></html>\n"
+    )
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def _campaigns(assessments: Mapping[str, Assessment]) -> str:
+    rows = []
+    for name, assessment in assessments.items():
+        fingerprint = assessment.header["fingerprint"]
+        formats = sorted({site["format"] for site in assessment.header["stored"]})
+        golden = ", ".join(f"{metric} {value:.2%}" for metric, value in assessment.golden.items())
+        rows.append(
+            {
+                "campaign": name,
+                "model": fingerprint["model"].rsplit(".", 1)[-1],
+                "stored as": ", ".join(formats),
+                "bits": f"{assessment.bits:,}",
+                "samples": f"{fingerprint['samples']:,}",
+                "without faults": golden,
+                "faults": fingerprint["faults"],
+                "trials": f"{len(assessment.records):,}",
+                "seed": str(fingerprint["seed"]),
+            }
+        )
+    return _html_table(pd.DataFrame(rows), text=("campaign", "model", "stored as", "without faults", "faults"))
+
+
+def _metric_plot(assessments: Mapping[str, Assessment], metric: str) -> str:
+    figure = go.Figure()
+    for i, (name, assessment) in enumerate(assessments.items()):
+        summary, x, colour = assessment.summary, sweep_of(assessment), SERIES[i % len(SERIES)]
+        low, high = summary[metric] - summary[f"{metric}_low"], summary[f"{metric}_high"] - summary[metric]
+        bars = {"type": "data", "symmetric": False, "array": high, "arrayminus": low, "thickness": 1.2}
+        figure.add_scatter(x=summary[x], y=summary[metric], name=name, error_y=bars, line={"color": colour})
+        figure.add_hline(y=assessment.golden[metric], line={"color": colour, "dash": "dash", "width": 1})
+    x = sweep_of(next(iter(assessments.values())))
+    figure.update_yaxes(title=_title(metric), tickformat=".0%")
+    return _plot(figure, x, logarithmic=all(_logarithmic(assessment) for assessment in assessments.values()))
+
+
+def _outcome_plot(assessment: Assessment) -> str:
+    summary, x = assessment.summary, sweep_of(assessment)
+    figure = go.Figure()
+    for outcome in OUTCOMES:
+        label, colour, _ = OUTCOME_STYLE[outcome]
+        figure.add_bar(x=[number(value) for value in summary[x]], y=summary[outcome], name=label, marker_color=colour)
+    figure.update_layout(barmode="stack")
+    figure.update_xaxes(type="category")
+    figure.update_yaxes(title="share of samples", tickformat=".0%", range=[0, 1])
+    return _plot(figure, x, logarithmic=False)
+
+
+def _plot(figure: go.Figure, x: str, *, logarithmic: bool) -> str:
+    figure.update_layout(
+        template="plotly_white", height=380, margin={"t": 20, "r": 10}, legend={"orientation": "h", "y": 1.12}
+    )
+    figure.update_xaxes(title=SWEEPS.get(x, x))
+    if logarithmic:
+        figure.update_xaxes(type="log", exponentformat="power", dtick=1)
+    return str(figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False}))
+
+
+def _logarithmic(assessment: Assessment) -> bool:
+    x = sweep_of(assessment)
+    return x in ("ber", "count") and len(assessment.summary) > 1 and float(assessment.summary[x].min()) > 0
+
+
+def _gains(table: pd.DataFrame, first: Assessment) -> str:
+    coordinate = sweep_of(first)
+    rows = []
+    for _, row in table[table["campaign"] != table["campaign"].iloc[0]].iterrows():
+        shown = {"campaign": row["campaign"], coordinate: number(row[coordinate])}
+        for name in (*first.metrics, "critical_total"):
+            shown[f"{_title(name)}, points"] = (
+                f"{100 * row[f'{name}_gain']:+.2f} "
+                f"[{100 * row[f'{name}_gain_low']:.2f}, {100 * row[f'{name}_gain_high']:.2f}]"
+            )
+        rows.append(
+            {**shown, "draws": "paired" if row["paired"] else "independent", "memory": f"{row['memory']:.3f} ×"}
+        )
+    return _html_table(pd.DataFrame(rows), text=("campaign",))
+
+
+def _one(assessment: Assessment) -> str:
+    said = "".join(f"<li>{escape(sentence)}</li>" for sentence in findings(assessment))
+    header = assessment.header
+    stored = _html_table(pd.DataFrame(header["stored"]), text=("name", "kind", "format"))
+    left_out = [{"name": name, "why": str(why)} for name, why in dict(header["left_out"]).items()]
+    outside = _html_table(pd.DataFrame(left_out), text=("name", "why")) if left_out else "<p>none</p>"
+    facts = {**header["fingerprint"], **header["plan"], **header["versions"], "started": header["created"]}
+    identity = _html_table(
+        pd.DataFrame([{"field": name, "value": str(value)} for name, value in facts.items()]), text=("field", "value")
+    )
+    return (
+        f"<ul>{said}</ul>{_outcome_plot(assessment)}{_html_table(_summary(assessment))}"
+        f"<details><summary>Tensors in the fault space: {len(header['stored'])}</summary>{stored}</details>"
+        f"<details><summary>Tensors outside it: {len(left_out)}</summary>{outside}</details>"
+        f"<details><summary>What identifies this campaign</summary>{identity}</details>"
+    )
+
+
+def _summary(assessment: Assessment) -> pd.DataFrame:
+    coordinate, rows = sweep_of(assessment), []
+    for _, row in assessment.summary.iterrows():
+        shown = {coordinate: number(row[coordinate]), "flips": f"{row['flips']:,.1f}"}
+        for name in (*assessment.metrics, *OUTCOMES):
+            low, high = percent(row[f"{name}_low"]), percent(row[f"{name}_high"])
+            shown[f"{_title(name)} %"] = f"{percent(row[name])} [{low}, {high}]"
+        rows.append({**shown, "trials": str(int(row["trials"]))})
+    return pd.DataFrame(rows)
+
+
+def _html_table(table: pd.DataFrame, *, text: tuple[str, ...] = ()) -> str:
+    def cell(tag: str, column: Any, value: Any) -> str:
+        kind = ' class="text"' if column in text else ""
+        return f"<{tag}{kind}>{escape(str(value))}</{tag}>"
+
+    head = "".join(cell("th", column, column) for column in table.columns)
+    rows = ("".join(cell("td", c, v) for c, v in zip(table.columns, row, strict=True)) for row in table.to_numpy())
+    return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+
+
+def _title(name: str) -> str:
+    words = {"auroc": "AUROC", "due": "DUE", "critical_sdc": "critical SDC", "non_critical_sdc": "non-critical SDC"}
+    return words.get(name, name.replace("_", " "))
