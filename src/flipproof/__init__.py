@@ -4,6 +4,8 @@ from flipproof.campaigns import Assessment, assess, sample_size
 from flipproof.errors import FlipproofError, FlipproofWarning
 from flipproof.faults import BitErrorRate, BitPosition, FaultSpace, Parameters, RandomBits, StuckAt
 from flipproof.formats import Affine, BFloat16, FixedPoint, Float8E4M3, Float8E5M2, Float16, Float32
+from flipproof.hardening import FitAct, FTClipAct, HardeningReport, ProAct, Ranger, harden, hardening_report, overhead
+from flipproof.reports import compare
 
 __version__ = "0.1.0"
 
@@ -13,7 +15,9 @@ __all__ = [
     "BFloat16",
     "BitErrorRate",
     "BitPosition",
+    "FTClipAct",
     "FaultSpace",
+    "FitAct",
     "FixedPoint",
     "FlipproofError",
     "FlipproofWarning",
@@ -21,9 +25,16 @@ __all__ = [
     "Float8E5M2",
     "Float16",
     "Float32",
+    "HardeningReport",
     "Parameters",
+    "ProAct",
     "RandomBits",
+    "Ranger",
     "StuckAt",
     "assess",
+    "compare",
+    "harden",
+    "hardening_report",
+    "overhead",
     "sample_size",
 ]

@@ -79,9 +79,9 @@ def _one_vs_rest(name: str, area: Callable[..., Tensor], outputs: Tensor, target
                 f"{name} is undefined: {int(positive.sum())} of {targets.numel()} targets are of class {label}. "
                 f"Use data with every class of the model's {decision.classes}, or metrics=('accuracy',)"
             )
-        worst = torch.where(positive, -torch.inf, torch.inf).to(torch.float64)
-        ranks = torch.unique(torch.where(nan, worst, column), return_inverse=True)[1]
-        shares = ranks.to(torch.float64) / max(int(ranks.max()), 1)
+        ranks = 1 + torch.unique(torch.where(nan, 0.0, column), return_inverse=True)[1]
+        ranks = torch.where(nan, torch.where(positive, 0, ranks.max() + 1), ranks)  # worst, even beyond infinite scores
+        shares = ranks.to(torch.float64) / int(ranks.max())
         areas.append(float(area(shares, positive.to(torch.int64))))
     return sum(areas) / len(areas)
 
@@ -132,7 +132,7 @@ def _of_user(metric: UserMetric, name: str | None = None) -> Metric:
         raise MetricError(f"a metric is a name or a function (outputs, targets) → number, got {metric!r}")
     if name is None:
         name = getattr(metric, "__name__", None) or _snake(type(metric).__name__)
-    if not name.isidentifier() or name in _RESERVED:
+    if not name.isidentifier() or name in _RESERVED or name in _NAMED:
         raise MetricError(
             f"a metric needs a column name of its own, got {name!r}; pass metrics={{'my_name': function}}"
         )

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ import numpy as np
 import pandas as pd
 
 from flipproof.campaigns.journal import Journal
-from flipproof.campaigns.statistics import bootstrap_interval, mean_interval
+from flipproof.campaigns.statistics import all_within, bootstrap_interval, mean_interval
 from flipproof.campaigns.trial import Trial
 from flipproof.errors import ConfigError
 from flipproof.metrics import METRIC_NAMES, resolve
 from flipproof.outcomes import OUTCOMES
+
+CHECK_EVERY = 20
+"""With `margin`, intervals are looked at after every 20th trial of a point, whatever the number of workers."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Assessment:
             JournalError: if it is not one.
         """
         header, trials = Journal(path).read()
-        return cls(header, planned(trials, header["plan"]["trials"]))
+        return cls(header, answer(trials, header["plan"], list(header["golden"])))
 
     @property
     def golden(self) -> dict[str, float]:
@@ -135,6 +139,30 @@ def planned(trials: Sequence[Trial], ceiling: int) -> list[Trial]:
     """The trials below the ceiling, once each, ordered by point and trial."""
     kept = {(trial.point, trial.trial): trial for trial in trials if trial.trial < ceiling}
     return [kept[key] for key in sorted(kept)]
+
+
+def answer(trials: Sequence[Trial], plan: Mapping[str, Any], metrics: Sequence[str]) -> list[Trial]:
+    """The trials that a campaign of this plan rests on: below the ceiling and, with a margin, up to where it stops.
+
+    A journal may hold more: trials that were run for a higher ceiling or a narrower margin.
+    """
+    kept: list[Trial] = []
+    for _, group in groupby(planned(trials, plan["trials"]), key=lambda trial: trial.point):
+        records = list(group)
+        for upto in range(CHECK_EVERY, len(records), CHECK_EVERY) if plan["margin"] is not None else ():
+            gapless = records[upto - 1].trial == upto - 1
+            if gapless and narrow(records[:upto], metrics, plan["margin"], plan["confidence"]):
+                records = records[:upto]
+                break
+        kept += records
+    return kept
+
+
+def narrow(records: Sequence[Trial], metrics: Sequence[str], margin: float, confidence: float) -> bool:
+    """True if the interval of every metric over these trials of a point is within ± margin."""
+    return all_within(
+        [interval_of(name, [record.metrics[name] for record in records], confidence) for name in metrics], margin
+    )
 
 
 def rates(records: Sequence[Trial], outcome: str) -> list[float]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 
@@ -41,7 +43,7 @@ class Batches:
             leaves, tree = pytree.tree_flatten(inputs)
             state.update(repr(tree).encode())
             for leaf in leaves:
-                state.update(tensor_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
+                state.update(tensor_bytes(leaf) if isinstance(leaf, Tensor) else _pickled(leaf))
         state.update(tensor_bytes(self.targets))
         return state.hexdigest()
 
@@ -50,6 +52,16 @@ def tensor_bytes(tensor: Tensor) -> bytes:
     """Type, shape and every bit of a tensor, for hashing."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return f"{tensor.dtype}{tuple(tensor.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes()
+
+
+def _pickled(leaf: Any) -> bytes:
+    """Every bit of an input that is no tensor; its repr would show only the ends of a long array."""
+    try:
+        return pickle.dumps(leaf, protocol=4)
+    except Exception as error:  # pickling runs code of the object's own
+        raise DataError(
+            f"an input is {_describe(leaf)} that cannot be pickled, so data cannot be told apart"
+        ) from error
 
 
 def read_batches(data: Data, device: torch.device) -> Batches:
@@ -62,6 +74,8 @@ def read_batches(data: Data, device: torch.device) -> Batches:
         raise DataError(
             "data= is one (inputs, targets) pair; it takes an iterable of batches: pass [(inputs, targets)]"
         )
+    if not isinstance(data, Iterable):
+        raise DataError(f"data= takes an iterable of (inputs, targets) batches, got {_describe(data)}")
     inputs, sizes, targets = [], [], []
     for i, batch in enumerate(data):
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
@@ -69,7 +83,8 @@ def read_batches(data: Data, device: torch.device) -> Batches:
         target = _class_targets(batch[1], i)
         if target.numel() == 0:
             continue
-        inputs.append(pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch[0]))
+        given = dict(batch[0]) if isinstance(batch[0], Mapping) else batch[0]
+        inputs.append(pytree.tree_map(partial(_moved, device), given, is_leaf=_packed))
         sizes.append(int(target.numel()))
         targets.append(target)
     if not targets:
@@ -79,8 +94,19 @@ def read_batches(data: Data, device: torch.device) -> Batches:
     return Batches(tuple(inputs), tuple(sizes), torch.cat(targets))
 
 
+def _moved(device: torch.device, leaf: Any) -> Any:
+    return leaf.to(device) if isinstance(leaf, (Tensor, PackedSequence)) else leaf  # type: ignore[arg-type]
+
+
+def _packed(node: Any) -> bool:
+    return isinstance(node, PackedSequence)  # its batch sizes stay on the CPU, so it has to move as a whole
+
+
 def _class_targets(target: Any, batch: int) -> Tensor:
-    target = torch.as_tensor(target).detach().cpu()
+    try:
+        target = torch.as_tensor(target).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"batch {batch}: targets must be class numbers, got {_describe(target)} ({error})") from error
     if target.dim() == 2 and target.shape[1] == 1:
         target = target[:, 0]
     if target.dim() != 1:
@@ -107,8 +133,14 @@ def check_labels(targets: Tensor, classes: int) -> None:
         )
 
 
+def own(inputs: Any) -> Any:
+    """A copy of the inputs for one call: a model may work in place on what it is given."""
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
+
+
 def call(model: nn.Module, inputs: Any) -> Any:
     """Run the model: a tuple or list is its arguments, a mapping its keyword arguments, anything else its input."""
+    inputs = own(inputs)
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence):

@@ -7,18 +7,19 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from hashlib import blake2b
+from math import isfinite
+from re import sub
 from typing import Any
 
 import torch
 from torch import nn
 
-from flipproof.campaigns.assessment import Assessment, interval_of, planned
+from flipproof.campaigns.assessment import CHECK_EVERY, Assessment, answer, narrow, planned
 from flipproof.campaigns.batches import Data, Output, check_labels, read_batches, tensor_bytes
 from flipproof.campaigns.evaluation import eval_mode, golden_run, one_thread
 from flipproof.campaigns.executors import Executor, Job, executor
 from flipproof.campaigns.journal import Journal
 from flipproof.campaigns.progress import Step, progress_bar
-from flipproof.campaigns.statistics import all_within
 from flipproof.campaigns.suffix import Suffixes
 from flipproof.campaigns.trial import Trial, TrialRunner, versions
 from flipproof.errors import ConfigError, DataError, FaultModelError
@@ -28,10 +29,7 @@ from flipproof.faults.space import FaultSpace, Parameters
 from flipproof.metrics import Metrics, resolve
 from flipproof.outcomes import Decision
 
-CHECK_EVERY = 20
-"""With `margin`, intervals are looked at after every 20th trial of a point, whatever the number of workers."""
-
-_SMALLEST_CACHE = 64 * 2**20
+_SMALLEST_CACHE = 16 * 2**20
 
 
 def assess(
@@ -81,7 +79,8 @@ def assess(
         confidence: of all intervals.
         output: picks the tensor to judge out of what the model returns: function, dict key or tuple index.
         cache_bytes: memory for golden activations, with which a trial starts at the first faulted layer; 0 runs every
-            trial whole. None allows the size of the model's parameters, at least 64 MiB. Records do not depend on it.
+            trial whole. None allows the size of the model's parameters, less what `format` keeps of them (a campaign
+            then holds the model and one copy), but at least 16 MiB. Records do not depend on it.
         progress: show a progress bar; None shows it on a terminal.
 
     Returns:
@@ -102,10 +101,12 @@ def assess(
         (2, 4)
     """
     chosen = resolve(metrics)
-    if trials < 1 or seed < 0 or not 0 < confidence < 1 or (margin is not None and not 0 < margin < 1):
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"assess takes a torch.nn.Module first, got {model!r}")
+    if workers < 1 or trials < 1 or seed < 0 or not 0 < confidence < 1 or (margin is not None and not 0 < margin < 1):
         raise ConfigError(
-            f"assess needs trials ≥ 1, seed ≥ 0, confidence and margin in (0, 1), got trials={trials}, seed={seed}, "
-            f"confidence={confidence}, margin={margin}"
+            f"assess needs workers ≥ 1, trials ≥ 1, seed ≥ 0, confidence and margin in (0, 1), got workers={workers}, "
+            f"trials={trials}, seed={seed}, confidence={confidence}, margin={margin}"
         )
     if not isinstance(faults, FaultModel):
         raise FaultModelError(f"faults= takes a fault model such as fp.BitErrorRate([1e-6, 1e-5]), got {faults!r}")
@@ -128,7 +129,7 @@ def assess(
                 records = {(r.point, r.trial): r for r in planned(done, trials)}
                 runner.suffixes = _prepare_suffixes(runner, cache_bytes)
                 _fill(runner, records, journal, trials, workers, margin, confidence, progress)
-    return Assessment(header, planned(list(records.values()), trials))
+    return Assessment(header, answer(list(records.values()), header["plan"], list(found)))
 
 
 def _writing(journal: Journal | None, header: dict[str, Any]) -> AbstractContextManager[list[Trial]]:
@@ -165,28 +166,20 @@ def _fill(
             for wave in range(0, ceiling, CHECK_EVERY):
                 upto = min(wave + CHECK_EVERY, ceiling)
                 run((job for job in [(p, t) for t in range(wave, upto)] if job not in records), pool, step)
-                if upto < ceiling and _narrow(runner, [records[p, t] for t in range(upto)], margin, confidence):
-                    for job in [job for job in records if job[0] == p and job[1] >= upto]:
-                        del records[job]  # run earlier for a narrower margin: not part of this campaign's answer
+                names = [metric.name for metric in runner.metrics]
+                if upto < ceiling and narrow([records[p, t] for t in range(upto)], names, margin, confidence):
                     step(labels[p], ceiling - upto)
                     break
 
 
-def _narrow(runner: TrialRunner, records: list[Trial], margin: float, confidence: float) -> bool:
-    intervals = [
-        interval_of(metric.name, [record.metrics[metric.name] for record in records], confidence)
-        for metric in runner.metrics
-    ]
-    return all_within(intervals, margin)
-
-
 def _prepare_suffixes(runner: TrialRunner, cache_bytes: int | None) -> Suffixes | None:
     """Cached prefixes, if this campaign's faults leave enough of a prefix to be worth it."""
-    stored = sum(site.values * site.dtype.itemsize for site in runner.space.sites)
-    budget = max(stored, _SMALLEST_CACHE) if cache_bytes is None else cache_bytes
+    parameters = sum(parameter.nbytes for parameter in runner.model.parameters())
+    copied = sum(original.nbytes for original in runner.space.originals().values())
+    budget = max(parameters - copied, _SMALLEST_CACHE) if cache_bytes is None else cache_bytes
     if budget <= 0:
         return None
-    suffixes = Suffixes.trace(runner.model)
+    suffixes = Suffixes.trace(runner.model, runner.batches.inputs)
     if suffixes is None:
         return None
     draws = [runner.draw(p, t) for p in range(len(runner.points)) for t in range(4)]
@@ -208,14 +201,14 @@ def _header(
     confidence: float,
 ) -> dict[str, Any]:
     """The journal's first line: what is assessed, and what it does without faults."""
-    bad = [name for name, value in golden.items() if value != value]
-    if bad:
-        raise DataError(f"the metric {bad[0]} is NaN on the golden run; a drop from that would mean nothing")
+    for name, value in golden.items():
+        if not isfinite(value):
+            raise DataError(f"the metric {name} is {value} on the golden run; a drop from that would mean nothing")
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "fingerprint": {
             "model": f"{type(runner.model).__module__}.{type(runner.model).__qualname__}",
-            "structure": _hash(repr(runner.model).encode()),
+            "structure": _hash(sub(" at 0x[0-9a-f]+", "", repr(runner.model)).encode()),  # addresses differ every run
             "weights": _weights_digest(runner.model, space),
             "data": runner.batches.digest(),
             "samples": runner.batches.samples,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,22 +19,25 @@ from flipproof.outcomes import bit_pattern
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, without gradients; every module's own training flag is put back afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    if training:  # every trial comes by here, and nearly always finds the campaign's own eval mode
+        model.eval()
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors would not count in-place changes
             yield
     finally:
-        for module, training in flags:
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 @contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
     """On a CPU, one torch thread: sums are then taken in one order, so that every executor gets the same bits."""
     before = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
+    if device.type != "cpu" or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
     try:
         yield
     finally:
@@ -45,22 +48,31 @@ class FaultyRunError(Exception):
     """The model raised while it was faulty: every sample of the trial is a DUE."""
 
 
-def run(model: nn.Module, batches: Batches, output: Output, suffixes: Suffixes | None = None, start: int = 0) -> Tensor:
-    """Outputs of all samples, on the CPU; from cached activations where `suffixes` has them for `start`.
+def run(
+    model: nn.Module,
+    batches: Batches,
+    output: Output,
+    suffixes: Suffixes | None = None,
+    start: int = 0,
+    looks: Sequence[int] = (),
+) -> Tensor:
+    """Outputs of all samples of a faulty model, on the CPU; from cached activations if `suffixes` has them for `start`.
+
+    At the cuts `looks` a batch whose activations are golden again takes the golden outputs.
 
     Raises:
-        FaultyRunError: if the model raises on its own account.
+        FaultyRunError: if the model, or `output` on what it returns, raises on its own account.
         InfrastructureError: if memory ran out or the device failed.
     """
     outputs = []
     for i, inputs in enumerate(batches.inputs):
         try:
-            raw = suffixes.resume(start, i) if suffixes is not None and start else call(model, inputs)
+            raw = suffixes.resume(start, i, looks) if suffixes is not None and start else call(model, inputs)
+            outputs.append(pick(raw, output).detach().cpu())
         except Exception as error:
             if is_infrastructure(error):
                 raise InfrastructureError(f"batch {i}: {type(error).__name__}: {error}") from error
             raise FaultyRunError(f"{type(error).__name__}: {error}") from error
-        outputs.append(pick(raw, output).detach().cpu())
     return torch.cat(outputs)
 
 
@@ -82,6 +94,7 @@ def golden_run(model: nn.Module, batches: Batches, output: Output) -> Tensor:
         DataError: if the model rejects a batch or returns something else.
         ModelError: if outputs hold NaN (naming the first layer that makes one) or are not repeatable.
     """
+    outputs: list[Tensor] = []
     for i, (inputs, size) in enumerate(zip(batches.inputs, batches.sizes, strict=True)):
         try:
             raw = call(model, inputs)
@@ -97,6 +110,11 @@ def golden_run(model: nn.Module, batches: Batches, output: Output) -> Tensor:
                 f"batch {i} has {size} targets but the model's output has the shape {tuple(picked.shape)}; the first "
                 f"dimension must count samples"
             )
+        if outputs and picked.shape[1:] != outputs[0].shape[1:]:
+            raise DataError(
+                f"outputs a sample have the shape {tuple(picked.shape[1:])} in batch {i} but "
+                f"{tuple(outputs[0].shape[1:])} before; every sample needs the same classes"
+            )
         if bool(torch.isnan(picked).any()):
             raise ModelError(
                 f"the fault-free model gives NaN on batch {i}; {_first_nan(model, inputs)}. No fault can be judged "
@@ -108,7 +126,8 @@ def golden_run(model: nn.Module, batches: Batches, output: Output) -> Tensor:
                 "random in eval mode or keeps state between calls. Seed or remove it; on CUDA try "
                 "torch.use_deterministic_algorithms(True)"
             )
-    return run(model, batches, output)
+        outputs.append(picked.detach().cpu())
+    return torch.cat(outputs)
 
 
 def _first_nan(model: nn.Module, inputs: Any) -> str:

@@ -19,6 +19,9 @@ from flipproof.campaigns.trial import Trial
 from flipproof.errors import JournalError, JournalLocked, JournalMismatch
 
 SCHEMA = 1
+PATIENCE = 1.5
+"""Seconds to wait for the lock: workers of a killed campaign hold it until they notice, within half a second."""
+_START = b'{"flipproof_journal":'
 
 
 class Journal:
@@ -53,7 +56,7 @@ class Journal:
         lock = FileLock(f"{self.path}.lock")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=PATIENCE)
         except Timeout:
             raise JournalLocked(
                 f"{self.path} is being written by another process; wait for it or choose another store="
@@ -61,7 +64,7 @@ class Journal:
         except OSError as error:
             raise JournalError(f"cannot write {self.path}: {error.strerror or error}") from error
         try:
-            done = self._resume(header) if self.path.exists() and self.path.stat().st_size else self._create(header)
+            done = self._create(header) if self._unwritten() else self._resume(header)
             try:
                 yield done
             finally:
@@ -73,6 +76,22 @@ class Journal:
     def append(self, trial: Trial) -> None:
         """Write one trial, whole or not at all."""
         self._write(trial.to_json())
+
+    def _unwritten(self) -> bool:
+        """No file, an empty one, or a header of ours that was torn before its end: nothing was recorded yet."""
+        try:
+            if self.path.stat().st_size == 0:
+                return True
+            with self.path.open("rb") as file:
+                start = file.read(len(_START))
+                if not _START.startswith(start) or file.readline().endswith(b"\n"):
+                    return False
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            raise JournalError(f"cannot read {self.path}: {error.strerror or error}") from error
+        os.ftruncate(self._open(), 0)
+        return True
 
     def _create(self, header: dict[str, Any]) -> list[Trial]:
         self._write({"flipproof_journal": SCHEMA, **header})

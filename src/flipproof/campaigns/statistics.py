@@ -78,7 +78,7 @@ def mean_interval(values: ArrayLike, *, confidence: float = 0.95, bounded: bool 
         [0.0, 0.0362]
     """
     x = np.asarray(values, np.float64)
-    if x.size < 2 or bool(np.isnan(x).any()):
+    if x.size < 2 or not bool(np.isfinite(x).all()):
         return (float("nan"), float("nan"))
     mean = float(x.mean())
     if float(np.ptp(x)) == 0.0:
@@ -103,7 +103,7 @@ def bootstrap_interval(
         True
     """
     x = np.asarray(values, np.float64)
-    if x.size < 2 or bool(np.isnan(x).any()) or float(np.ptp(x)) == 0.0:
+    if x.size < 2 or not bool(np.isfinite(x).all()) or float(np.ptp(x)) == 0.0:
         return mean_interval(x, confidence=confidence, bounded=bounded)
     result = stats.bootstrap(
         (x,),

@@ -3,20 +3,29 @@
 Everything before that layer computes what the golden run computed, so its activations are kept (within a budget) and
 only the rest of the network runs. `torch.fx` gives the order; where tracing fails, or a resumed run does not give
 back the golden outputs bit by bit, trials run whole, and records are the same either way.
+
+A third of all single faults in weights is gone a layer or two later: rounded away, or stopped by a ReLU. So a trial
+looks at the next cuts behind its last faulted layer, and where every live value is golden, bit by bit, so is the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from flipproof.campaigns.batches import Output, call, pick
+from flipproof.campaigns.batches import Output, call, own, pick
 from flipproof.outcomes import bit_pattern
+
+T = TypeVar("T")
+
+_LOOKS = 2
+"""How many cuts behind the last faulted layer to look at: its own output, and what its activation made of that."""
 
 _PLAIN = (int, float, bool, str, type(None), torch.Size, torch.dtype, torch.device)
 
@@ -27,24 +36,38 @@ class Suffixes:
     A cut is an index into the graph's nodes; 0 means the whole model.
     """
 
-    def __init__(self, traced: fx.GraphModule, first_use: dict[str, int]) -> None:
+    def __init__(
+        self, model: nn.Module, traced: fx.GraphModule, first_use: dict[str, int], last_use: dict[str, int]
+    ) -> None:
+        self._model = model
         self._traced = traced
         self._nodes = list(traced.graph.nodes)
         self._first_use = first_use
+        self._last_use = last_use
         self._graphs: dict[int, fx.GraphModule] = {}
+        self._steps: dict[tuple[int, int], fx.GraphModule] = {}
+        self._golden: list[Any] = []
         self._caches: dict[int, list[list[Any]]] = {}
         self._cuts: list[int] = []
 
     @classmethod
-    def trace(cls, model: nn.Module) -> Suffixes | None:
-        """Trace a model in eval mode; None where that would not be faithful."""
-        if any(_hooked(module) for module in model.modules()):
+    def trace(cls, model: nn.Module, inputs: Sequence[Any]) -> Suffixes | None:
+        """Trace a model in eval mode for these batches; None where that would not be faithful."""
+        tracer = _Tracer()
+        # tracing runs through a module that is no leaf without calling it, so it would lose its hooks
+        traced_through = [m for m in model.modules() if m is model or not tracer.is_leaf_module(m, "")]
+        if any(module._forward_hooks or module._forward_pre_hooks for module in traced_through):
             return None
         try:
-            traced = fx.symbolic_trace(model)
+            traced = fx.GraphModule(model, tracer.trace(model, concrete_args=_fixed(model, inputs)))
         except Exception:  # a forward that cannot be traced may raise anything; whole runs need no trace
             return None
+        if any(
+            node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in traced.graph.nodes
+        ):
+            return None  # computed while tracing, perhaps from a parameter: faults would not reach it
         first_use: dict[str, int] = {}
+        last_use: dict[str, int] = {}
         modules = dict(model.named_modules())
         for index, node in enumerate(traced.graph.nodes):
             names: list[str] = []
@@ -59,13 +82,19 @@ class Suffixes:
                 names = [f"{node.target}.{name}" for name, _ in inside]
             for name in names:
                 first_use.setdefault(name, index)
-        return cls(traced, first_use)
+                last_use[name] = index
+        return cls(model, traced, first_use, last_use)
 
     def cut_of(self, names: Sequence[str]) -> int:
         """The latest prepared cut that lies before the first use of any of these tensors (with all their names)."""
         uses = [self._first_use.get(name, 0) for name in names]
         earliest = min(uses, default=0)
         return max((cut for cut in self._cuts if cut <= earliest), default=0)
+
+    def looks_after(self, names: Sequence[str]) -> tuple[int, ...]:
+        """The next prepared cuts that lie behind every use of these tensors: where their faults may be gone."""
+        latest = max((self._last_use.get(name, len(self._nodes)) for name in names), default=len(self._nodes))
+        return tuple(cut for cut in self._cuts if cut > latest)[:_LOOKS]
 
     def position_of(self, names: Sequence[str]) -> float:
         """How far into the graph the first use lies, 0 to 1: what a cut there would save, roughly."""
@@ -75,9 +104,17 @@ class Suffixes:
         self, model: nn.Module, inputs: Sequence[Any], sizes: Sequence[int], output: Output, budget: int
     ) -> None:
         """Record activations at as many cuts as `budget` bytes allow, and keep only cuts that prove faithful."""
+        try:
+            self._prepare(model, inputs, sizes, output, budget)
+        except Exception:  # what was traced cannot run like the model, in whatever way that shows: run the model
+            self._caches, self._graphs, self._cuts = {}, {}, []
+
+    def _prepare(
+        self, model: nn.Module, inputs: Sequence[Any], sizes: Sequence[int], output: Output, budget: int
+    ) -> None:
         cuts = sorted({index for index in self._first_use.values() if index > 0})
-        measured = self._record(inputs[0], cuts)
-        cost = {cut: _bytes(values) * sum(sizes) / sizes[0] for cut, values in measured.items()}
+        measured = self._visit(inputs[0], cuts, _bytes)
+        cost = {cut: size * sum(sizes) / sizes[0] for cut, size in measured.items()}
         usable = [cut for cut in cuts if cut in cost and cost[cut] <= budget]
         for stride in range(1, len(usable) + 1):
             chosen = usable[stride - 1 :: stride]
@@ -85,6 +122,8 @@ class Suffixes:
                 break
         else:
             return
+        self._golden = [_copy(call(model, batch)) for batch in inputs]
+        whole = {i: pick(self._golden[i], output).clone() for i in (0, len(inputs) - 1)}
         self._caches = {cut: [] for cut in chosen}
         for batch in inputs:
             recorded = self._record(batch, chosen)
@@ -94,71 +133,113 @@ class Suffixes:
                 else:
                     del self._caches[cut]
         for cut in list(self._caches):
-            self._graphs[cut] = self._suffix(cut)
-            if not all(self._faithful(model, cut, i, inputs[i], output) for i in {0, len(inputs) - 1}):
+            self._graphs[cut] = self._part(cut)
+            if not all(_same(expected, pick(self.resume(cut, i), output)) for i, expected in whole.items()):
                 del self._caches[cut], self._graphs[cut]
         self._cuts = sorted(self._caches)
 
-    def resume(self, cut: int, batch: int) -> Any:
-        """What the model returns on a batch, computed from `cut` on."""
-        return self._graphs[cut](*_copy(self._caches[cut][batch]))
+    def resume(self, cut: int, batch: int, looks: Sequence[int] = ()) -> Any:
+        """What the model returns on a batch, computed from `cut` on, or up to one of `looks` if all is golden there."""
+        live = _copy(self._caches[cut][batch])
+        for look in looks:
+            live = self._step(cut, look)(*live)
+            if _same(live, self._caches[look][batch]):
+                return _copy(self._golden[batch])
+            cut = look
+        return self._graphs[cut](*live)
 
-    def _faithful(self, model: nn.Module, cut: int, batch: int, inputs: Any, output: Output) -> bool:
-        whole, resumed = pick(call(model, inputs), output), pick(self.resume(cut, batch), output)
-        return whole.shape == resumed.shape and torch.equal(bit_pattern(whole), bit_pattern(resumed))
+    def _step(self, cut: int, end: int) -> fx.GraphModule:
+        if (cut, end) not in self._steps:
+            self._steps[cut, end] = self._part(cut, end)
+        return self._steps[cut, end]
 
     def _live(self, cut: int) -> list[fx.Node]:
         later = self._nodes[cut:]
         needed = {source for node in later for source in node.all_input_nodes}
         return [node for node in self._nodes[:cut] if node in needed]
 
-    def _suffix(self, cut: int) -> fx.GraphModule:
+    def _part(self, cut: int, end: int | None = None) -> fx.GraphModule:
+        """From what is live at `cut` to what the model returns, or to what is live at `end`."""
         graph = fx.Graph()
         copied: dict[fx.Node, fx.Node] = {
             node: graph.placeholder(f"live_{i}") for i, node in enumerate(self._live(cut))
         }
-        for node in self._nodes[cut:]:
+        for node in self._nodes[cut:end]:
             copied[node] = graph.node_copy(node, lambda source: copied[source])
+        if end is not None:
+            graph.output([copied[node] for node in self._live(end)])
         return fx.GraphModule(self._traced, graph)
 
     def _record(self, inputs: Any, cuts: Sequence[int]) -> dict[int, list[Any]]:
-        """Copies of what is live at each cut, taken at that moment: later nodes may work in place.
+        """Copies of what is live at each cut, taken at that moment: later nodes may work in place."""
+        copies: Copies = {}
+
+        def copy(live: list[Any]) -> list[Any]:
+            copied = [_copy(value, copies) for value in live]
+            here = {id(leaf) for leaf in pytree.tree_leaves(live)}
+            for gone in copies.keys() - here:  # what has died stays dead: let its memory go
+                del copies[gone]
+            return copied
+
+        return self._visit(inputs, cuts, copy)
+
+    def _visit(self, inputs: Any, cuts: Sequence[int], take: Callable[[list[Any]], T]) -> dict[int, T]:
+        """Run the model node by node and take something of what is live at each cut.
 
         Cuts where two live values share memory, or where one is neither a tensor nor a plain value, are left out.
         """
         interpreter = fx.Interpreter(self._traced)
-        arguments = iter(_arguments(self._traced, inputs))
+        arguments = iter(_arguments(self._model, own(inputs)).values())
         env: dict[fx.Node, Any] = {}
-        copies: Copies = {}
         wanted = set(cuts)
-        recorded: dict[int, list[Any]] = {}
+        taken: dict[int, T] = {}
         for index, node in enumerate(self._nodes):
             if index in wanted:
                 live = [env[source] for source in self._live(index)]
                 if _separate(live):
-                    recorded[index] = [_copy(value, copies) for value in live]
+                    taken[index] = take(live)
+                del live
             if node.op == "placeholder":
                 env[node] = next(arguments)
             elif node.op != "output":
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: env[source])
                 env[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
-        return recorded
+                del args, kwargs
+            for dead in interpreter.user_to_last_uses.get(node, ()):
+                del env[dead]
+        return taken
 
 
-def _arguments(traced: fx.GraphModule, inputs: Any) -> list[Any]:
-    """Inputs in the order of the graph's placeholders, defaults filled in."""
-    holders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+class _Tracer(fx.Tracer):
+    """Keeps buffers symbolic, so that what a forward computes from one is computed again under faults."""
+
+    proxy_buffer_attributes = True
+
+
+def _arguments(model: nn.Module, inputs: Any) -> dict[str, Any]:
+    """Inputs by the names of the forward's parameters, in their order, defaults filled in."""
+    signature = inspect.signature(model.forward)
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values()):
+        raise TypeError("a forward with *args or **kwargs is not traced argument by argument")
     if isinstance(inputs, Mapping):
-        given = dict(inputs)
-        return [given[str(h.target)] if str(h.target) in given else h.args[0] for h in holders]
-    values = list(inputs) if isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence) else [inputs]
-    return [*values, *(h.args[0] for h in holders[len(values) :])]
+        bound = signature.bind(**inputs)
+    elif isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence):
+        bound = signature.bind(*inputs)
+    else:
+        bound = signature.bind(inputs)
+    bound.apply_defaults()
+    return bound.arguments
 
 
-def _hooked(module: nn.Module) -> bool:
-    """Tracing runs through composite modules without calling them, so it would lose their hooks."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks) and next(module.children(), None) is not None
+def _fixed(model: nn.Module, inputs: Sequence[Any]) -> dict[str, Any]:
+    """Arguments that are plain values, the same in every batch: `if mask is None` has to go the way it really goes."""
+    every = [
+        {name: value for name, value in _arguments(model, batch).items() if isinstance(value, _PLAIN)}
+        for batch in inputs
+    ]
+    if any(fixed != every[0] for fixed in every):
+        raise TypeError("arguments that are not tensors differ between batches")
+    return every[0]
 
 
 def _separate(live: list[Any]) -> bool:
@@ -187,6 +268,23 @@ def _copy(value: Any, known: Copies | None = None) -> Any:
         return entry[1]
 
     return pytree.tree_map(copy, value)
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Whether both hold the same bits: −0.0 is not 0.0, a NaN is itself, and what is not known to be equal is not."""
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        if left.dtype != right.dtype or left.shape != right.shape or left.is_complex():
+            return False
+        if left.is_floating_point():
+            return torch.equal(bit_pattern(left), bit_pattern(right))
+        return torch.equal(left, right)
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(_same, left, right))
+    if isinstance(left, Mapping):
+        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
+    return isinstance(left, _PLAIN) and bool(left == right)
 
 
 def _bytes(values: list[Any]) -> int:

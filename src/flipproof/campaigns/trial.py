@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, fields
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
-from math import isnan
+from math import isinf, isnan
 from platform import python_version
 from typing import Any
 
@@ -41,7 +41,7 @@ class Trial:
         outcomes: samples by outcome; they sum to `samples`.
         seconds: wall time, the only field that differs between two runs of a campaign.
         versions: what computed it.
-        error: why every sample is a DUE, if the faulty model raised.
+        error: why every sample is a DUE, if the faulty model raised or gave outputs of another shape.
     """
 
     point: int
@@ -59,9 +59,12 @@ class Trial:
     error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON object; an undefined metric is null."""
-        record = asdict(self)
-        record["metrics"] = {name: None if isnan(value) else value for name, value in self.metrics.items()}
+        """As a JSON object, which has no word for such numbers: NaN is null, infinities are "inf" and "-inf"."""
+        record = {field.name: getattr(self, field.name) for field in fields(self)}
+        record["metrics"] = {
+            name: None if isnan(value) else str(value) if isinf(value) else value
+            for name, value in self.metrics.items()
+        }
         return record
 
     @classmethod
@@ -119,8 +122,11 @@ class TrialRunner:
 
     def draw(self, point: int, trial: int) -> Faults:
         """The faults of a trial: a function of seed, point and index alone."""
-        model = self.points[point]
-        return model.draw(self.space, TrialGenerator(self.seed, repr(model), trial))
+        return self.points[point].draw(self.space, TrialGenerator(self.seed, self._names[point], trial))
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(map(repr, self.points))
 
     def __call__(self, point: int, trial: int) -> Trial:
         """Run one trial."""
@@ -128,13 +134,17 @@ class TrialRunner:
         faults = self.draw(point, trial)
         error = None
         with eval_mode(self.model), one_thread(self.device):
-            start = self._start(faults)
+            start, looks = self._shortcut(faults)
             with self.space.corrupted(faults) as flips:
                 try:
-                    outputs = run(self.model, self.batches, self.output, self.suffixes, start)
+                    outputs = run(self.model, self.batches, self.output, self.suffixes, start, looks)
                 except FaultyRunError as failure:
                     error = str(failure)[:500]
-                    outputs = torch.full_like(self.golden, float("nan"))
+                else:
+                    if outputs.shape != self.golden.shape:
+                        error = f"outputs of shape {tuple(outputs.shape)} instead of {tuple(self.golden.shape)}"
+        if error is not None:
+            outputs = torch.full_like(self.golden, float("nan"))
         counts = torch.bincount(classify(self.golden, outputs, self.decision), minlength=len(OUTCOMES)).tolist()
         targets = self.batches.targets
         return Trial(
@@ -153,14 +163,14 @@ class TrialRunner:
             error=error,
         )
 
-    def _start(self, faults: Faults) -> int:
-        """The latest cached cut before anything that these faults touch."""
+    def _shortcut(self, faults: Faults) -> tuple[int, tuple[int, ...]]:
+        """The latest cached cut before anything that these faults touch, and the cuts where they may be gone."""
         if self.suffixes is None or not len(faults):
-            return 0
-        return self.suffixes.cut_of(self.space.touched_names(faults))
+            return 0, ()
+        touched = self.space.touched_names(faults)
+        return self.suffixes.cut_of(touched), self.suffixes.looks_after(touched)
 
     def _where(self, faults: Faults) -> list[tuple[str, int, int]]:
         if len(faults) > NAMED_FAULTS:
             return []
-        located = self.space.locate(faults)
-        return list(zip(located["site"].tolist(), located["value"].tolist(), located["bit"].tolist(), strict=True))
+        return self.space.places(faults)

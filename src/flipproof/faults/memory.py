@@ -21,6 +21,9 @@ from flipproof.faults.sampling import Positions
 
 FLIP, CLEAR, SET = 0, 1, 2
 
+_AHEAD = 64
+"""Bytes fetched ahead of the one being changed: a fault is a cache miss, and they can be waited for together."""
+
 
 def _load(typing_context, address):  # type: ignore[no-untyped-def]
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -37,18 +40,31 @@ def _store(typing_context, address, value):  # type: ignore[no-untyped-def]
     return types.void(types.uint64, types.uint8), codegen
 
 
+def _fetch(typing_context, address):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer, number = builder.inttoptr(args[0], ir.IntType(8).as_pointer()), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
+        builder.call(prefetch, [pointer, number(1), number(3), number(1)])  # to write, keep in cache, data
+        return context.get_dummy_value()
+
+    return types.void(types.uint64), codegen
+
+
 _load_byte: Any = intrinsic(_load)
 _store_byte: Any = intrinsic(_store)
+_fetch_byte: Any = intrinsic(_fetch)
 
 
 @njit(cache=True)
 def _apply(addresses, firsts, lasts, positions, operation, touched, saved, count):  # type: ignore[no-untyped-def]
-    """Change every position that lies in a direct site; counts saved bytes in count[0], returns bits changed.
+    """Change every position that lies in a direct site; count[0] becomes the saved bytes, returns bits changed.
 
-    Site i covers bits [firsts[i], lasts[i]) of the space and starts at byte addresses[i]; both lists ascend.
+    Site i covers bits [firsts[i], lasts[i]) of the space and starts at byte addresses[i]; both lists ascend. The first
+    pass only finds addresses (`saved` holds the masks meanwhile), so that the second can fetch ahead of itself.
     """
     site = 0
-    changed = 0
+    found = 0
     for position in positions:
         while site < firsts.size and position >= lasts[site]:
             site += 1
@@ -57,21 +73,29 @@ def _apply(addresses, firsts, lasts, positions, operation, touched, saved, count
         if position < firsts[site]:
             continue
         local = position - firsts[site]
-        address = addresses[site] + np.uint64(local >> 3)
-        mask = np.uint8(1 << (local & 7))
+        touched[found] = addresses[site] + np.uint64(local >> 3)
+        saved[found] = np.uint8(1 << (local & 7))
+        found += 1
+    for i in range(min(_AHEAD, found)):
+        _fetch_byte(touched[i])
+    changed = 0
+    for i in range(found):
+        if i + _AHEAD < found:
+            _fetch_byte(touched[i + _AHEAD])
+        address = touched[i]
+        mask = saved[i]
         before = _load_byte(address)
-        touched[count[0]] = address
-        saved[count[0]] = before
-        count[0] += 1
         if operation == FLIP:
             after = before ^ mask
         elif operation == SET:
             after = before | mask
         else:
             after = before & ~mask
+        saved[i] = before
         if after != before:
             changed += 1
             _store_byte(address, np.uint8(after))
+    count[0] = found
     return changed
 
 

@@ -164,7 +164,9 @@ class FaultSpace:
         self.bits = offset
         self._tensors = tensors
         self._index = {name: i for i, site in enumerate(sites) for name in (site.name, *site.aliases)}
-        self._firsts = np.array([site.offset for site in sites], np.int64)
+        self._borders = np.array([*(site.offset for site in sites), offset], np.int64)
+        self._firsts = self._borders[:-1]
+        self._widths = np.array([site.width for site in sites], np.int64)
         self._originals: dict[int, Tensor] | None = None
         self._codings: dict[int, Coding] = {}
         self._direct: tuple[tuple[tuple[int, int], ...], DirectMemory | None, list[int]] | None = None
@@ -220,21 +222,24 @@ class FaultSpace:
 
     def locate(self, faults: Faults) -> pd.DataFrame:
         """Where faults lie: one row a bit with its `site`, `value` (flat index) and `bit`."""
-        which = np.searchsorted(self._firsts, faults.positions, side="right") - 1
-        width = np.array([site.width for site in self.sites], np.int64)[which]
-        local = faults.positions - self._firsts[which]
+        which, value, bit = self._located(faults)
         names = np.array([site.name for site in self.sites], dtype=object)[which]
-        return pd.DataFrame({"site": names, "value": local // width, "bit": local % width})
+        return pd.DataFrame({"site": names, "value": value, "bit": bit})
+
+    def places(self, faults: Faults) -> list[tuple[str, int, int]]:
+        """The same as plain (name, value, bit), which `faults` takes: for a few faults far quicker than a table."""
+        which, value, bit = (column.tolist() for column in self._located(faults))
+        return [(self.sites[i].name, v, b) for i, v, b in zip(which, value, bit, strict=True)]
+
+    def _located(self, faults: Faults) -> tuple[Positions, Positions, Positions]:
+        which = np.searchsorted(self._firsts, faults.positions, side="right") - 1
+        value, bit = np.divmod(faults.positions - self._firsts[which], self._widths[which])
+        return which, value, bit
 
     def touched_names(self, faults: Faults) -> list[str]:
         """Every name of every tensor that these faults touch."""
-        which = np.searchsorted(faults.positions, np.append(self._firsts, self.bits))
-        return [
-            name
-            for site, first, last in zip(self.sites, which, which[1:], strict=False)
-            if last > first
-            for name in (site.name, *site.aliases)
-        ]
+        touched = np.flatnonzero(np.diff(np.searchsorted(faults.positions, self._borders)))
+        return [name for i in touched.tolist() for name in (self.sites[i].name, *self.sites[i].aliases)]
 
     @contextmanager
     def stored(self) -> Iterator[None]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -71,7 +73,7 @@ def cached(name: str, build: Callable[[], nn.Module], train: Callable[[nn.Module
     if path.exists():
         try:
             model.load_state_dict(load_file(path))
-        except (OSError, RuntimeError, ValueError):  # torn or of another recipe: train anew
+        except (OSError, RuntimeError, ValueError, SafetensorError):  # torn or of another recipe: train anew
             model = build()
         else:
             return model.eval()
@@ -82,5 +84,6 @@ def cached(name: str, build: Callable[[], nn.Module], train: Callable[[nn.Module
         save_file(model.state_dict(), temporary)
         temporary.replace(path)
     except OSError:  # a read-only home costs a few seconds of training next time, nothing else
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
     return model

@@ -1,0 +1,54 @@
+"""`flipproof compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flipproof.campaigns import Assessment
+from flipproof.cli.console import out
+from flipproof.errors import ConfigError
+from flipproof.reports import compare as compare_assessments
+from flipproof.reports import metric_figure, save, summary_table
+from flipproof.reports.tables import number
+
+
+def compare(
+    journals: Annotated[list[str], typer.Argument(help="NAME=JOURNAL.jsonl, the baseline first.")],
+    csv: Annotated[Path | None, typer.Option(help="Also write the whole table as CSV.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Also draw the metric against the rate: .png, .pdf or .svg.")
+    ] = None,
+) -> None:
+    """Put campaigns side by side: drops, outcomes, gains over the first one with intervals."""
+    assessments: dict[str, Assessment] = {}
+    for text in journals:
+        name, equals, path = text.partition("=")
+        if not equals:
+            name, path = Path(text).stem, text
+        if name in assessments:
+            raise ConfigError(f"two campaigns are called {name!r}; write NAME=JOURNAL.jsonl")
+        assessments[name] = Assessment.load(path)
+    table = compare_assessments(**assessments)
+    metric = next(iter(assessments.values())).metrics[0]
+    for name, assessment in assessments.items():
+        out.print(summary_table(assessment, title=name))
+        gains = table[table["campaign"] == name]
+        if name != next(iter(assessments)):
+            for _, row in gains.iterrows():
+                out.print("  " + _gain(row, metric), markup=False, highlight=False)
+    if csv:
+        table.to_csv(csv, index=False)
+    if figure:
+        save(metric_figure(assessments, metric=metric), figure)
+
+
+def _gain(row: Any, metric: str) -> str:
+    low, high = 100 * row[f"{metric}_gain_low"], 100 * row[f"{metric}_gain_high"]
+    how = "paired" if row["paired"] else "independent draws"
+    point = ", ".join(
+        f"{name} {number(row[name])}" for name in ("ber", "bit", "count") if name in row and row[name] == row[name]
+    )
+    return f"{point}: {metric} gains {100 * row[f'{metric}_gain']:+.1f} points [{low:.1f}, {high:.1f}] ({how})"

@@ -1,0 +1,198 @@
+"""A campaign as a file: the options of `assess` in TOML, run from the command line and written beside its results."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from flipproof.campaigns import Assessment, assess
+from flipproof.errors import ConfigError, FlipproofError
+from flipproof.faults import Parameters
+from flipproof.faults.selection import FormatChoice
+from flipproof.metrics import METRIC_NAMES
+from flipproof.specs import load_object, parse_faults, parse_format
+
+
+@dataclass(frozen=True, kw_only=True)
+class CampaignConfig:
+    """Everything `flipproof assess` takes, in the words of `assess`.
+
+    `model`, `data`, `metrics` and `output` name importable objects; `faults` and `format` are written as in Python.
+    `weights` is a safetensors or PyTorch state dict to load, `out` the folder that gets journal, tables and figures.
+    """
+
+    model: str
+    data: str
+    faults: str
+    format: str | dict[str, str] | None = None
+    weights: str | None = None
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    buffers: bool = False
+    kinds: tuple[str, ...] = ()
+    trials: int = 100
+    metrics: tuple[str, ...] = ("accuracy",)
+    seed: int = 0
+    workers: int = 1
+    device: str | None = None
+    margin: float | None = None
+    confidence: float = 0.95
+    output: str | int | None = None
+    cache_bytes: int | None = None
+    out: str = "flipproof-results"
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any], *, source: str) -> CampaignConfig:
+        """Check names and kinds of values.
+
+        Raises:
+            ConfigError: naming the field, where it comes from and what it takes.
+        """
+        known = {field.name: field for field in fields(cls)}
+        if unknown := sorted(given.keys() - known.keys()):
+            raise ConfigError(f"{source}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
+        if missing := [name for name in ("model", "data", "faults") if given.get(name) is None]:
+            raise ConfigError(f"{source}: {', '.join(missing)} must be given")
+        values: dict[str, Any] = {}
+        for name, value in given.items():
+            if value is None:
+                continue
+            kind = str(known[name].type)
+            if kind.startswith("tuple"):
+                value = (value,) if isinstance(value, str) else tuple(value)
+            if kind.startswith("float") and isinstance(value, int) and not isinstance(value, bool):
+                value = float(value)
+            wanted = {"int": int, "float": float, "bool": bool, "str": str, "tuple": tuple}[
+                kind.split(" ")[0].split("[")[0]
+            ]
+            fits = isinstance(value, wanted) and (wanted is not int or not isinstance(value, bool))
+            if (
+                not fits
+                and not (name == "format" and isinstance(value, dict))
+                and not (name == "output" and type(value) is int)
+            ):
+                raise ConfigError(f"{source}: {name} takes {kind}, got {value!r}")
+            values[name] = value
+        return cls(**values)
+
+    def to_toml(self) -> str:
+        """The effective configuration; `flipproof assess --config` on it repeats the run."""
+        written = {name: value for name, value in asdict(self).items() if value is not None}
+        return "# flipproof assess --config THIS_FILE repeats or resumes this campaign\n" + tomli_w.dumps(written)
+
+    def run(self, *, progress: bool | None = None) -> Assessment:
+        """Load what is named, assess it, and write results and configuration to `out`.
+
+        The journal is `out`/journal.jsonl: run again and it resumes.
+        """
+        folder = Path(self.out)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)  # a factory may initialise at random: the same file gives the same model
+            model = self._model()
+            data = list(_called(load_object(self.data)))
+        result = assess(
+            model,
+            data=data,
+            faults=parse_faults(self.faults),
+            format=self._format(),
+            where=Parameters(self.include, self.exclude, self.buffers, self.kinds),  # type: ignore[arg-type]
+            trials=self.trials,
+            metrics=[name if name in METRIC_NAMES else load_object(name) for name in self.metrics],
+            seed=self.seed,
+            store=folder / "journal.jsonl",
+            workers=self.workers,
+            device=self.device,
+            margin=self.margin,
+            confidence=self.confidence,
+            output=self._output(),
+            cache_bytes=self.cache_bytes,
+            progress=progress,
+        )
+        (folder / "campaign.toml").write_text(self.to_toml())
+        result.to_csv(folder / "trials.csv")
+        result.to_csv(folder / "summary.csv", table="summary")
+        return result
+
+    def _model(self) -> nn.Module:
+        model = _called(load_object(self.model))
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model {self.model!r} gives a {type(model).__name__}, not a torch.nn.Module")
+        if self.weights is not None:
+            load_weights(model, self.weights)
+        return model
+
+    def _format(self) -> FormatChoice:
+        if isinstance(self.format, dict):
+            return {pattern: parse_format(text) for pattern, text in self.format.items()}
+        return None if self.format is None else parse_format(self.format)
+
+    def _output(self) -> Any:
+        if isinstance(self.output, str):
+            if self.output.lstrip("-").isdigit():
+                return int(self.output)
+            if ":" in self.output:
+                return load_object(self.output)
+        return self.output
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The options in a campaign file.
+
+    Raises:
+        ConfigError: if it cannot be read or is not TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a state dict from safetensors, or from a PyTorch file without unpickling objects.
+
+    A dict that holds `state_dict` is opened, and the prefix `module.` that DataParallel leaves is dropped.
+
+    Raises:
+        ConfigError: if the file cannot be read safely or does not fit the model.
+    """
+    try:
+        if str(path).endswith(".safetensors"):
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # readers raise whatever the bytes provoke; none of it is executed
+        raise ConfigError(f"cannot read weights from {path}: {type(error).__name__}: {error}") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise ConfigError(f"{path} holds a {type(state).__name__}, not a state dict")
+    try:
+        model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
+    except RuntimeError as error:
+        raise ConfigError(f"the weights in {path} do not fit {type(model).__name__}: {error}") from error
+
+
+def _called(found: Any) -> Any:
+    """A factory's product; a ready model or list of batches is one already."""
+    is_factory = isinstance(found, type) or (callable(found) and not isinstance(found, nn.Module))
+    if not is_factory:
+        return found
+    factory: Callable[[], Any] = found
+    try:
+        return factory()
+    except FlipproofError:
+        raise
+    except TypeError as error:
+        raise ConfigError(
+            f"{getattr(found, '__name__', found)} cannot be called without arguments ({error}); "
+            f"write them out, e.g. module:factory(num_classes=10)"
+        ) from error

@@ -1,0 +1,26 @@
+"""Hardening: bounded activations, ways to choose their bounds, and what they cost."""
+
+from flipproof.hardening.base import Hardening, HardeningReport, harden, hardening_report
+from flipproof.hardening.bounded import Bounded, Saturate, Smooth, ZeroAbove
+from flipproof.hardening.fitact import FitAct
+from flipproof.hardening.ft_clipact import FTClipAct
+from flipproof.hardening.overhead import Overhead, overhead
+from flipproof.hardening.proact import ProAct
+from flipproof.hardening.ranger import Ranger
+
+__all__ = [
+    "Bounded",
+    "FTClipAct",
+    "FitAct",
+    "Hardening",
+    "HardeningReport",
+    "Overhead",
+    "ProAct",
+    "Ranger",
+    "Saturate",
+    "Smooth",
+    "ZeroAbove",
+    "harden",
+    "hardening_report",
+    "overhead",
+]

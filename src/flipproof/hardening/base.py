@@ -1,0 +1,278 @@
+"""`harden`: a copy of a model whose activations are bounded, and the report of what was and what was not."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+from flipproof.campaigns.batches import Data, Output
+from flipproof.errors import ConfigError, FlipproofWarning, ModelError
+from flipproof.hardening.activations import Activation, take_place
+from flipproof.hardening.bounded import Bounded
+from flipproof.hardening.calibration import Calibration
+from flipproof.hardening.profile import Range, profile
+from flipproof.hardening.rewriting import Rewritten, Site, Unreachable, rewrite
+
+_REPORT = "_flipproof_hardening"
+
+
+@dataclass(frozen=True)
+class HardeningReport:
+    """What `harden` did to a model.
+
+    Attributes:
+        method: `repr` of the method, which rebuilds it.
+        sites: the bounded activations, in order of execution.
+        unreachable: activations that are as they were, with the reason.
+        notes: what else the user should know.
+        parameters: of the original model; `thresholds`: values added to it.
+        history: the method's own record of its search or training, a row a step; empty for closed forms.
+        clean_drop: accuracy lost on the calibration data that acceptance used, a fraction; negative for a gain.
+        seconds: what it took.
+        forwards: passes over the whole calibration data that it took, in forward-equivalents (a backward pass
+            counts two).
+        example: (shape, dtype) of the inputs of one batch, to time the model with; None if they are not all tensors.
+    """
+
+    method: str
+    sites: tuple[Site, ...]
+    unreachable: tuple[Unreachable, ...]
+    notes: tuple[str, ...]
+    parameters: int
+    thresholds: int
+    history: pd.DataFrame = field(repr=False, compare=False)
+    clean_drop: float
+    seconds: float
+    forwards: float
+    example: Any = field(repr=False, compare=False, default=None)
+
+    def table(self) -> pd.DataFrame:
+        """One row an activation: `name`, `module`, `function`, `calls`, `bounded`, `reason`."""
+        rows: list[dict[str, Any]] = [
+            {
+                "name": s.name,
+                "module": s.module,
+                "function": s.function,
+                "calls": s.calls,
+                "bounded": True,
+                "reason": "",
+            }
+            for s in self.sites
+        ]
+        rows += [
+            {"name": u.name, "module": "", "function": "", "calls": 0, "bounded": False, "reason": u.reason}
+            for u in self.unreachable
+        ]
+        return pd.DataFrame(rows)
+
+    def __str__(self) -> str:
+        lines = [f"{self.method}: {len(self.sites)} activations bounded by {self.thresholds:,} stored thresholds"]
+        lines += [f"  not bounded: {entry.name}: {entry.reason}" for entry in self.unreachable]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+@dataclass
+class Work:
+    """What a method works on.
+
+    Attributes:
+        rewritten: the copy with its sites; a method puts a `Bounded` in the place of each.
+        ranges: what each site's output spans on the calibration data, in order of execution.
+        calibration: all calibration data, with the unbounded model's answers.
+        progress: whether to show a bar; None on a terminal.
+        forwards: forward-equivalents of the whole calibration data spent so far; methods add to it.
+        accepted_on: the data on which acceptance was judged, if not all.
+        notes: for the report.
+    """
+
+    rewritten: Rewritten
+    ranges: Mapping[Site, Range]
+    calibration: Calibration
+    progress: bool | None
+    forwards: float = 0.0
+    accepted_on: Calibration | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def model(self) -> nn.Module:
+        """The copy being hardened."""
+        return self.rewritten.model
+
+    def bound(self, site: Site, kind: type[Bounded], high: Tensor, low: Tensor | None = None, **more: Any) -> Bounded:
+        """Put a bound in a site's place and give it back."""
+        current = self.model.get_submodule(site.module)
+        assert isinstance(current, Activation)
+        new = kind(
+            high,
+            current.function,
+            low=None if current.rectifies else low,
+            arguments=current.arguments,
+            inplace=current.inplace,
+            weight=current.weight,
+            **more,
+        )
+        take_place(new, current)
+        self.rewritten.swap(site, new)
+        return new
+
+    def spend(self, calibration: Calibration, forwards: float) -> None:
+        """Count passes over some data, in units of the whole calibration data."""
+        self.forwards += forwards * calibration.samples / self.calibration.samples
+
+
+@dataclass(frozen=True)
+class Hardening(ABC):
+    """A way to choose bounds. Frozen; its `repr` rebuilds it and is kept in records.
+
+    A new one is a frozen dataclass with `fit`; `harden` finds the activations, profiles them, checks what came out
+    and writes the report.
+    """
+
+    @abstractmethod
+    def fit(self, work: Work) -> pd.DataFrame:
+        """Put a bound at every site of `work`; returns the history of the search, a row a step."""
+
+
+def harden(
+    model: nn.Module,
+    method: Hardening,
+    *,
+    data: Data,
+    strict: bool = False,
+    output: Output = None,
+    progress: bool | None = None,
+) -> nn.Module:
+    """A copy of a model whose activations are bounded, so that faulty values are cut off where they arise.
+
+    The model itself stays untouched. The copy is on the same device, in the same training state, with the same hooks;
+    its `state_dict` holds the same names as before, plus the thresholds. Thresholds are parameters, so they are in the
+    fault space, and no gradient is asked of them. What was done is in `hardening_report(copy)`.
+
+    Args:
+        model: any module that gives one class score vector, or one score, a sample.
+        method: e.g. ``fp.Ranger()`` or ``fp.ProAct()``.
+        data: calibration batches `(inputs, targets)`; use training or validation data, never the data that the
+            hardened model will be judged on. Methods that search keep a held-out part of it to accept on.
+        strict: raise instead of warning where an activation cannot be bounded.
+        output: picks the tensor to judge out of what the model returns: function, dict key or tuple index.
+        progress: show a bar; None shows it on a terminal.
+
+    Raises:
+        ModelError: if no activation can be bounded (or, with `strict`, not all), if the model computes NaN without
+            faults, or if bounds collapse to 0.
+        DataError: if the calibration data is empty, holds NaN or does not fit the model.
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> _ = torch.manual_seed(0)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> safe = fp.harden(net, fp.Ranger(), data=[(torch.randn(16, 4), torch.randint(3, (16,)))])
+        >>> [site.name for site in fp.hardening_report(safe).sites], safe[1]
+        (['1:0'], Saturate(relu, per layer))
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"harden takes a torch.nn.Module first, got {model!r}")
+    if not isinstance(method, Hardening):
+        raise ConfigError(f"harden takes a hardening such as fp.Ranger(), got {method!r}")
+    began = time.perf_counter()
+    calibration = Calibration.read(model, data, _device_of(model), output)
+    rewritten = rewrite(model, calibration.batches.inputs[0])
+    work = Work(rewritten, profile(rewritten, calibration), calibration, progress, forwards=2.0)
+    history = method.fit(work)
+    thresholds = _check(rewritten)
+    judged = work.accepted_on or calibration
+    report = HardeningReport(
+        method=repr(method),
+        sites=tuple(rewritten.sites),
+        unreachable=tuple(rewritten.unreachable),
+        notes=(*work.notes, *_shared(rewritten)),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        thresholds=thresholds,
+        history=history,
+        clean_drop=judged.accuracy - judged.accuracy_of(rewritten.model),
+        seconds=time.perf_counter() - began,
+        forwards=work.forwards,
+        example=_shapes(calibration.batches.inputs[0]),
+    )
+    vars(rewritten.model)[_REPORT] = report
+    if report.unreachable:
+        listed = "".join(f"\n  {entry.name}: {entry.reason}" for entry in report.unreachable)
+        message = f"{len(report.unreachable)} activations are not bounded and let faulty values through:{listed}"
+        if strict:
+            raise ModelError(message)
+        warnings.warn(message, FlipproofWarning, stacklevel=2)
+    return rewritten.model
+
+
+def hardening_report(model: nn.Module) -> HardeningReport:
+    """What `harden` did to this model.
+
+    Raises:
+        ModelError: if the model was not made by `harden`.
+    """
+    report = vars(model).get(_REPORT)
+    if not isinstance(report, HardeningReport):
+        raise ModelError(f"{type(model).__name__} was not hardened by flipproof, so there is no report about it")
+    return report
+
+
+def _check(rewritten: Rewritten) -> int:
+    """Counts thresholds, after making sure that every site has usable ones.
+
+    Raises:
+        ModelError: naming every site whose thresholds are NaN, infinite or all 0.
+    """
+    problems = []
+    count = 0
+    for site in rewritten.sites:
+        module = rewritten.model.get_submodule(site.module)
+        if not isinstance(module, Bounded):
+            raise ModelError(f"{site.name} was left without a bound; the method must bound every site or dismiss it")
+        bounds = [module.threshold, *([module.low] if module.low is not None else [])]
+        count += sum(bound.numel() for bound in bounds)
+        if not all(bool(torch.isfinite(bound).all()) for bound in bounds):
+            problems.append(f"{site.name}: its thresholds are NaN or infinite")
+        elif module.rectifies and not bool((module.threshold > 0).any()):
+            problems.append(
+                f"{site.name}: its thresholds collapsed to {float(module.threshold.max()):g}, so all is cut"
+            )
+    if problems:
+        raise ModelError(
+            "these bounds would leave nothing of the model:\n  "
+            + "\n  ".join(problems)
+            + "\nWas the regularisation too strong, or the learning rate too large?"
+        )
+    return count
+
+
+def _shared(rewritten: Rewritten) -> list[str]:
+    return [
+        f"{site.name} runs {site.calls} times in one forward pass under one bound: the module that holds it is called "
+        f"that often, or its forward cannot be traced"
+        for site in rewritten.sites
+        if site.calls > 1
+    ]
+
+
+def _shapes(inputs: Any) -> Any:
+    """(shape, dtype) for each tensor; None for inputs that are more than tensors."""
+    leaves, tree = pytree.tree_flatten(inputs, is_leaf=lambda node: isinstance(node, PackedSequence))
+    if not all(isinstance(leaf, Tensor) for leaf in leaves):
+        return None
+    return pytree.tree_unflatten([(tuple(leaf.shape), leaf.dtype) for leaf in leaves], tree)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")

@@ -1,0 +1,138 @@
+"""What passes through every activation on the calibration data: minimum and maximum, per layer or per neuron."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from flipproof.campaigns.batches import call
+from flipproof.campaigns.evaluation import eval_mode
+from flipproof.errors import DataError, ModelError
+from flipproof.hardening.calibration import Calibration
+from flipproof.hardening.rewriting import Rewritten, Site
+
+Per = Literal["layer", "neuron"]
+
+
+@dataclass
+class Range:
+    """Smallest and largest value seen at one site.
+
+    Attributes:
+        low: over the whole layer, a scalar.
+        high: the same.
+        neuron_low: per neuron, of the shape of one sample's activation; None where that changes from call to call.
+        neuron_high: the same.
+        shapes: of one sample's activation, all that were seen.
+        calls: how often the site was computed.
+    """
+
+    low: Tensor
+    high: Tensor
+    neuron_low: Tensor | None
+    neuron_high: Tensor | None
+    shapes: set[tuple[int, ...]]
+    calls: int = 1
+
+    def of(self, per: Per, site: Site) -> tuple[Tensor, Tensor]:
+        """(low, high) per layer or per neuron.
+
+        Raises:
+            DataError: per neuron, if the site has no fixed number of neurons.
+        """
+        if per == "layer":
+            return self.low, self.high
+        if self.neuron_low is None or self.neuron_high is None:
+            raise DataError(
+                f"{site.name} has activations of different shapes, {sorted(self.shapes)[:3]}: bounds per neuron need "
+                f"inputs of one size and a module called for one kind of input. Use bounds per layer"
+            )
+        return self.neuron_low, self.neuron_high
+
+    def include(self, other: Range) -> None:
+        """Widen this range by another one of the same site."""
+        self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+        self.shapes |= other.shapes
+        self.calls += other.calls
+        if len(self.shapes) > 1 or self.neuron_low is None or self.neuron_high is None:
+            self.neuron_low = self.neuron_high = None
+        elif other.neuron_low is not None and other.neuron_high is not None:
+            self.neuron_low = torch.minimum(self.neuron_low, other.neuron_low)
+            self.neuron_high = torch.maximum(self.neuron_high, other.neuron_high)
+
+
+def profile(
+    rewritten: Rewritten, calibration: Calibration, *, of: Literal["input", "output"] = "output"
+) -> Mapping[Site, Range]:
+    """One pass over the data; the range of every site's activation, in the order of execution.
+
+    Sites that the data never reach are given up (`Rewritten.dismiss`): nothing is known about them.
+
+    Args:
+        rewritten: the unbounded copy.
+        calibration: what to run.
+        of: the activation's output, or its input (as AVC takes it).
+
+    Raises:
+        ModelError: if a site computes NaN or ±∞ without any fault, or no site is reached at all.
+    """
+    found: dict[str, Range] = {}
+    names = {site.module: site for site in rewritten.sites}
+
+    def watch(module: str) -> Any:
+        def before(called: nn.Module, args: tuple[Any, ...]) -> None:  # in-place activations overwrite their input
+            _note(found, names[module], args[0].detach())
+
+        def after(called: nn.Module, args: tuple[Any, ...], result: Tensor) -> None:
+            _note(found, names[module], result.detach())
+
+        place = rewritten.model.get_submodule(module)
+        return place.register_forward_pre_hook(before) if of == "input" else place.register_forward_hook(after)
+
+    handles = [watch(module) for module in names]
+    try:
+        with eval_mode(rewritten.model):
+            for inputs in calibration.batches.inputs:
+                call(rewritten.model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for site in list(rewritten.sites):
+        if site.module not in found:
+            rewritten.dismiss(site, "is not executed on the calibration data, so nothing is known of its range")
+    if not rewritten.sites:
+        raise ModelError("none of this model's activations is executed on the calibration data")
+    dead = [site.name for site in rewritten.sites if site.function == "relu" and float(found[site.module].high) <= 0]
+    if dead and of == "output":
+        raise ModelError(
+            f"{', '.join(dead)}: nothing but 0 comes out on the calibration data, so thresholds would collapse to 0 "
+            f"and cut everything. Is the layer dead (then it is useless), or the data not what the model was made for?"
+        )
+    return {site: found[site.module] for site in rewritten.sites}
+
+
+def _note(found: dict[str, Range], site: Site, values: Tensor) -> None:
+    if values.numel() == 0:
+        return
+    low, high = torch.aminmax(values)
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        raise ModelError(
+            f"{site.name} ({site.function}) computes NaN or infinite values on the calibration data without any fault; "
+            f"no bound can be read off those"
+        )
+    single = values.dim() > 0
+    seen = Range(
+        low,
+        high,
+        values.amin(dim=0) if single else None,
+        values.amax(dim=0) if single else None,
+        {tuple(values.shape[1:])},
+    )
+    if site.module in found:
+        found[site.module].include(seen)
+    else:
+        found[site.module] = seen

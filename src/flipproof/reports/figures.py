@@ -1,0 +1,152 @@
+"""Figures of records, sized for one column of a paper, in colours that survive colour blindness and grey printing.
+
+Each returns a matplotlib Figure that no global state knows: `figure.savefig("name.pdf")`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from flipproof.campaigns.assessment import Assessment
+from flipproof.errors import ConfigError
+from flipproof.reports.tables import number
+
+COLUMN = (3.5, 2.6)
+"""Inches: one column of a two-column page."""
+
+SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_OUTCOMES = {
+    "masked": ("masked", "#DDDDDD", ""),
+    "non_critical_sdc": ("non-critical SDC", "#56B4E9", ""),
+    "critical_sdc": ("critical SDC", "#E69F00", "//"),
+    "due": ("DUE", "#882255", "xx"),
+}
+_MARKERS = "osD^vPX"
+
+
+def metric_figure(assessments: Mapping[str, Assessment], *, metric: str | None = None) -> Figure:
+    """A metric against the rate of faults, one line a campaign, interval as a band, golden run as a dashed line.
+
+    Args:
+        assessments: campaigns by name.
+        metric: which; the first of the first campaign by default.
+
+    Raises:
+        ConfigError: if there is none, or one has no sweep to draw.
+    """
+    if not assessments:
+        raise ConfigError("metric_figure takes at least one assessment by name")
+    name = metric or next(iter(assessments.values())).metrics[0]
+    figure, axes = _empty()
+    for i, (label, assessment) in enumerate(assessments.items()):
+        summary, x = assessment.summary, _sweep(assessment)
+        colour = SERIES[i % len(SERIES)]
+        axes.plot(
+            summary[x], summary[name], marker=_MARKERS[i % len(_MARKERS)], ms=3.5, lw=1.2, color=colour, label=label
+        )
+        axes.fill_between(
+            summary[x].astype(float), summary[f"{name}_low"], summary[f"{name}_high"], color=colour, alpha=0.2, lw=0
+        )
+        axes.axhline(assessment.golden[name], color=colour, lw=0.7, ls="--")
+        _label_sweep(axes, summary, x)
+    confidence = float(next(iter(assessments.values())).header["plan"]["confidence"])
+    axes.set_ylabel(name.replace("_", " ").replace("auroc", "AUROC"))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_title(f"mean over trials, {confidence:.0%} interval; dashed: no faults", fontsize=7, loc="left")
+    if len(assessments) > 1:
+        axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def outcome_figure(assessment: Assessment) -> Figure:
+    """How samples end at each point: masked, non-critical SDC, critical SDC and DUE, stacked to 100 %."""
+    summary, x = assessment.summary, _sweep(assessment)
+    figure, axes = _empty()
+    figure.set_size_inches(COLUMN[0], COLUMN[1] + 0.35)
+    bottom = pd.Series(0.0, index=summary.index)
+    places = range(len(summary))
+    for outcome, (label, colour, hatch) in _OUTCOMES.items():
+        axes.bar(
+            places,
+            summary[outcome],
+            bottom=bottom,
+            width=0.8,
+            color=colour,
+            hatch=hatch,
+            ec="white",
+            lw=0.3,
+            label=label,
+        )
+        bottom = bottom + summary[outcome]
+    axes.set_xticks(list(places), [number(value) for value in summary[x]], fontsize=6.5)
+    axes.set_xlabel(_SWEEPS.get(x, x))
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("share of samples")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    figure.legend(loc="outside upper center", ncols=4, fontsize=6.2, frameon=False, columnspacing=0.9, handlelength=1.4)
+    return figure
+
+
+def bit_figure(assessment: Assessment) -> Figure:
+    """What flipping each bit position in every value costs: drop of the first metric, and the share of DUE.
+
+    Raises:
+        ConfigError: if the campaign was not over bit positions.
+    """
+    if "bit" not in assessment.summary:
+        raise ConfigError("bit_figure needs a campaign over bit positions, faults=fp.BitPosition(range(32))")
+    metric = assessment.metrics[0]
+    summary = assessment.summary
+    figure, axes = _empty()
+    axes.bar(summary["bit"], summary[f"{metric}_drop"], color=SERIES[0], width=0.8, label=f"{metric} drop")
+    due = summary[summary["due"] > 0]
+    axes.plot(due["bit"], due["due"], "x", ms=4, color="#882255", label="DUE" if len(due) else None)
+    axes.set_xlabel("bit position flipped in every value (0: least significant)")
+    axes.set_ylabel(f"{metric} drop, DUE")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_ylim(bottom=min(0.0, float(summary[f"{metric}_drop"].min())), top=1.05)
+    axes.invert_xaxis()
+    axes.legend(fontsize=7, frameon=False, loc="upper right")
+    return figure
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Write a figure as PNG (300 dpi), PDF or SVG, by the suffix."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=300)
+    return target
+
+
+_SWEEPS = {"ber": "bit error rate (flips per stored bit)", "count": "flipped bits", "bit": "bit position"}
+
+
+def _sweep(assessment: Assessment) -> str:
+    if assessment.summary.empty:
+        raise ConfigError("the campaign has no trial yet; there is nothing to draw")
+    return str(next(iter(assessment.header["points"][0]["coordinates"])))
+
+
+def _label_sweep(axes: Axes, summary: pd.DataFrame, x: str) -> None:
+    if x in ("ber", "count") and len(summary) > 1 and float(summary[x].min()) > 0:
+        axes.set_xscale("log")
+    axes.set_xlabel(_SWEEPS.get(x, x))
+
+
+def _empty() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=COLUMN, layout="constrained")
+    axes = figure.add_subplot()
+    axes.tick_params(labelsize=7)
+    axes.xaxis.label.set_fontsize(8)
+    axes.yaxis.label.set_fontsize(8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", lw=0.3, color="#BBBBBB")
+    axes.set_axisbelow(True)
+    return figure, axes

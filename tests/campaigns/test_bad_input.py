@@ -1,0 +1,201 @@
+"""Bad input gets a clear error and changes nothing."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import flipproof as fp
+from flipproof.errors import ConfigError, DataError, FaultModelError, FaultSpaceError, MetricError, ModelError
+
+X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(6) % 3
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Runs `assess`, expects an error, and checks that model, data and disk are as before."""
+
+    def run(kind, message, model=None, **change):
+        model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)) if model is None else model
+        model.train()
+        before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        x = X.clone()
+        setup = {"data": [(X, Y)], "faults": fp.RandomBits(1), "trials": 2, "store": tmp_path / "journal.jsonl"}
+        with pytest.raises(kind, match=message) as error:
+            fp.assess(model, **{**setup, **change})
+        assert isinstance(error.value, fp.FlipproofError)
+        assert all(module.training for module in model.modules())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        after = model.state_dict()
+        assert all(torch.equal(before[name].nan_to_num(), after[name].nan_to_num()) for name in before)
+        assert torch.equal(X, x)
+        assert list(tmp_path.iterdir()) == []
+
+    return run
+
+
+class TestFaults:
+    @pytest.mark.parametrize("ber", [-1e-9, 1.0001, float("nan"), float("inf"), "1e-3", None, True])
+    def test_rates_outside_zero_to_one(self, ber):
+        with pytest.raises(FaultModelError, match=rf"ber must be a rate in \[0, 1\], got {re.escape(repr(ber))}"):
+            fp.BitErrorRate([1e-3, ber])
+
+    def test_no_matching_parameter_lists_those_there_are(self, refused):
+        message = (
+            r"(?s)no parameter is left to hit with .*include=\('head\*',\).*0\.weight \(weight\)\n  0\.bias \(bias\)"
+        )
+        refused(FaultSpaceError, message, where=fp.Parameters(include="head*"))
+
+    def test_a_model_without_parameters(self, refused):
+        refused(FaultSpaceError, "(?s)no parameter is left.*none at all", model=nn.Sequential(nn.ReLU()))
+
+    def test_parameters_that_are_no_floats(self, refused):
+        model = nn.Linear(4, 3)
+        model.table = nn.Parameter(torch.arange(3), requires_grad=False)
+        refused(FaultSpaceError, "table: is torch.int64; only floating-point", model=model)
+
+    def test_more_bits_than_there_are(self, refused):
+        refused(FaultModelError, "the fault space has only 1,376 bits", faults=fp.RandomBits(1377))
+
+    def test_a_bit_that_no_value_has(self, refused):
+        refused(FaultModelError, "bits 0 to 31", faults=fp.BitPosition(32))
+
+    def test_a_number_instead_of_a_fault_model(self, refused):
+        refused(FaultModelError, "takes a fault model such as fp.BitErrorRate.*got 0.001", faults=1e-3)
+
+    def test_weights_that_the_format_cannot_hold(self, refused):
+        model = nn.Linear(4, 3)
+        with torch.no_grad():
+            model.weight[1, 1] = 7e4
+        refused(fp.FlipproofError, "weight: 1 finite values become NaN or infinite", model=model, format=fp.Float16())
+
+
+class TestData:
+    @pytest.mark.parametrize("data", [[], iter([]), [(X[:0], Y[:0])]], ids=["empty", "exhausted", "no-samples"])
+    def test_no_samples(self, refused, data):
+        refused(DataError, "holds no samples.*not exhausted", data=data)
+
+    def test_a_generator_used_up_by_an_earlier_campaign(self, refused):
+        batches = ((x, y) for x, y in [(X, Y)])
+        fp.assess(nn.Linear(4, 3), data=batches, faults=fp.RandomBits(1), trials=1)
+        refused(DataError, "not exhausted", data=batches)
+
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            ((X, Y), r"one \(inputs, targets\) pair.*pass \[\(inputs, targets\)\]"),
+            ([X, Y], r"batch 0: expected a pair .* got a torch.float32 tensor of shape \(6, 4\)"),
+            ([(X, Y), (X, Y, Y)], r"batch 1: expected a pair .* got a tuple of 3"),
+            ([{"x": X, "y": Y}], r"batch 0: expected a pair .* got a dict with the keys \['x', 'y'\]"),
+            (None, "takes an iterable of .* got a NoneType"),
+            ([(X, F.one_hot(Y))], r"one class a sample, .*got \(6, 3\); one-hot targets go through .argmax\(dim=1\)"),
+            ([(X, Y + 0.5)], r"whole class numbers, got torch.float32 with \[0.5, 1.5"),
+            ([(X, torch.full((6,), float("nan")))], "whole class numbers"),
+            ([(X, ["cat"] * 6)], "batch 0: targets must be class numbers, got a list of 6"),
+            ([(X, None)], "batch 0: targets must be class numbers, got a NoneType"),
+            ([(X, Y[:5])], r"batch 0 has 5 targets but the model's output has the shape \(6, 3\)"),
+            (
+                [(X, Y), (X[:, :3], Y)],
+                r"rejects batch 1 \(inputs: torch.float32 \(6, 3\)\): RuntimeError: .*mat1 and mat2",
+            ),
+            ([((X, X), Y)], r"rejects batch 0 .*TypeError"),
+            ([({"image": X}, Y)], r"rejects batch 0 .*TypeError.*image"),
+            ([(X, Y + 1)], r"sample 2 has the label 3, but the model answers classes 0 to 2 \(2 such samples\)"),
+            ([(X, Y - 1)], "sample 0 has the label -1"),
+            ([((X, lambda: 0), Y)], "rejects batch 0"),
+        ],
+    )
+    def test_batches_that_cannot_be_used(self, refused, data, message):
+        refused(DataError, message, data=data)
+
+    @pytest.mark.parametrize("targets", [Y.float(), Y.int(), Y.reshape(-1, 1), Y.tolist(), np.asarray(Y)], ids=type)
+    def test_every_usual_way_to_write_classes_is_fine(self, targets):
+        net = nn.Linear(4, 3)
+        result = fp.assess(net, data=[(X, targets)], faults=fp.RandomBits(1), trials=1)
+        assert result.golden == fp.assess(net, data=[(X, Y)], faults=fp.RandomBits(1), trials=1).golden
+
+
+class Returning(nn.Module):
+    def __init__(self, make) -> None:
+        super().__init__()
+        self.linear, self.make = nn.Linear(4, 3), make
+
+    def forward(self, x):
+        return self.make(self.linear(x))
+
+
+class TestOutputs:
+    @pytest.mark.parametrize(
+        ("make", "output", "message"),
+        [
+            (lambda h: (h, h), None, r"got a tuple of 2: .*pass output= a tuple index"),
+            (lambda h: {"logits": h}, None, r"a dict with the keys \['logits'\]; pass output="),
+            (lambda h: {"logits": h}, "scores", r"output='scores' does not fit .*\['logits'\]"),
+            (lambda h: (h,), 1, "output=1 does not fit what the model returns, a tuple of 1"),
+            (lambda h: h.argmax(dim=1), None, "one floating-point tensor to judge, got a torch.int64 tensor"),
+            (lambda h: h.sum(), None, r"output has the shape \(\); the first"),
+            (lambda h: h.reshape(-1), None, r"6 targets but the model's output has the shape \(18,\)"),
+            (lambda h: h[:, :, None].expand(6, 3, 2), None, r"\(samples, classes\), got \(6, 3, 2\)"),
+        ],
+    )
+    def test_outputs_that_cannot_be_judged(self, refused, make, output, message):
+        refused(DataError, message, model=Returning(make), output=output)
+
+    def test_batches_with_different_classes(self, refused):
+        model = Returning(lambda h: h[:, : len(h) // 2])
+        refused(DataError, r"\(2,\) in batch 1 but \(3,\) before", model=model, data=[(X, Y), (X[:4], Y[:4] % 2)])
+
+
+class TestModels:
+    def test_nan_without_faults_names_the_first_layer(self, refused):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 4)), nn.Linear(4, 3))
+        with torch.no_grad():
+            model[1][1].weight[0, 0] = float("nan")
+        refused(ModelError, r"NaN on batch 0; the first layer to do so is 1\.1 \(Linear\)", model=model)
+
+    def test_nan_that_comes_with_the_data(self, refused):
+        x = X.clone()
+        x[2, 2] = float("nan")
+        refused(ModelError, "NaN on batch 1; its inputs already hold NaN", data=[(X, Y), (x, Y)])
+
+    def test_nan_that_arises_between_layers(self, refused):
+        refused(ModelError, "outside any submodule", model=Returning(lambda h: h.abs().neg().sqrt()))
+
+    def test_dropout_that_is_always_on(self, refused):
+        model = Returning(lambda h: F.dropout(h, 0.5, training=True))
+        refused(ModelError, "two fault-free runs of batch 0 differ.*random in eval mode", model=model)
+
+    def test_a_model_that_remembers(self, refused):
+        calls = []
+        model = Returning(lambda h: h + len(calls) * (calls.append(1) is None))
+        refused(ModelError, "keeps state between calls", model=model)
+
+    @pytest.mark.parametrize("model", ["resnet18", {"weight": X}, lambda x: x])
+    def test_what_is_no_module(self, model):
+        with pytest.raises(ConfigError, match=r"takes a torch\.nn\.Module first, got"):
+            fp.assess(model, data=[(X, Y)], faults=fp.RandomBits(1))
+
+
+class TestMetricsAndNumbers:
+    def test_auroc_of_one_class(self, refused):
+        refused(MetricError, "auroc is undefined: 6 of 6 targets are of class 0", data=[(X, Y * 0)], metrics="auroc")
+
+    def test_unknown_metric(self, refused):
+        refused(MetricError, "unknown metric 'f1': choose among", metrics=("accuracy", "f1"))
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_a_metric_that_is_no_number_without_faults(self, refused, value):
+        refused(DataError, f"the metric mine is {value} on the golden run", metrics={"mine": lambda o, t: value})
+
+    @pytest.mark.parametrize(
+        "change", [{"trials": 0}, {"seed": -1}, {"confidence": 1.0}, {"margin": 0}, {"workers": 0}]
+    )
+    def test_numbers_out_of_range(self, refused, change):
+        ((name, value),) = change.items()
+        refused(ConfigError, rf"assess needs .*{name}={value}", **change)

@@ -1,0 +1,214 @@
+"""Models as users have them, assessed as they are."""
+
+from __future__ import annotations
+
+from collections import UserDict
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import flipproof as fp
+from flipproof.campaigns.batches import read_batches
+from flipproof.errors import DataError
+
+CPU = torch.device("cpu")
+
+
+def assessed(model, inputs, classes=3, n=6, **change):
+    """Three ways to run the same campaign; their records must agree and the model must come back."""
+    setup = {"data": [(inputs, torch.arange(n) % classes)], "faults": fp.RandomBits(1), "trials": 12, **change}
+    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    result = fp.assess(model, **setup)
+    whole = fp.assess(model, **setup, cache_bytes=0)
+    assert result.trials.drop(columns="seconds").equals(whole.trials.drop(columns="seconds"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert (result.trials[["masked", "non_critical_sdc", "critical_sdc", "due"]].sum(axis=1) == n).all()
+    return result
+
+
+def test_torchvision_resnet18():
+    torchvision = pytest.importorskip("torchvision")
+    model = torchvision.models.resnet18(num_classes=3)
+    result = assessed(model, torch.randn(2, 3, 32, 32), n=2, faults=fp.BitErrorRate(1e-6), trials=3)
+    assert result.bits == 32 * sum(p.numel() for p in model.parameters())
+    assert result.trials["flips"].eq(round(result.bits * 1e-6)).all()
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(4, 5, num_layers=2, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x, hidden=None):
+        out, hidden = self.lstm(x, hidden)
+        return self.head(out[:, -1]), hidden
+
+
+def test_lstm_that_returns_its_state_too():
+    model, x = Classifier(), torch.randn(6, 7, 4)
+    by_index = assessed(model, x, output=0)
+    by_function = assessed(model, x, output=lambda raw: raw[0])
+    assert by_index.trials.drop(columns="seconds").equals(by_function.trials.drop(columns="seconds"))
+    stored = {entry["name"] for entry in assessed(model, x, output=0, format=fp.Affine(bits=4)).header["stored"]}
+    assert stored == {"head.weight", *(f"lstm.weight_{kind}h_l{layer}" for kind in "ih" for layer in (0, 1))}
+
+
+def test_packed_sequences():
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, packed):
+            out, _ = self.lstm(packed)
+            return self.head(pad_packed_sequence(out, batch_first=True)[0].mean(dim=1))
+
+    lengths = torch.tensor([3, 7, 1, 2, 7, 4])
+    assessed(Packed(), pack_padded_sequence(torch.randn(6, 7, 4), lengths, batch_first=True, enforce_sorted=False))
+
+
+def test_dictionaries_in_and_out():
+    class Tower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(4, 3), nn.Linear(2, 3)
+
+        def forward(self, *, image, table, scale=1.0):
+            return {"hidden": image, "logits": self.left(image) + scale * self.right(table)}
+
+    inputs = {"table": torch.randn(6, 2), "image": torch.randn(6, 4)}
+    model = Tower()
+    plain = assessed(model, inputs, output="logits")
+    wrapped = assessed(model, UserDict(inputs), output="logits")  # as tokenizers give it
+    assert plain.trials.drop(columns="seconds").equals(wrapped.trials.drop(columns="seconds"))
+    assert plain.header["fingerprint"] == wrapped.header["fingerprint"]
+
+
+def test_several_inputs():
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Bilinear(4, 2, 3)
+
+        def forward(self, a, b):
+            return self.net(a, b)
+
+    for kind in (tuple, list):
+        assessed(Pair(), kind([torch.randn(6, 4), torch.randn(6, 2)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions(dtype):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).to(dtype)
+    format = fp.Float32() if dtype == torch.float64 else None
+    result = assessed(model, torch.randn(6, 4, dtype=dtype), format=format, metrics=("accuracy", "auroc"))
+    width = 32 if dtype == torch.float64 else 16
+    assert result.bits == width * sum(p.numel() for p in model.parameters())
+
+
+def test_double_precision_asks_how_it_is_stored():
+    with pytest.raises(fp.FlipproofError, match=r"weight is torch\.float64.*pass format="):
+        fp.assess(
+            nn.Linear(4, 3).double(), data=[(torch.randn(3, 4).double(), torch.arange(3))], faults=fp.RandomBits(1)
+        )
+
+
+def test_batch_norm_buffers_on_request():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    x = torch.randn(6, 1, 6, 6)
+    without = assessed(model, x)
+    result = assessed(model, x, where=fp.Parameters(buffers=True))
+    assert result.bits - without.bits == 2 * 4 * 32
+    assert {s["name"] for s in result.header["stored"] if s["kind"] == "buffer"} == {"1.running_mean", "1.running_var"}
+    only = assessed(model, x, where=fp.Parameters(kinds="buffer", buffers=True), faults=fp.BitPosition(30))
+    assert only.summary["masked"].item() < 1
+
+
+def test_tied_weights_are_stored_once_and_hit_in_both_places():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            self.out.weight = self.embed.weight
+
+        def forward(self, x):
+            return self.out(torch.relu(self.embed(x)))
+
+    model, x = Tied(), torch.randn(8, 4)
+    result = assessed(model, x, classes=4, n=8)
+    assert result.bits == 16 * 32
+    space = fp.FaultSpace(model)
+    with space.corrupted(space.faults([("out.weight", 0, 31)])), torch.no_grad():
+        flipped = model(x)
+    weight = model.embed.weight.detach().clone()
+    weight[0, 0] *= -1
+    assert torch.equal(flipped, torch.relu(x @ weight.T) @ weight.T)
+
+
+def test_transformer_encoder():
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.embed, self.encode = nn.Embedding(20, 8), nn.TransformerEncoder(layer, 2)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, tokens):
+            return self.head(self.encode(self.embed(tokens)).mean(dim=1))
+
+    assessed(Encoder(), torch.randint(20, (6, 5)))
+
+
+def test_a_data_loader_is_read_once():
+    x, y = torch.randn(10, 4), torch.arange(10) % 3
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4, shuffle=True)
+    model = nn.Linear(4, 3)
+    result = fp.assess(model, data=loader, faults=fp.RandomBits(0))
+    assert result.trials["masked"].tolist() == [10]  # were it shuffled again, golden outputs would not fit
+    assert result.golden["accuracy"] == float((model(x).argmax(dim=1) == y).double().mean())
+
+
+class Opaque:
+    def __init__(self, x):
+        self.x = x.numpy()
+
+
+class TestDigest:
+    """What the journal takes as "the same data"."""
+
+    def test_every_element_of_a_long_input_counts(self):
+        long = torch.randn(3, 5000)
+        changed = long.clone()
+        changed[1, 2500] += 1e-6  # a printed tensor shows neither this element nor this digit
+        lengths = torch.tensor([50, 40, 30])
+
+        def packed(x):
+            return pack_padded_sequence(x.reshape(3, 50, 100), lengths, batch_first=True)
+
+        for wrap in (lambda x: x, packed, lambda x: {"x": x}, lambda x: x.numpy(), Opaque):
+            same, again, other = (
+                read_batches([(wrap(x), torch.arange(3))], CPU).digest() for x in (long, long.clone(), changed)
+            )
+            assert same == again != other
+
+    def test_type_shape_and_targets_count(self):
+        x, y = torch.zeros(4, 2), torch.arange(4)
+        variants = [(x, y), (x.double(), y), (x.reshape(4, 1, 2), y), (-x, y), (x, y.flip(0)), ({"x": x}, y), ((x,), y)]
+        digests = {read_batches([batch], CPU).digest() for batch in variants}
+        assert len(digests) == len(variants)
+
+    def test_what_cannot_be_told_apart_is_refused(self):
+        with pytest.raises(DataError, match="an input is a function that cannot be pickled"):
+            read_batches([((torch.zeros(3), lambda: 0), [0, 1, 2])], CPU).digest()
+
+    def test_empty_and_odd_tensors(self):
+        for x in (torch.zeros(3, 0), torch.tensor([True, False, True]), torch.zeros(3, dtype=torch.complex64)):
+            assert read_batches([(x, [0, 1, 2])], CPU).digest()
+
+    def test_packed_sequences_move_with_the_rest(self):
+        packed = pack_padded_sequence(torch.randn(2, 3, 4), torch.tensor([3, 2]), batch_first=True)
+        (moved,) = read_batches([(packed, [0, 1])], torch.device("meta")).inputs
+        assert isinstance(moved, PackedSequence)
+        assert moved.data.device.type == "meta"

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+
+@pytest.fixture(autouse=True)
+def same_weights_every_time() -> Iterator[None]:
+    """Tests build networks with random weights; the global generator is theirs for the time of the test."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture
+def mlp() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+@pytest.fixture
+def blobs(mlp: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Two batches of 16 and 14 samples in three classes; the network is right about most of them."""
+    torch.manual_seed(2)
+    inputs = 2 * torch.randn(30, 4)
+    with torch.no_grad():
+        targets = mlp(inputs).argmax(dim=1)
+    targets[::7] = (targets[::7] + 1) % 3
+    targets[-3:] = torch.arange(3)
+    return [(inputs[:16], targets[:16]), (inputs[16:], targets[16:])]

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import importlib.resources
+
+import flipproof as fp
+
+
+def test_public_names_are_exactly_these():
+    assert sorted(fp.__all__) == [
+        "Affine",
+        "Assessment",
+        "BFloat16",
+        "BitErrorRate",
+        "BitPosition",
+        "FTClipAct",
+        "FaultSpace",
+        "FitAct",
+        "FixedPoint",
+        "FlipproofError",
+        "FlipproofWarning",
+        "Float16",
+        "Float32",
+        "Float8E4M3",
+        "Float8E5M2",
+        "HardeningReport",
+        "Parameters",
+        "ProAct",
+        "RandomBits",
+        "Ranger",
+        "StuckAt",
+        "assess",
+        "compare",
+        "harden",
+        "hardening_report",
+        "overhead",
+        "sample_size",
+    ]
+
+
+def test_every_public_name_exists_and_is_explained():
+    for name in fp.__all__:
+        assert getattr(fp, name).__doc__, name
+
+
+def test_errors_are_caught_by_their_root_and_bad_arguments_also_as_value_errors():
+    from flipproof import errors
+
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    raised = [kind for kind in kinds if not issubclass(kind, Warning)]
+    assert len(raised) == 12
+    assert all(issubclass(kind, fp.FlipproofError) for kind in raised)
+    assert issubclass(errors.DataError, ValueError)
+    assert issubclass(errors.MetricError, ValueError)
+    assert issubclass(errors.JournalMismatch, errors.JournalError)
+
+
+def test_types_are_shipped():
+    assert importlib.resources.files("flipproof").joinpath("py.typed").is_file()
