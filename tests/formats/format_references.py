@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Minifloat:
-    """A binary float of any size. `fn`: no infinities, the all-ones pattern alone is NaN (OCP E4M3)."""
+    """A binary float of any size. `fn`: no infinities, the all-ones pattern alone is NaN, saturating (OCP E4M3)."""
 
     exponent: int
     fraction: int
@@ -39,7 +39,7 @@ class Minifloat:
         sign = self.sign if copysign(1, x) < 0 else 0
         infinity = (2**self.exponent - 1) << self.fraction
         if isinf(x):
-            return None if self.fn else sign | infinity
+            return sign | (infinity | (2**self.fraction - 2) if self.fn else infinity)
         size = abs(Fraction(x))
         if size == 0:
             return sign
@@ -49,7 +49,7 @@ class Minifloat:
         step = Fraction(2) ** (power - self.fraction)
         steps = round(size / step)  # Fraction rounds half to even
         if steps * step > self.largest:
-            return None if self.fn else sign | infinity
+            return sign | (infinity | (2**self.fraction - 2) if self.fn else infinity)
         # carries walk into the exponent by themselves: the next pattern is the next value
         return sign | ((power - 1 + self.bias) << self.fraction) + steps
 

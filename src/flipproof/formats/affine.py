@@ -32,7 +32,7 @@ class Affine(Format):
         axis: None for one scale a tensor, 0 for one an output channel.
 
     Raises:
-        FormatError: for other bits or axes, and on NaN or infinite values.
+        FormatError: for other bits or axes, on NaN or infinite values, and on a range that float64 cannot divide.
 
     Example:
         >>> import flipproof as fp, torch
@@ -61,14 +61,18 @@ class Affine(Format):
         if not bool(torch.isfinite(x).all()):
             bad = int((~torch.isfinite(x)).sum())
             raise FormatError(f"{self!r} has no word for NaN or infinity; {bad} of {x.numel()} values are not finite")
-        per_channel = self.axis == 0 and x.dim() > 0
-        rows = x.to(torch.float64).reshape(x.shape[0] if per_channel else 1, -1)
-        if rows.shape[1] == 0 or rows.shape[0] == 0:
+        if x.numel() == 0:
             one = torch.ones((), dtype=torch.float64, device=x.device)
             return (one, torch.zeros_like(one))
+        per_channel = self.axis == 0 and x.dim() > 0
+        rows = x.to(torch.float64).reshape(x.shape[0] if per_channel else 1, -1)
         low, high = rows.amin(dim=1), rows.amax(dim=1)
         spread = torch.where(high > low, high - low, torch.where(low != 0, low.abs(), torch.ones_like(low)))
         scale = spread / (2**self.bits - 1)
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise FormatError(
+                f"{self!r}: values from {float(low.min())} to {float(high.max())} have no scale in float64"
+            )
         zero = -low / scale
         if per_channel:
             # a constant channel keeps its real zero point: rounding it would move the only value there is

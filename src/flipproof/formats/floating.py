@@ -26,10 +26,10 @@ class _Floating(Format):
         return self.storage.itemsize * 8
 
     def encode_values(self, x: Tensor, coding: Coding) -> Tensor:
-        return x.to(self.storage).contiguous().view(word_dtype(self.width))
+        return x.to(self.storage, copy=True).contiguous().view(word_dtype(self.width))
 
     def decode_words(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> Tensor:
-        return words.contiguous().view(self.storage).to(dtype)
+        return words.contiguous().view(self.storage).to(dtype, copy=True)
 
     def is_native(self, dtype: torch.dtype) -> bool:
         return dtype == self.storage
@@ -79,7 +79,8 @@ class BFloat16(_Floating):
 class Float8E4M3(_Floating):
     """OCP 8-bit float E4M3FN: bit 7 sign, 6…3 exponent, 2…0 fraction; no infinities, one NaN a sign, largest 448.
 
-    Values that round beyond 448 become NaN, as torch casts them: a campaign refuses weights that do.
+    Larger values saturate, infinite ones too (the conversion that OCP calls saturating; torch's own cast gives NaN in
+    some releases and 448 in others).
 
     Example:
         >>> import flipproof as fp, torch
@@ -88,6 +89,9 @@ class Float8E4M3(_Floating):
     """
 
     storage: ClassVar[torch.dtype] = torch.float8_e4m3fn
+
+    def encode_values(self, x: Tensor, coding: Coding) -> Tensor:
+        return super().encode_values(x if x.dtype == self.storage else x.clamp(-448, 448), coding)
 
 
 @dataclass(frozen=True)
