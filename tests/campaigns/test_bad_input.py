@@ -199,3 +199,11 @@ class TestMetricsAndNumbers:
     def test_numbers_out_of_range(self, refused, change):
         ((name, value),) = change.items()
         refused(ConfigError, rf"assess needs .*{name}={value}", **change)
+
+
+@pytest.mark.parametrize("bad", [{"trials": 2.5}, {"trials": "9"}, {"workers": 1.0}, {"seed": None}, {"trials": True}])
+def test_counts_that_are_no_whole_numbers_write_nothing(tmp_path, bad):
+    ((name, value),) = bad.items()
+    with pytest.raises(fp.FlipproofError, match=f"whole number for {name}=, got {value!r}"):
+        fp.assess(nn.Linear(4, 3), data=[(X, Y)], faults=fp.RandomBits(1), store=tmp_path / "j.jsonl", **bad)
+    assert list(tmp_path.iterdir()) == []

@@ -236,3 +236,11 @@ def test_nothing_is_written_before_everything_is_checked(mlp, setup, store):
         with pytest.raises(fp.FlipproofError):
             fp.assess(mlp, **{**setup, **change})
     assert not store.exists()
+
+
+def test_a_folder_that_takes_no_files_is_not_called_another_writer(mlp, blobs):
+    if not Path("/proc/self").exists():
+        pytest.skip("needs a folder in which nothing can be made, whoever asks: /proc")
+    with pytest.raises(fp.errors.JournalError, match="takes no new file") as error:
+        fp.assess(mlp, data=blobs, faults=fp.RandomBits(1), trials=1, store="/proc/journal.jsonl")
+    assert not isinstance(error.value, fp.errors.JournalLocked)

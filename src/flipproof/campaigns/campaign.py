@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from hashlib import blake2b
 from math import isfinite
+from numbers import Integral
 from re import sub
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -103,6 +104,9 @@ def assess(
     chosen = resolve(metrics)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"assess takes a torch.nn.Module first, got {model!r}")
+    for name, value in (("trials", trials), ("workers", workers), ("seed", seed)):
+        if not isinstance(cast(object, value), Integral) or isinstance(value, bool):
+            raise ConfigError(f"assess takes a whole number for {name}=, got {value!r}")
     if workers < 1 or trials < 1 or seed < 0 or not 0 < confidence < 1 or (margin is not None and not 0 < margin < 1):
         raise ConfigError(
             f"assess needs workers ≥ 1, trials ≥ 1, seed ≥ 0, confidence and margin in (0, 1), got workers={workers}, "

@@ -58,6 +58,8 @@ class Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=PATIENCE)
         except Timeout:
+            if not Path(lock.lock_file).exists():  # what keeps us out is no other writer
+                raise JournalError(f"cannot write {self.path}: its folder takes no new file {lock.lock_file}") from None
             raise JournalLocked(
                 f"{self.path} is being written by another process; wait for it or choose another store="
             ) from None

@@ -129,6 +129,7 @@ def _merge_shared(model: nn.Module, found: list[tuple[Tensor, list[tuple[str, bo
     spans.sort()
     for (device, _, end, first), (other_device, start, _, second) in pairwise(spans):
         if device == other_device and start < end:
+            first, second = sorted((first, second))
             raise FaultSpaceError(
                 f"{first} and {second} overlap in memory without being the same tensor: a bit of one would be a bit of "
                 f"both. Exclude one of them, or give it memory of its own."
@@ -137,15 +138,10 @@ def _merge_shared(model: nn.Module, found: list[tuple[Tensor, list[tuple[str, bo
 
 
 def _describe(model: nn.Module, tensor: Tensor, names: list[tuple[str, bool]]) -> Candidate:
-    first, is_buffer = names[0]
-    owner_name, _, attribute = first.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    if isinstance(owner, ParametrizationList):  # layer.parametrizations.weight.original belongs to layer
-        attribute = owner_name.rpartition(".")[2]
-        owner_name = owner_name.removesuffix(f"parametrizations.{attribute}").rstrip(".")
-        owner = model.get_submodule(owner_name)
+    places = [_owner(model, name) for name, _ in names]
+    owner_name, attribute, owner = places[0]
     kind: Kind
-    if is_buffer:
+    if names[0][1]:
         kind = "buffer"
     elif isinstance(owner, _NORMS):
         kind = "norm"
@@ -155,8 +151,20 @@ def _describe(model: nn.Module, tensor: Tensor, names: list[tuple[str, bool]]) -
         kind = "weight"
     else:
         kind = "other"
-    quantisable = kind == "weight" and isinstance(owner, _QUANTISED_LAYERS)
+    # an embedding that is tied to a Linear layer is that layer's weight too
+    quantisable = kind == "weight" and any(isinstance(owner, _QUANTISED_LAYERS) for _, _, owner in places)
     return Candidate(tuple(name for name, _ in names), owner_name, kind, quantisable, tensor)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[str, str, nn.Module]:
+    """The module a tensor belongs to: its name, the tensor's name in it, and itself."""
+    owner_name, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if isinstance(owner, ParametrizationList):  # layer.parametrizations.weight.original belongs to layer
+        attribute = owner_name.rpartition(".")[2]
+        owner_name = owner_name.removesuffix(f"parametrizations.{attribute}").rstrip(".")
+        owner = model.get_submodule(owner_name)
+    return owner_name, attribute, owner
 
 
 def choose_format(candidate: Candidate, choice: FormatChoice) -> Format | str:

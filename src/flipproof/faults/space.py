@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -263,9 +263,12 @@ class FaultSpace:
             self._originals = originals
             yield
         finally:
-            for i, original in originals.items():
-                self._tensors[i].data.copy_(original)
-            self._originals = None
+            _to_the_end(lambda: self._take_back(originals))
+
+    def _take_back(self, originals: dict[int, Tensor]) -> None:
+        for i, original in originals.items():
+            self._tensors[i].data.copy_(original)
+        self._originals = None
 
     def _decoded(self, i: int, site: Site, original: Tensor) -> Tensor:
         try:
@@ -315,7 +318,7 @@ class FaultSpace:
                 changed += self._corrupt_words(i, positions, operation, undo)
             yield changed
         finally:
-            _restore(log, undo)
+            _to_the_end(lambda: _restore(log, undo))
 
     def _paths(self) -> tuple[DirectMemory | None, list[int]]:
         """Which sites are changed in memory and which through their format; found anew if the tensors moved."""
@@ -366,14 +369,18 @@ class FaultSpace:
 
 
 def _restore(log: UndoLog, undo: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Undo everything, even if Ctrl-C comes in the middle: finish first, then let it through."""
+    while undo:
+        _scatter(*undo[-1])
+        undo.pop()
+    log.undo()
+
+
+def _to_the_end(restore: Callable[[], None]) -> None:
+    """Restore everything, even if Ctrl-C comes in the middle: do it again to the end first, then let it through."""
     interrupted: KeyboardInterrupt | None = None
     while True:
         try:
-            while undo:
-                _scatter(*undo[-1])
-                undo.pop()
-            log.undo()
+            restore()
             break
         except KeyboardInterrupt as signal:
             interrupted = signal
