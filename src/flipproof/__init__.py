@@ -1,10 +1,21 @@
 """flipproof: how a neural network behaves when its memory loses bits, and how to make it survive."""
 
+from flipproof.analysis import Propagation, propagation
 from flipproof.campaigns import Assessment, assess, sample_size
 from flipproof.errors import FlipproofError, FlipproofWarning
 from flipproof.faults import BitErrorRate, BitPosition, FaultSpace, Parameters, RandomBits, StuckAt
 from flipproof.formats import Affine, BFloat16, FixedPoint, Float8E4M3, Float8E5M2, Float16, Float32
-from flipproof.hardening import FitAct, FTClipAct, HardeningReport, ProAct, Ranger, harden, hardening_report, overhead
+from flipproof.hardening import (
+    FitAct,
+    FTClipAct,
+    HardeningReport,
+    ProAct,
+    Ranger,
+    Tighten,
+    harden,
+    hardening_report,
+    overhead,
+)
 from flipproof.reports import compare, report
 
 __version__ = "0.1.0"
@@ -28,14 +39,17 @@ __all__ = [
     "HardeningReport",
     "Parameters",
     "ProAct",
+    "Propagation",
     "RandomBits",
     "Ranger",
     "StuckAt",
+    "Tighten",
     "assess",
     "compare",
     "harden",
     "hardening_report",
     "overhead",
+    "propagation",
     "report",
     "sample_size",
 ]

@@ -23,6 +23,7 @@ from flipproof.hardening import (
     ProAct,
     Ranger,
     Saturate,
+    Tighten,
     ZeroAbove,
     harden,
     hardening_report,
@@ -41,6 +42,8 @@ METHODS: list[Hardening] = [
     FTClipAct(points=2, rounds=1, trials=1, bers=(1e-3,)),
     FitAct(epochs=2, held_out=0.5),
     ProAct(epochs=1, epochs_last=2, held_out=0.5),
+    Tighten(budget=0.1),
+    Tighten(per="neuron", replace="bound", budget=0.1),
 ]
 
 

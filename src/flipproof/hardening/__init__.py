@@ -7,6 +7,7 @@ from flipproof.hardening.ft_clipact import FTClipAct
 from flipproof.hardening.overhead import Overhead, overhead
 from flipproof.hardening.proact import ProAct
 from flipproof.hardening.ranger import Ranger
+from flipproof.hardening.tighten import Tighten
 
 __all__ = [
     "Bounded",
@@ -19,6 +20,7 @@ __all__ = [
     "Ranger",
     "Saturate",
     "Smooth",
+    "Tighten",
     "ZeroAbove",
     "harden",
     "hardening_report",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 import pandas as pd
@@ -15,13 +17,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from flipproof.campaigns.batches import Data, Output
+from flipproof.campaigns.batches import Data, Output, tensor_bytes
+from flipproof.campaigns.progress import Step
 from flipproof.errors import ConfigError, FlipproofWarning, ModelError
 from flipproof.hardening.activations import Activation, take_place
 from flipproof.hardening.bounded import Bounded
 from flipproof.hardening.calibration import Calibration
 from flipproof.hardening.profile import Range, profile
 from flipproof.hardening.rewriting import Rewritten, Site, Unreachable, rewrite
+from flipproof.hardening.stages import Rows, Stages
 
 _REPORT = "_flipproof_hardening"
 
@@ -93,6 +97,7 @@ class Work:
         forwards: forward-equivalents of the whole calibration data spent so far; methods add to it.
         accepted_on: the data on which acceptance was judged, if not all.
         notes: for the report.
+        stages: finished stages of an interrupted run.
     """
 
     rewritten: Rewritten
@@ -102,6 +107,7 @@ class Work:
     forwards: float = 0.0
     accepted_on: Calibration | None = None
     notes: list[str] = field(default_factory=list)
+    stages: Stages = field(default_factory=lambda: Stages(None, {}))
 
     @property
     def model(self) -> nn.Module:
@@ -124,6 +130,39 @@ class Work:
         take_place(new, current)
         self.rewritten.swap(site, new)
         return new
+
+    def stage(
+        self,
+        name: str,
+        bounds: Sequence[Bounded],
+        run: Callable[[], Rows],
+        *,
+        step: Step,
+        steps: int,
+        generator: torch.Generator | None = None,
+    ) -> Rows:
+        """Run one stage of a method, or take it from an interrupted run; either leaves the same thresholds.
+
+        Args:
+            name: of the stage.
+            bounds: whose thresholds it changes.
+            run: does it and returns its history.
+            step: the progress bar, for a stage that is not run; `steps` is what it counts for.
+            steps: see `step`.
+            generator: whose state the stage changes.
+        """
+        stored = [tensor for bound in bounds for tensor in (bound.threshold, bound.low) if tensor is not None]
+        before = self.forwards
+
+        def counted() -> tuple[Rows, float]:
+            rows = run()
+            return rows, self.forwards - before
+
+        rows, spent, taken = self.stages.run(name, stored, counted, generator)
+        if taken:
+            self.forwards = before + spent
+            step(f"{name} was done", steps)
+        return rows
 
     def spend(self, calibration: Calibration, forwards: float) -> None:
         """Count passes over some data, in units of the whole calibration data."""
@@ -150,6 +189,7 @@ def harden(
     data: Data,
     strict: bool = False,
     output: Output = None,
+    store: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> nn.Module:
     """A copy of a model whose activations are bounded, so that faulty values are cut off where they arise.
@@ -165,12 +205,15 @@ def harden(
             hardened model will be judged on. Methods that search keep a held-out part of it to accept on.
         strict: raise instead of warning where an activation cannot be bounded.
         output: picks the tensor to judge out of what the model returns: function, dict key or tuple index.
+        store: folder for the finished stages (layers) of a method that searches or trains: run again after an
+            interruption and it resumes there, to the same thresholds. None keeps nothing.
         progress: show a bar; None shows it on a terminal.
 
     Raises:
         ModelError: if no activation can be bounded (or, with `strict`, not all), if the model computes NaN without
             faults, or if bounds collapse to 0.
         DataError: if the calibration data is empty, holds NaN or does not fit the model.
+        JournalMismatch: if `store` holds the stages of another model, method or data.
 
     Example:
         >>> import flipproof as fp, torch
@@ -186,8 +229,10 @@ def harden(
         raise ConfigError(f"harden takes a hardening such as fp.Ranger(), got {method!r}")
     began = time.perf_counter()
     calibration = Calibration.read(model, data, _device_of(model), output)
+    identity = {"method": repr(method), "weights": _weights(model), "data": calibration.batches.digest()}
+    stages = Stages(store, identity)
     rewritten = rewrite(model, calibration.batches.inputs[0])
-    work = Work(rewritten, profile(rewritten, calibration), calibration, progress, forwards=2.0)
+    work = Work(rewritten, profile(rewritten, calibration), calibration, progress, forwards=2.0, stages=stages)
     history = method.fit(work)
     thresholds = _check(rewritten)
     judged = work.accepted_on or calibration
@@ -253,6 +298,13 @@ def _check(rewritten: Rewritten) -> int:
             + "\nWas the regularisation too strong, or the learning rate too large?"
         )
     return count
+
+
+def _weights(model: nn.Module) -> str:
+    state = blake2b(digest_size=16)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        state.update(name.encode() + tensor_bytes(tensor))
+    return state.hexdigest()
 
 
 def _shared(rewritten: Rewritten) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import pandas as pd
@@ -69,9 +70,14 @@ class FitAct(Hardening):
             bounds.append(work.bound(site, Smooth, high, low, slope=self.slope))
         generator = torch.Generator().manual_seed(self.seed)
         with progress_bar(self.epochs, 0, show=work.progress) as step:
-            rows = train_thresholds(
-                work, bounds, parts, cross_entropy, self._schedule(), generator=generator, step=step, label="all"
+            train = partial(
+                train_thresholds,
+                *(work, bounds, parts, cross_entropy, self._schedule()),
+                generator=generator,
+                step=step,
+                label="all",
             )
+            rows = work.stage("all", bounds, train, step=step, steps=self.epochs, generator=generator)
         if not any(row["accepted"] for row in rows):
             work.notes.append(f"no epoch of FitAct held the budget of {self.budget:.1%}: bounds are the largest values")
         return pd.DataFrame(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -75,9 +76,8 @@ class FTClipAct(Hardening):
         rows: list[dict[str, Any]] = []
         with progress_bar(len(bounds) * self.rounds, 0, show=work.progress) as step:
             for name, bound in bounds.items():
-                highest = float(bound.threshold)
-                with torch.no_grad():
-                    bound.threshold.fill_(self._search(work, name, bound, highest, part, bers, rows))
+                search = partial(self._search, work, name, bound, part, bers)
+                rows += work.stage(name, [bound], search, step=step, steps=0)
                 step(name, self.rounds)
         return pd.DataFrame(rows)
 
@@ -98,14 +98,13 @@ class FTClipAct(Hardening):
         work: Work,
         name: str,
         bound: Bounded,
-        highest: float,
         part: Calibration,
         bers: tuple[float, ...],
-        rows: list[dict[str, Any]],
-    ) -> float:
-        """The best threshold of one layer; among equals the largest, which costs the least clean accuracy."""
+    ) -> list[dict[str, Any]]:
+        """Find the best threshold of one layer; among equals the largest, which costs the least clean accuracy."""
+        rows: list[dict[str, Any]] = []
         scores: dict[float, float] = {}
-        low, high, before = 0.0, highest, -1.0
+        low, high, before = 0.0, float(bound.threshold), -1.0
         for number in range(1, self.rounds + 1):
             grid = [low + (high - low) * i / self.points for i in range(self.points + 1)]
             for value in grid:
@@ -120,7 +119,9 @@ class FTClipAct(Hardening):
             before = scores[best]
             below, above = [v for v in grid if v < best], [v for v in grid if v > best]
             low, high = (below[-1] if below else low), (above[0] if above else high)
-        return max(scores, key=lambda value: (scores[value], value))
+        with torch.no_grad():
+            bound.threshold.fill_(max(scores, key=lambda value: (scores[value], value)))
+        return rows
 
     def _area(self, work: Work, part: Calibration, bers: tuple[float, ...]) -> float:
         targets = torch.split(part.batches.targets, list(part.batches.sizes))

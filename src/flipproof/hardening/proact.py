@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import pandas as pd
@@ -95,8 +96,15 @@ class ProAct(Hardening):
         with progress_bar(total, 0, show=work.progress) as step:
             for site in reversed(bounds):
                 schedule = self._schedule(self.epochs_last if site is last else self.epochs)
-                rows += train_thresholds(
-                    work, [bounds[site]], parts, self._loss, schedule, generator=generator, step=step, label=site.name
+                train = partial(
+                    train_thresholds,
+                    *(work, [bounds[site]], parts, self._loss, schedule),
+                    generator=generator,
+                    step=step,
+                    label=site.name,
+                )
+                rows += work.stage(
+                    site.name, [bounds[site]], train, step=step, steps=schedule.epochs, generator=generator
                 )
         return pd.DataFrame(rows)
 

@@ -1,4 +1,4 @@
-"""What passes through every activation on the calibration data: minimum and maximum, per layer or per neuron."""
+"""What passes through every activation on the calibration data: minimum and maximum, per layer, channel or neuron."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flipproof.errors import DataError, ModelError
 from flipproof.hardening.calibration import Calibration
 from flipproof.hardening.rewriting import Rewritten, Site
 
-Per = Literal["layer", "neuron"]
+Per = Literal["layer", "channel", "neuron"]
 
 
 @dataclass
@@ -39,18 +39,27 @@ class Range:
     calls: int = 1
 
     def of(self, per: Per, site: Site) -> tuple[Tensor, Tensor]:
-        """(low, high) per layer or per neuron.
+        """(low, high) per layer, per channel or per neuron.
+
+        A channel is the first dimension of one sample's map, with all places taken together: bounds of shape (C, 1, 1)
+        for (C, H, W), (N,) for a linear layer's (N,). Of two dimensions nobody can say which are channels, those of a
+        sequence (T, D) or of a 1-d map (C, L): there it is one bound for the layer.
 
         Raises:
-            DataError: per neuron, if the site has no fixed number of neurons.
+            DataError: per channel or neuron, if the site has no fixed number of them.
         """
         if per == "layer":
             return self.low, self.high
+        if per == "channel" and all(len(shape) == 2 for shape in self.shapes):
+            return self.low, self.high
         if self.neuron_low is None or self.neuron_high is None:
             raise DataError(
-                f"{site.name} has activations of different shapes, {sorted(self.shapes)[:3]}: bounds per neuron need "
+                f"{site.name} has activations of different shapes, {sorted(self.shapes)[:3]}: bounds per {per} need "
                 f"inputs of one size and a module called for one kind of input. Use bounds per layer"
             )
+        places = tuple(range(1, self.neuron_low.dim()))
+        if per == "channel" and places:
+            return self.neuron_low.amin(places, keepdim=True), self.neuron_high.amax(places, keepdim=True)
         return self.neuron_low, self.neuron_high
 
     def include(self, other: Range) -> None:

@@ -1,0 +1,99 @@
+"""A search or training that is interrupted resumes at its layer, to the same thresholds."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+
+import flipproof as fp
+from flipproof.errors import JournalError, JournalMismatch
+from flipproof.hardening import Hardening, hardening_report
+from flipproof.hardening.base import Work
+
+Data = list[tuple[Tensor, Tensor]]
+METHODS: list[Hardening] = [
+    fp.FTClipAct(points=2, rounds=2, trials=2, bers=(1e-3, 1e-2)),
+    fp.FitAct(epochs=3, held_out=0.5, lr=0.05, budget=0.2),
+    fp.ProAct(epochs=2, epochs_last=3, held_out=0.5, lr=0.05, budget=0.2),
+    fp.Tighten(budget=0.2),
+]
+
+
+@pytest.fixture
+def model(mlp: nn.Module) -> nn.Module:
+    return nn.Sequential(*mlp, nn.ReLU(), nn.Linear(3, 3))
+
+
+def thresholds(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in model.state_dict().items() if "threshold" in name}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("finished", [0, 1])
+def test_interrupted_and_resumed(method, finished, model, blobs, tmp_path, monkeypatch):
+    whole = fp.harden(model, method, data=blobs)
+    real, done = Work.stage, []
+
+    def interrupted(self, name, *args, **kwargs):
+        if len(done) == finished:
+            raise KeyboardInterrupt
+        rows = real(self, name, *args, **kwargs)
+        done.append(name)
+        return rows
+
+    monkeypatch.setattr(Work, "stage", interrupted)
+    if finished or not isinstance(method, fp.FitAct):
+        expected = finished if not isinstance(method, fp.FitAct) else 1
+        with suppress(KeyboardInterrupt):  # FitAct has one stage and is done after it
+            fp.harden(model, method, data=blobs, store=tmp_path / "stages")
+        assert len(list((tmp_path / "stages").glob("*"))) == expected
+    monkeypatch.setattr(Work, "stage", real)
+    resumed = fp.harden(model, method, data=blobs, store=tmp_path / "stages")
+    assert thresholds(resumed).keys() == thresholds(whole).keys()
+    assert all(torch.equal(value, thresholds(whole)[name]) for name, value in thresholds(resumed).items())
+    pd.testing.assert_frame_equal(hardening_report(resumed).history, hardening_report(whole).history)
+    assert hardening_report(resumed).forwards == pytest.approx(hardening_report(whole).forwards)
+
+
+def test_a_finished_run_trains_nothing_again(model, blobs, tmp_path, monkeypatch):
+    method = METHODS[2]
+    first = fp.harden(model, method, data=blobs, store=tmp_path)
+
+    def trains(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("flipproof.hardening.proact.train_thresholds", trains)
+    again = fp.harden(model, method, data=blobs, store=tmp_path)
+    assert all(torch.equal(value, thresholds(first)[name]) for name, value in thresholds(again).items())
+
+
+def test_another_hardening_is_refused_with_what_differs(model, blobs, tmp_path):
+    fp.harden(model, fp.Tighten(budget=0.2), data=blobs, store=tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(JournalMismatch, match=r"method: Tighten\(.*budget=0\.2.* → Tighten\(.*budget=0\.1"):
+        fp.harden(model, fp.Tighten(budget=0.1), data=blobs, store=tmp_path)
+    with pytest.raises(JournalMismatch, match="data: "):
+        fp.harden(model, fp.Tighten(budget=0.2), data=blobs[:1] * 2, store=tmp_path)
+    with torch.no_grad():
+        model[0].weight[0, 0] += 1
+    with pytest.raises(JournalMismatch, match="weights: "):
+        fp.harden(model, fp.Tighten(budget=0.2), data=blobs, store=tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("content", [b"", b"not a stage", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_foreign_and_torn_files_are_refused(model, blobs, tmp_path, content):
+    (tmp_path / "001.safetensors").write_bytes(content)
+    with pytest.raises(JournalError, match=r"001\.safetensors is not a finished stage"):
+        fp.harden(model, fp.Tighten(), data=blobs, store=tmp_path)
+    assert (tmp_path / "001.safetensors").read_bytes() == content
+
+
+def test_a_folder_that_cannot_be_made(model, blobs, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JournalError, match="cannot write"):
+        fp.harden(model, fp.Tighten(), data=blobs, store=tmp_path / "file")
