@@ -4,15 +4,17 @@ from flipproof.hardening.base import Hardening, HardeningReport, harden, hardeni
 from flipproof.hardening.bounded import Bounded, Saturate, Smooth, ZeroAbove
 from flipproof.hardening.fitact import FitAct
 from flipproof.hardening.ft_clipact import FTClipAct
+from flipproof.hardening.guard import Guard, GuardedLinear
 from flipproof.hardening.overhead import Overhead, overhead
 from flipproof.hardening.proact import ProAct
 from flipproof.hardening.ranger import Ranger
-from flipproof.hardening.tighten import Tighten
 
 __all__ = [
     "Bounded",
     "FTClipAct",
     "FitAct",
+    "Guard",
+    "GuardedLinear",
     "Hardening",
     "HardeningReport",
     "Overhead",
@@ -20,7 +22,6 @@ __all__ = [
     "Ranger",
     "Saturate",
     "Smooth",
-    "Tighten",
     "ZeroAbove",
     "harden",
     "hardening_report",

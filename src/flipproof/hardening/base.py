@@ -234,15 +234,16 @@ def harden(
     rewritten = rewrite(model, calibration.batches.inputs[0])
     work = Work(rewritten, profile(rewritten, calibration), calibration, progress, forwards=2.0, stages=stages)
     history = method.fit(work)
-    thresholds = _check(rewritten)
+    _check(rewritten)
+    parameters, with_thresholds = (sum(p.numel() for p in each.parameters()) for each in (model, rewritten.model))
     judged = work.accepted_on or calibration
     report = HardeningReport(
         method=repr(method),
         sites=tuple(rewritten.sites),
         unreachable=tuple(rewritten.unreachable),
         notes=(*work.notes, *_shared(rewritten)),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        thresholds=thresholds,
+        parameters=parameters,
+        thresholds=with_thresholds - parameters,
         history=history,
         clean_drop=judged.accuracy - judged.accuracy_of(rewritten.model),
         seconds=time.perf_counter() - began,
@@ -271,20 +272,18 @@ def hardening_report(model: nn.Module) -> HardeningReport:
     return report
 
 
-def _check(rewritten: Rewritten) -> int:
-    """Counts thresholds, after making sure that every site has usable ones.
+def _check(rewritten: Rewritten) -> None:
+    """Make sure that every site has usable thresholds.
 
     Raises:
         ModelError: naming every site whose thresholds are NaN, infinite or all 0.
     """
     problems = []
-    count = 0
     for site in rewritten.sites:
         module = rewritten.model.get_submodule(site.module)
         if not isinstance(module, Bounded):
             raise ModelError(f"{site.name} was left without a bound; the method must bound every site or dismiss it")
         bounds = [module.threshold, *([module.low] if module.low is not None else [])]
-        count += sum(bound.numel() for bound in bounds)
         if not all(bool(torch.isfinite(bound).all()) for bound in bounds):
             problems.append(f"{site.name}: its thresholds are NaN or infinite")
         elif module.rectifies and not bool((module.threshold > 0).any()):
@@ -297,7 +296,6 @@ def _check(rewritten: Rewritten) -> int:
             + "\n  ".join(problems)
             + "\nWas the regularisation too strong, or the learning rate too large?"
         )
-    return count
 
 
 def _weights(model: nn.Module) -> str:
