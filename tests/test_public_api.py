@@ -34,10 +34,12 @@ def test_public_names_are_exactly_these():
         "compare",
         "harden",
         "hardening_report",
+        "load_hardened",
         "overhead",
         "propagation",
         "report",
         "sample_size",
+        "save_hardened",
     ]
 
 

@@ -14,7 +14,9 @@ from flipproof.hardening import (
     Ranger,
     harden,
     hardening_report,
+    load_hardened,
     overhead,
+    save_hardened,
 )
 from flipproof.reports import compare, report
 
@@ -48,8 +50,10 @@ __all__ = [
     "compare",
     "harden",
     "hardening_report",
+    "load_hardened",
     "overhead",
     "propagation",
     "report",
     "sample_size",
+    "save_hardened",
 ]

@@ -1,6 +1,6 @@
 """Hardening: bounded activations, ways to choose their bounds, and what they cost."""
 
-from flipproof.hardening.base import Hardening, HardeningReport, harden, hardening_report
+from flipproof.hardening.base import Hardening, harden
 from flipproof.hardening.bounded import Bounded, Saturate, Smooth, ZeroAbove
 from flipproof.hardening.fitact import FitAct
 from flipproof.hardening.ft_clipact import FTClipAct
@@ -8,6 +8,8 @@ from flipproof.hardening.guard import Guard, GuardedLinear
 from flipproof.hardening.overhead import Overhead, overhead
 from flipproof.hardening.proact import ProAct
 from flipproof.hardening.ranger import Ranger
+from flipproof.hardening.report import HardeningReport, hardening_report
+from flipproof.hardening.saving import load_hardened, save_hardened
 
 __all__ = [
     "Bounded",
@@ -25,5 +27,7 @@ __all__ = [
     "ZeroAbove",
     "harden",
     "hardening_report",
+    "load_hardened",
     "overhead",
+    "save_hardened",
 ]

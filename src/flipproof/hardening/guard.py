@@ -109,11 +109,19 @@ def guard_outputs(work: Work) -> str:
     if plain.out_features < 2:
         return f"the outputs of {name} are not guarded: of a single score nobody can say what it should have been"
     scores = work.calibration.teacher.to(plain.weight.device)
-    guarded = GuardedLinear(plain, scores.amax(dim=0), scores.amin())
+    guarded = put_guard(work.model, name, scores.amax(dim=0), scores.amin())
+    return f"the outputs of {name} are guarded by {guarded.threshold.numel() + 1} stored values"
+
+
+def put_guard(model: nn.Module, name: str, threshold: Tensor, rest: Tensor) -> GuardedLinear:
+    """Put a guard in the place of the linear layer of that name, over its weights and with its hooks."""
+    plain = model.get_submodule(name)
+    assert isinstance(plain, nn.Linear)
+    guarded = GuardedLinear(plain, threshold, rest)
     take_hooks(guarded, plain)
     parent, _, child = name.rpartition(".")
-    work.model.get_submodule(parent)._modules[child] = guarded
-    return f"the outputs of {name} are guarded by {guarded.threshold.numel() + 1} stored values"
+    model.get_submodule(parent)._modules[child] = guarded
+    return guarded
 
 
 def _scoring_layer(work: Work) -> str | None:
