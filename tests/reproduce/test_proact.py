@@ -15,7 +15,8 @@ from torch import nn
 import flipproof as fp
 from flipproof.datasets import digits
 from flipproof.errors import ConfigError, DataError
-from flipproof.reproduce import proact, proact_figures, proact_memory, proact_published
+from flipproof.reports import distribution_figure
+from flipproof.reproduce import proact, proact_distances, proact_memory, proact_published
 
 PAPER = Path(__file__).resolve().parents[3] / "shared" / "papers" / "proact.txt"
 
@@ -53,7 +54,7 @@ def results(tmp_path_factory):
         patch.setattr(proact, "_subjects", lambda scale, root: [subject])
         patch.setattr(proact, "RATES", (1e-3, 1e-2))
         patch.setattr(proact, "memory_table", lambda: pd.DataFrame({"network": ["x"], "memory_percent": [1.0]}))
-        patch.setattr(proact_figures, "LAYER_WISE", 1e-2)
+        patch.setattr(proact_distances, "LAYER_WISE", 1e-2)
         first = run(out)
         before = {path: path.read_bytes() for path in sorted((out / "journals").glob("*.jsonl"))}
         again = run(out)
@@ -76,7 +77,7 @@ def test_tables_say_what_the_journals_say(results):
 
 def test_everything_is_written(results):
     out, (_, text), _, _, _ = results
-    for number in range(1, 6):
+    for number in range(1, 7):
         assert (out / f"table-{number}.csv").exists()
         assert (out / f"table-{number}.md").read_text().startswith("# ")
     for name in ("figure-3", "figure-5", "figure-6"):
@@ -94,6 +95,17 @@ def test_published_rows_stand_beside_ours(results):
         proact_published.table_2()
     )  # ours is another network: nothing coincides, nothing is lost
     assert table["published"].notna().sum() == len(proact_published.table_2())
+
+
+def test_gains_over_proact_are_paired(results):
+    table = pd.read_csv(results[0] / "table-6.csv")
+    assert table["paired"].all()
+    assert set(table["campaign"]) == {"fitact", "guard"}
+    one, two = (
+        fp.Assessment.load(results[0] / "journals" / f"tiny-cifar-10-{name}-paired.jsonl").summary["accuracy"]
+        for name in ("guard", "proact")
+    )
+    np.testing.assert_allclose(table[table["campaign"] == "guard"]["accuracy_gain"], one - two)
 
 
 def test_a_second_run_resumes(results):
@@ -127,7 +139,7 @@ def test_histograms_draw_first_middle_and_last():
         pd.DataFrame({"layer": n, "low": edges[:-1], "high": edges[1:], "golden": 1 / 3, "faulty": 1 / 3})
         for n in layers
     ]
-    figure = proact_figures.draw_distributions(pd.concat(parts))
+    figure = distribution_figure(pd.concat(parts))
     assert [axes.get_title() for axes in figure.axes] == ["layer0", "layer2", "layer4"]
 
 
