@@ -38,7 +38,7 @@ class GuardedLinear(nn.Linear):
         >>> plain = nn.Linear(2, 2, bias=False)
         >>> _ = nn.init.eye_(plain.weight)
         >>> guarded = GuardedLinear(plain, torch.tensor([5.0, 5.0]), torch.tensor(-1.0))
-        >>> guarded(torch.tensor([[4.0, 3.0], [9.0, 3.0], [float("nan"), 3.0]]))
+        >>> guarded(torch.tensor([[4.0, 3.0], [9.0, 3.0], [float("nan"), 3.0]])).detach()
         tensor([[ 4.,  3.],
                 [-1.,  3.],
                 [-1., -1.]])
