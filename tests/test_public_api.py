@@ -23,6 +23,7 @@ def test_public_names_are_exactly_these():
         "Float8E4M3",
         "Float8E5M2",
         "HardeningReport",
+        "Neurons",
         "Parameters",
         "ProAct",
         "Propagation",

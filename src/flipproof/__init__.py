@@ -4,6 +4,7 @@ from flipproof.analysis import Propagation, propagation
 from flipproof.campaigns import Assessment, assess, sample_size
 from flipproof.errors import FlipproofError, FlipproofWarning
 from flipproof.faults import BitErrorRate, BitPosition, FaultSpace, Parameters, RandomBits, StuckAt
+from flipproof.faults.neurons import Neurons
 from flipproof.formats import Affine, BFloat16, FixedPoint, Float8E4M3, Float8E5M2, Float16, Float32
 from flipproof.hardening import (
     FitAct,
@@ -37,6 +38,7 @@ __all__ = [
     "Float16",
     "Float32",
     "HardeningReport",
+    "Neurons",
     "Parameters",
     "ProAct",
     "Propagation",
