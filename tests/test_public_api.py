@@ -12,6 +12,7 @@ def test_public_names_are_exactly_these():
         "BFloat16",
         "BitErrorRate",
         "BitPosition",
+        "DeepVigor",
         "FTClipAct",
         "FaultSpace",
         "FitAct",
@@ -31,6 +32,8 @@ def test_public_names_are_exactly_these():
         "Ranger",
         "StuckAt",
         "Tighten",
+        "VulnerabilityMap",
+        "analyze",
         "assess",
         "compare",
         "harden",
@@ -39,6 +42,7 @@ def test_public_names_are_exactly_these():
         "propagation",
         "report",
         "sample_size",
+        "select",
     ]
 
 

@@ -1,6 +1,6 @@
 """flipproof: how a neural network behaves when its memory loses bits, and how to make it survive."""
 
-from flipproof.analysis import Propagation, propagation
+from flipproof.analysis import DeepVigor, Propagation, VulnerabilityMap, analyze, propagation, select
 from flipproof.campaigns import Assessment, assess, sample_size
 from flipproof.errors import FlipproofError, FlipproofWarning
 from flipproof.faults import BitErrorRate, BitPosition, FaultSpace, Parameters, RandomBits, StuckAt
@@ -27,6 +27,7 @@ __all__ = [
     "BFloat16",
     "BitErrorRate",
     "BitPosition",
+    "DeepVigor",
     "FTClipAct",
     "FaultSpace",
     "FitAct",
@@ -46,6 +47,8 @@ __all__ = [
     "Ranger",
     "StuckAt",
     "Tighten",
+    "VulnerabilityMap",
+    "analyze",
     "assess",
     "compare",
     "harden",
@@ -54,4 +57,5 @@ __all__ = [
     "propagation",
     "report",
     "sample_size",
+    "select",
 ]
