@@ -9,13 +9,15 @@ from flipproof.formats import Affine, BFloat16, FixedPoint, Float8E4M3, Float8E5
 from flipproof.hardening import (
     FitAct,
     FTClipAct,
+    Guard,
     HardeningReport,
     ProAct,
     Ranger,
-    Tighten,
     harden,
     hardening_report,
+    load_hardened,
     overhead,
+    save_hardened,
 )
 from flipproof.reports import compare, report
 
@@ -38,6 +40,7 @@ __all__ = [
     "Float8E5M2",
     "Float16",
     "Float32",
+    "Guard",
     "HardeningReport",
     "Neurons",
     "Parameters",
@@ -46,16 +49,17 @@ __all__ = [
     "RandomBits",
     "Ranger",
     "StuckAt",
-    "Tighten",
     "VulnerabilityMap",
     "analyze",
     "assess",
     "compare",
     "harden",
     "hardening_report",
+    "load_hardened",
     "overhead",
     "propagation",
     "report",
     "sample_size",
+    "save_hardened",
     "select",
 ]

@@ -16,9 +16,10 @@ from flipproof.campaigns import Assessment, assess
 from flipproof.errors import ConfigError, FlipproofError
 from flipproof.faults import Parameters
 from flipproof.faults.selection import FormatChoice
+from flipproof.hardening import load_hardened
 from flipproof.metrics import METRIC_NAMES
 from flipproof.models.weights import load_weights
-from flipproof.specs import load_object, parse_faults, parse_format
+from flipproof.specs import load_object, parse_faults, parse_format, parse_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,8 @@ class CampaignConfig:
     """Everything `flipproof assess` takes, in the words of `assess`.
 
     `model`, `data`, `metrics` and `output` name importable objects; `faults` and `format` are written as in Python.
-    `weights` is a safetensors or PyTorch state dict to load, `out` the folder that gets journal, tables and figures.
+    `weights` is a safetensors or PyTorch state dict to load, `hardened` what `flipproof harden` wrote, `out` the folder
+    that gets journal, tables and figures.
     """
 
     model: str
@@ -34,6 +36,7 @@ class CampaignConfig:
     faults: str
     format: str | dict[str, str] | None = None
     weights: str | None = None
+    hardened: str | None = None
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     buffers: bool = False
@@ -77,7 +80,7 @@ class CampaignConfig:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)  # a factory may initialise at random: the same file gives the same model
             model = self._model()
-            data = list(_called(load_object(self.data)))
+            data = list(called(load_object(self.data)))
         result = assess(
             model,
             data=data,
@@ -92,7 +95,7 @@ class CampaignConfig:
             device=self.device,
             margin=self.margin,
             confidence=self.confidence,
-            output=self._output(),
+            output=parse_output(self.output),
             cache_bytes=self.cache_bytes,
             progress=progress,
         )
@@ -102,25 +105,13 @@ class CampaignConfig:
         return result
 
     def _model(self) -> nn.Module:
-        model = _called(load_object(self.model))
-        if not isinstance(model, nn.Module):
-            raise ConfigError(f"model {self.model!r} gives a {type(model).__name__}, not a torch.nn.Module")
-        if self.weights is not None:
-            load_weights(model, self.weights)
-        return model
+        model = load_model(self.model, self.weights)
+        return model if self.hardened is None else load_hardened(model, self.hardened)
 
     def _format(self) -> FormatChoice:
         if isinstance(self.format, dict):
             return {pattern: parse_format(text) for pattern, text in self.format.items()}
         return None if self.format is None else parse_format(self.format)
-
-    def _output(self) -> Any:
-        if isinstance(self.output, str):
-            if self.output.lstrip("-").isdigit():
-                return int(self.output)
-            if ":" in self.output:
-                return load_object(self.output)
-        return self.output
 
 
 def _fitting(field: Field[Any], value: Any, source: str) -> Any:
@@ -155,7 +146,21 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not TOML: {error}") from error
 
 
-def _called(found: Any) -> Any:
+def load_model(text: str, weights: str | Path | None = None) -> nn.Module:
+    """The network that MODULE:FACTORY gives, with weights from a file if there is one.
+
+    Raises:
+        ConfigError: if it is no network, or the weights do not fit it.
+    """
+    model = called(load_object(text))
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model {text!r} gives a {type(model).__name__}, not a torch.nn.Module")
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+def called(found: Any) -> Any:
     """A factory's product; a ready model or list of batches is one already."""
     is_factory = isinstance(found, type) or (callable(found) and not isinstance(found, nn.Module))
     if not is_factory:

@@ -14,17 +14,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flipproof import faults, formats
+from flipproof import faults, formats, hardening
 from flipproof.errors import ConfigError
 from flipproof.faults import FaultModel
 from flipproof.formats import Format
+from flipproof.hardening import Hardening
 
 FORMATS = tuple(name for name in formats.__all__ if name not in ("Format", "Stored"))
 FAULT_MODELS = ("BitErrorRate", "BitPosition", "RandomBits", "StuckAt")
+HARDENINGS = ("FTClipAct", "FitAct", "Guard", "ProAct", "Ranger")
 
 _VALUES: dict[str, Callable[..., Any]] = {
     **{name: getattr(formats, name) for name in FORMATS},
     **{name: getattr(faults, name) for name in FAULT_MODELS},
+    **{name: getattr(hardening, name) for name in HARDENINGS},
+    "FitAct.quick": hardening.FitAct.quick,
+    "ProAct.quick": hardening.ProAct.quick,
     "range": range,
 }
 
@@ -55,6 +60,12 @@ def parse_format(text: str) -> Format:
 def parse_faults(text: str) -> FaultModel:
     """A fault model from its repr, e.g. ``BitErrorRate([1e-6, 1e-5])``."""
     found: FaultModel = _typed(text, FaultModel, "BitErrorRate([1e-6, 1e-5])")
+    return found
+
+
+def parse_hardening(text: str) -> Hardening:
+    """A hardening from its repr, e.g. ``Ranger(per="neuron")``, or ``ProAct.quick()``."""
+    found: Hardening = _typed(text, Hardening, "Guard() or ProAct.quick()")
     return found
 
 
@@ -90,6 +101,15 @@ def load_object(text: str) -> Any:
     except AttributeError:
         raise ConfigError(f"{place} has no {name!r} (from {text!r})") from None
     return _build(tree, text, {name: found}) if isinstance(tree, ast.Call) else found
+
+
+def parse_output(text: str | int | None) -> Any:
+    """What to judge of an output: "2" is a tuple index, "module:function" a function, any other text a dict key."""
+    if not isinstance(text, str):
+        return text
+    if text.lstrip("-").isdigit():
+        return int(text)
+    return load_object(text) if ":" in text else text
 
 
 def _import(place: str, text: str) -> Any:

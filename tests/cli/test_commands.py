@@ -187,3 +187,29 @@ def test_report_writes_one_page(run, tmp_path):
     code, out, err = run("report", "page.html", "ours=one/journal.jsonl")
     assert (code, out.strip(), err) == (0, "Written to page.html", "")
     assert "<h2>ours</h2>" in (tmp_path / "page.html").read_text()
+
+
+def test_harden_then_assess_what_was_hardened(run, tmp_path):
+    net = "flipproof.demo:trained_digits_cnn"
+    code, out, err = run("harden", net, "--data", "flipproof.datasets:digits('train')", "--out", "safe")
+    assert (code, err) == (0, "")
+    assert "3 activations bounded" in out
+    assert "the outputs of fc2 are guarded" in out
+    assert (tmp_path / "safe" / "activations.csv").exists()
+    faults = ("--faults", "BitErrorRate([1e-4])", "--format", "FixedPoint", "--trials", "20")
+    data = ("--data", "flipproof.datasets:digits")
+    for name, more in (("plain", ()), ("safe", ("--hardened", "safe/hardened.safetensors"))):
+        assert run("assess", net, *data, *faults, *more, "--out", f"run-{name}")[0] == 0
+    code, out, _ = run("compare", "plain=run-plain/journal.jsonl", "safe=run-safe/journal.jsonl")
+    assert code == 0
+    plain, safe = (fp.Assessment.load(f"run-{name}/journal.jsonl").summary["accuracy"][0] for name in ("plain", "safe"))
+    assert safe > plain + 0.2
+
+
+@pytest.mark.parametrize(
+    ("method", "message"), [("Float32()", "expected something like Guard()"), ("Guard(per='row')", "per is 'layer'")]
+)
+def test_methods_that_are_none(run, method, message):
+    code, _, err = run("harden", "ours.py:Tagger", "--data", "ours.py:batches", "--method", method)
+    assert code == 2
+    assert message in err

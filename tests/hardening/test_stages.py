@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -19,8 +20,9 @@ METHODS: list[Hardening] = [
     fp.FTClipAct(points=2, rounds=2, trials=2, bers=(1e-3, 1e-2)),
     fp.FitAct(epochs=3, held_out=0.5, lr=0.05, budget=0.2),
     fp.ProAct(epochs=2, epochs_last=3, held_out=0.5, lr=0.05, budget=0.2),
-    fp.Tighten(budget=0.2),
 ]
+
+METHOD = fp.FTClipAct(points=2, rounds=1, trials=1, bers=(1e-2,))
 
 
 @pytest.fixture
@@ -72,16 +74,16 @@ def test_a_finished_run_trains_nothing_again(model, blobs, tmp_path, monkeypatch
 
 
 def test_another_hardening_is_refused_with_what_differs(model, blobs, tmp_path):
-    fp.harden(model, fp.Tighten(budget=0.2), data=blobs, store=tmp_path)
+    fp.harden(model, METHOD, data=blobs, store=tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(JournalMismatch, match=r"method: Tighten\(.*budget=0\.2.* → Tighten\(.*budget=0\.1"):
-        fp.harden(model, fp.Tighten(budget=0.1), data=blobs, store=tmp_path)
+    with pytest.raises(JournalMismatch, match=r"method: FTClipAct\(points=2.* → FTClipAct\(points=3"):
+        fp.harden(model, replace(METHOD, points=3), data=blobs, store=tmp_path)
     with pytest.raises(JournalMismatch, match="data: "):
-        fp.harden(model, fp.Tighten(budget=0.2), data=blobs[:1] * 2, store=tmp_path)
+        fp.harden(model, METHOD, data=blobs[:1] * 2, store=tmp_path)
     with torch.no_grad():
         model[0].weight[0, 0] += 1
     with pytest.raises(JournalMismatch, match="weights: "):
-        fp.harden(model, fp.Tighten(budget=0.2), data=blobs, store=tmp_path)
+        fp.harden(model, METHOD, data=blobs, store=tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -89,11 +91,11 @@ def test_another_hardening_is_refused_with_what_differs(model, blobs, tmp_path):
 def test_foreign_and_torn_files_are_refused(model, blobs, tmp_path, content):
     (tmp_path / "001.safetensors").write_bytes(content)
     with pytest.raises(JournalError, match=r"001\.safetensors is not a finished stage"):
-        fp.harden(model, fp.Tighten(), data=blobs, store=tmp_path)
+        fp.harden(model, METHOD, data=blobs, store=tmp_path)
     assert (tmp_path / "001.safetensors").read_bytes() == content
 
 
 def test_a_folder_that_cannot_be_made(model, blobs, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(JournalError, match="cannot write"):
-        fp.harden(model, fp.Tighten(), data=blobs, store=tmp_path / "file")
+        fp.harden(model, METHOD, data=blobs, store=tmp_path / "file")

@@ -9,10 +9,12 @@ from typing import Annotated
 
 import typer
 
+from flipproof.cli.analyze import analyze
 from flipproof.cli.assess import assess
 from flipproof.cli.compare import compare
 from flipproof.cli.console import errors, out
 from flipproof.cli.demo import demo
+from flipproof.cli.harden import harden
 from flipproof.cli.listing import list_names
 from flipproof.cli.report import report
 from flipproof.cli.reproduce import reproduce
@@ -27,6 +29,8 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(assess)
+app.command()(analyze)
+app.command()(harden)
 app.command()(compare)
 app.command(name="list")(list_names)
 app.command()(report)

@@ -40,6 +40,9 @@ def assess(
     weights: Annotated[
         str | None, typer.Option(help="State dict to load: .safetensors, or .pt/.pth (never unpickled).")
     ] = None,
+    hardened: Annotated[
+        str | None, typer.Option(help="What `flipproof harden` wrote for this model: its bounds and weights.")
+    ] = None,
     include: Annotated[
         list[str] | None, typer.Option(help="Parameters that can be hit: glob or module name. Repeatable.")
     ] = None,
@@ -91,6 +94,7 @@ def assess(
         "faults": faults,
         "format": _formats(format),
         "weights": weights,
+        "hardened": hardened,
         "include": include,
         "exclude": exclude,
         "kinds": kinds,

@@ -14,6 +14,7 @@ def list_names() -> None:
     for kind, names in {
         "formats": specs.FORMATS,
         "fault models": specs.FAULT_MODELS,
+        "hardenings": specs.HARDENINGS,
         "metrics": METRIC_NAMES,
         "models": [f"flipproof.models:{name}" for name in flipproof.models.__all__ if name != "load_weights"],
         "data sets": [f"flipproof.datasets:{name}" for name in flipproof.datasets.__all__],

@@ -1,18 +1,22 @@
 """Hardening: bounded activations, ways to choose their bounds, and what they cost."""
 
-from flipproof.hardening.base import Hardening, HardeningReport, harden, hardening_report
+from flipproof.hardening.base import Hardening, harden
 from flipproof.hardening.bounded import Bounded, Saturate, Smooth, ZeroAbove
 from flipproof.hardening.fitact import FitAct
 from flipproof.hardening.ft_clipact import FTClipAct
+from flipproof.hardening.guard import Guard, GuardedLinear
 from flipproof.hardening.overhead import Overhead, overhead
 from flipproof.hardening.proact import ProAct
 from flipproof.hardening.ranger import Ranger
-from flipproof.hardening.tighten import Tighten
+from flipproof.hardening.report import HardeningReport, hardening_report
+from flipproof.hardening.saving import load_hardened, save_hardened
 
 __all__ = [
     "Bounded",
     "FTClipAct",
     "FitAct",
+    "Guard",
+    "GuardedLinear",
     "Hardening",
     "HardeningReport",
     "Overhead",
@@ -20,9 +24,10 @@ __all__ = [
     "Ranger",
     "Saturate",
     "Smooth",
-    "Tighten",
     "ZeroAbove",
     "harden",
     "hardening_report",
+    "load_hardened",
     "overhead",
+    "save_hardened",
 ]

@@ -179,8 +179,13 @@ _HOOKS = (
 
 def take_place(new: Activation, old: nn.Module) -> Activation:
     """Give `new` the training flag and the hooks of the module whose place it takes."""
+    take_hooks(new, old)
+    return new
+
+
+def take_hooks(new: nn.Module, old: nn.Module) -> None:
+    """Give any module the training flag and the hooks of another one."""
     new.training = old.training
     for name in _HOOKS:
         if name in vars(old):
             vars(new)[name] = vars(old)[name]
-    return new

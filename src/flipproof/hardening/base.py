@@ -14,8 +14,6 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
-from torch.utils import _pytree as pytree
 
 from flipproof.campaigns.batches import Data, Output, tensor_bytes
 from flipproof.campaigns.progress import Step
@@ -23,66 +21,11 @@ from flipproof.errors import ConfigError, FlipproofWarning, ModelError
 from flipproof.hardening.activations import Activation, take_place
 from flipproof.hardening.bounded import Bounded
 from flipproof.hardening.calibration import Calibration
+from flipproof.hardening.example import shapes_of
 from flipproof.hardening.profile import Range, profile
-from flipproof.hardening.rewriting import Rewritten, Site, Unreachable, rewrite
+from flipproof.hardening.report import REPORT, HardeningReport
+from flipproof.hardening.rewriting import Rewritten, Site, rewrite
 from flipproof.hardening.stages import Rows, Stages
-
-_REPORT = "_flipproof_hardening"
-
-
-@dataclass(frozen=True)
-class HardeningReport:
-    """What `harden` did to a model.
-
-    Attributes:
-        method: `repr` of the method, which rebuilds it.
-        sites: the bounded activations, in order of execution.
-        unreachable: activations that are as they were, with the reason.
-        notes: what else the user should know.
-        parameters: of the original model; `thresholds`: values added to it.
-        history: the method's own record of its search or training, a row a step; empty for closed forms.
-        clean_drop: accuracy lost on the calibration data that acceptance used, a fraction; negative for a gain.
-        seconds: what it took.
-        forwards: passes over the whole calibration data that it took, in forward-equivalents (a backward pass
-            counts two).
-        example: (shape, dtype) of the inputs of one batch, to time the model with; None if they are not all tensors.
-    """
-
-    method: str
-    sites: tuple[Site, ...]
-    unreachable: tuple[Unreachable, ...]
-    notes: tuple[str, ...]
-    parameters: int
-    thresholds: int
-    history: pd.DataFrame = field(repr=False, compare=False)
-    clean_drop: float
-    seconds: float
-    forwards: float
-    example: Any = field(repr=False, compare=False, default=None)
-
-    def table(self) -> pd.DataFrame:
-        """One row an activation: `name`, `module`, `function`, `calls`, `bounded`, `reason`."""
-        rows: list[dict[str, Any]] = [
-            {
-                "name": s.name,
-                "module": s.module,
-                "function": s.function,
-                "calls": s.calls,
-                "bounded": True,
-                "reason": "",
-            }
-            for s in self.sites
-        ]
-        rows += [
-            {"name": u.name, "module": "", "function": "", "calls": 0, "bounded": False, "reason": u.reason}
-            for u in self.unreachable
-        ]
-        return pd.DataFrame(rows)
-
-    def __str__(self) -> str:
-        lines = [f"{self.method}: {len(self.sites)} activations bounded by {self.thresholds:,} stored thresholds"]
-        lines += [f"  not bounded: {entry.name}: {entry.reason}" for entry in self.unreachable]
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
 @dataclass
@@ -116,20 +59,7 @@ class Work:
 
     def bound(self, site: Site, kind: type[Bounded], high: Tensor, low: Tensor | None = None, **more: Any) -> Bounded:
         """Put a bound in a site's place and give it back."""
-        current = self.model.get_submodule(site.module)
-        assert isinstance(current, Activation)
-        new = kind(
-            high,
-            current.function,
-            low=None if current.rectifies else low,
-            arguments=current.arguments,
-            inplace=current.inplace,
-            weight=current.weight,
-            **more,
-        )
-        take_place(new, current)
-        self.rewritten.swap(site, new)
-        return new
+        return put_bound(self.rewritten, site, kind, high, low, **more)
 
     def stage(
         self,
@@ -167,6 +97,26 @@ class Work:
     def spend(self, calibration: Calibration, forwards: float) -> None:
         """Count passes over some data, in units of the whole calibration data."""
         self.forwards += forwards * calibration.samples / self.calibration.samples
+
+
+def put_bound(
+    rewritten: Rewritten, site: Site, kind: type[Bounded], high: Tensor, low: Tensor | None = None, **more: Any
+) -> Bounded:
+    """Put a bound in the place of the plain activation at a site, with its hooks and arguments."""
+    current = rewritten.model.get_submodule(site.module)
+    assert isinstance(current, Activation)
+    new = kind(
+        high,
+        current.function,
+        low=None if current.rectifies else low,
+        arguments=current.arguments,
+        inplace=current.inplace,
+        weight=current.weight,
+        **more,
+    )
+    take_place(new, current)
+    rewritten.swap(site, new)
+    return new
 
 
 @dataclass(frozen=True)
@@ -234,22 +184,23 @@ def harden(
     rewritten = rewrite(model, calibration.batches.inputs[0])
     work = Work(rewritten, profile(rewritten, calibration), calibration, progress, forwards=2.0, stages=stages)
     history = method.fit(work)
-    thresholds = _check(rewritten)
+    _check(rewritten)
+    parameters, with_thresholds = (sum(p.numel() for p in each.parameters()) for each in (model, rewritten.model))
     judged = work.accepted_on or calibration
     report = HardeningReport(
         method=repr(method),
         sites=tuple(rewritten.sites),
         unreachable=tuple(rewritten.unreachable),
         notes=(*work.notes, *_shared(rewritten)),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        thresholds=thresholds,
+        parameters=parameters,
+        thresholds=with_thresholds - parameters,
         history=history,
         clean_drop=judged.accuracy - judged.accuracy_of(rewritten.model),
         seconds=time.perf_counter() - began,
         forwards=work.forwards,
-        example=_shapes(calibration.batches.inputs[0]),
+        example=shapes_of(calibration.batches.inputs[0]),
     )
-    vars(rewritten.model)[_REPORT] = report
+    vars(rewritten.model)[REPORT] = report
     if report.unreachable:
         listed = "".join(f"\n  {entry.name}: {entry.reason}" for entry in report.unreachable)
         message = f"{len(report.unreachable)} activations are not bounded and let faulty values through:{listed}"
@@ -259,32 +210,18 @@ def harden(
     return rewritten.model
 
 
-def hardening_report(model: nn.Module) -> HardeningReport:
-    """What `harden` did to this model.
-
-    Raises:
-        ModelError: if the model was not made by `harden`.
-    """
-    report = vars(model).get(_REPORT)
-    if not isinstance(report, HardeningReport):
-        raise ModelError(f"{type(model).__name__} was not hardened by flipproof, so there is no report about it")
-    return report
-
-
-def _check(rewritten: Rewritten) -> int:
-    """Counts thresholds, after making sure that every site has usable ones.
+def _check(rewritten: Rewritten) -> None:
+    """Make sure that every site has usable thresholds.
 
     Raises:
         ModelError: naming every site whose thresholds are NaN, infinite or all 0.
     """
     problems = []
-    count = 0
     for site in rewritten.sites:
         module = rewritten.model.get_submodule(site.module)
         if not isinstance(module, Bounded):
             raise ModelError(f"{site.name} was left without a bound; the method must bound every site or dismiss it")
         bounds = [module.threshold, *([module.low] if module.low is not None else [])]
-        count += sum(bound.numel() for bound in bounds)
         if not all(bool(torch.isfinite(bound).all()) for bound in bounds):
             problems.append(f"{site.name}: its thresholds are NaN or infinite")
         elif module.rectifies and not bool((module.threshold > 0).any()):
@@ -297,7 +234,6 @@ def _check(rewritten: Rewritten) -> int:
             + "\n  ".join(problems)
             + "\nWas the regularisation too strong, or the learning rate too large?"
         )
-    return count
 
 
 def _weights(model: nn.Module) -> str:
@@ -314,14 +250,6 @@ def _shared(rewritten: Rewritten) -> list[str]:
         for site in rewritten.sites
         if site.calls > 1
     ]
-
-
-def _shapes(inputs: Any) -> Any:
-    """(shape, dtype) for each tensor; None for inputs that are more than tensors."""
-    leaves, tree = pytree.tree_flatten(inputs, is_leaf=lambda node: isinstance(node, PackedSequence))
-    if not all(isinstance(leaf, Tensor) for leaf in leaves):
-        return None
-    return pytree.tree_unflatten([(tuple(leaf.shape), leaf.dtype) for leaf in leaves], tree)
 
 
 def _device_of(model: nn.Module) -> torch.device:

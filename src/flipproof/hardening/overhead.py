@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 from flipproof.campaigns.batches import call
 from flipproof.campaigns.evaluation import eval_mode
 from flipproof.errors import ConfigError
-from flipproof.hardening.base import HardeningReport
+from flipproof.hardening.example import inputs_like
+from flipproof.hardening.report import REPORT, HardeningReport
 
 
 @dataclass(frozen=True)
@@ -70,29 +71,11 @@ def overhead(model: nn.Module, hardened: nn.Module, *, inputs: Any = None, repea
         )
     added = counts[1] - counts[0]
     if inputs is None:
-        report = vars(hardened).get("_flipproof_hardening")
+        report = vars(hardened).get(REPORT)
         if isinstance(report, HardeningReport):
-            inputs = _like(report.example, next(model.parameters()).device)
+            inputs = inputs_like(report.example, next(model.parameters()).device)
     ratio = _time_ratio(model, hardened, inputs, repeats) if inputs is not None and repeats > 0 else None
     return Overhead(counts[0], added, 100.0 * added / counts[0], sizes[1] - sizes[0], ratio)
-
-
-def _like(example: Any, device: torch.device) -> Any:
-    """Seeded random floats, and zeros of any other type (a valid index), of the shapes in a report."""
-    generator = torch.Generator().manual_seed(0)
-
-    def make(leaf: Any) -> Any:
-        if not _is_shape(leaf):
-            return leaf
-        shape, dtype = leaf
-        made = torch.randn(shape, generator=generator).to(dtype) if dtype.is_floating_point else None
-        return (torch.zeros(shape, dtype=dtype) if made is None else made).to(device)
-
-    return pytree.tree_map(make, example, is_leaf=_is_shape)
-
-
-def _is_shape(leaf: Any) -> bool:
-    return isinstance(leaf, tuple) and len(leaf) == 2 and isinstance(leaf[1], torch.dtype)
 
 
 def _time_ratio(model: nn.Module, hardened: nn.Module, inputs: Any, repeats: int) -> float:

@@ -1,0 +1,82 @@
+"""What `harden` did to a model: the report that travels with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+from torch import nn
+
+from flipproof.errors import ModelError
+from flipproof.hardening.rewriting import Site, Unreachable
+
+REPORT = "_flipproof_hardening"
+"""Attribute of a hardened model that holds its report."""
+
+
+@dataclass(frozen=True)
+class HardeningReport:
+    """What `harden` did to a model.
+
+    Attributes:
+        method: `repr` of the method, which rebuilds it.
+        sites: the bounded activations, in order of execution.
+        unreachable: activations that are as they were, with the reason.
+        notes: what else the user should know.
+        parameters: of the original model; `thresholds`: values added to it.
+        history: the method's own record of its search or training, a row a step; empty for closed forms.
+        clean_drop: accuracy lost on the calibration data that acceptance used, a fraction; negative for a gain.
+        seconds: what it took.
+        forwards: passes over the whole calibration data that it took, in forward-equivalents (a backward pass
+            counts two).
+        example: (shape, dtype) of the inputs of one batch, to time the model with; None if they are not all tensors.
+    """
+
+    method: str
+    sites: tuple[Site, ...]
+    unreachable: tuple[Unreachable, ...]
+    notes: tuple[str, ...]
+    parameters: int
+    thresholds: int
+    history: pd.DataFrame = field(repr=False, compare=False)
+    clean_drop: float
+    seconds: float
+    forwards: float
+    example: Any = field(repr=False, compare=False, default=None)
+
+    def table(self) -> pd.DataFrame:
+        """One row an activation: `name`, `module`, `function`, `calls`, `bounded`, `reason`."""
+        rows: list[dict[str, Any]] = [
+            {
+                "name": s.name,
+                "module": s.module,
+                "function": s.function,
+                "calls": s.calls,
+                "bounded": True,
+                "reason": "",
+            }
+            for s in self.sites
+        ]
+        rows += [
+            {"name": u.name, "module": "", "function": "", "calls": 0, "bounded": False, "reason": u.reason}
+            for u in self.unreachable
+        ]
+        return pd.DataFrame(rows)
+
+    def __str__(self) -> str:
+        lines = [f"{self.method}: {len(self.sites)} activations bounded by {self.thresholds:,} stored thresholds"]
+        lines += [f"  not bounded: {entry.name}: {entry.reason}" for entry in self.unreachable]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def hardening_report(model: nn.Module) -> HardeningReport:
+    """What `harden` did to this model.
+
+    Raises:
+        ModelError: if the model was not made by `harden`.
+    """
+    report = vars(model).get(REPORT)
+    if not isinstance(report, HardeningReport):
+        raise ModelError(f"{type(model).__name__} was not hardened by flipproof, so there is no report about it")
+    return report
