@@ -1,4 +1,4 @@
-"""Run benchmarks: `python -m benchmarks [injection throughput workers memory] [--quick]`."""
+"""Run benchmarks: `python -m benchmarks [injection throughput workers memory neurons deepvigor] [--quick]`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import injection, memory, throughput, workers
+from benchmarks import deepvigor, injection, memory, neurons, throughput, workers
 from benchmarks.measure import Row, Size, machine
 
-BENCHMARKS = {"injection": injection, "throughput": throughput, "workers": workers, "memory": memory}
+BENCHMARKS = {
+    "injection": injection,
+    "throughput": throughput,
+    "workers": workers,
+    "memory": memory,
+    "neurons": neurons,
+    "deepvigor": deepvigor,
+}
 README = Path(__file__).with_name("README.md")
 
 
