@@ -95,9 +95,7 @@ def _injected(
         name, place = list(places)[which], neuron[part] - borders[which]
         masks = torch.ones_like(part).bitwise_left_shift(bit[part]).to(torch.int32)
 
-        def hook(
-            module: nn.Module, args: object, output: Tensor, place: Tensor = place, masks: Tensor = masks
-        ) -> Tensor:
+        def hook(module: nn.Module, args: object, output: Tensor, at: Tensor = place, masks: Tensor = masks) -> Tensor:
             flat = output.reshape(output.shape[0], -1).clone()
             row = torch.arange(len(at))
             flat[row, at] = (flat[row, at].view(torch.int32) ^ masks).view(torch.float32)
