@@ -29,7 +29,7 @@ def run(size: Size) -> list[Row]:
     images = torch.randn(32, 3, 32, 32)
     rows = []
     for name, net in (("ResNet-18", resnet18()), ("VGG-16", vgg16())):
-        rows += _rows(f"{name}, 32 images", net.eval(), images, size.choose(8, 4, 1), 4, size.choose(5, 3, 1))
+        rows += _rows(f"{name}, 32 images", net.eval(), images, size.choose(60, 30, 1), 4, size.choose(5, 3, 1))
     return rows
 
 
