@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import flipproof as fp
+from flipproof.analysis.protection import protection
 
 Data = list[tuple[Tensor, Tensor]]
 
@@ -349,3 +350,20 @@ def test_select_covers_what_it_says(unit):
     assert chosen["covered"].iloc[-1] == pytest.approx(covered / sum(int(t.sum()) for t in counts_of.values()))
     with pytest.raises(fp.FlipproofError, match="budget"):
         fp.select(found, budget=2)
+
+
+def test_protection_pays_where_the_map_says_so():
+    """The share of critical injections that a selection corrects is the share it covers; all schemes are paired."""
+    net, data = Residual(), inputs((1, 4, 4), 9)
+    found = fp.analyze(net, data, fp.DeepVigor(factors="exhaustive", ranges=False))
+    chosen = fp.select(found, budget=0.05)
+    table = protection(found, chosen, data, injections=4000).set_index("protected")
+    total = sum(layer.total * layer.width for layer in found.layers_found)
+    rate = sum(int(layer.critical.sum()) for layer in found.layers_found) / (total * found.samples)
+    assert table.loc["nothing", "critical_low"] <= rate <= table.loc["nothing", "critical_high"]
+    expected = rate * (1 - chosen["covered"].iloc[-1])
+    assert table.loc["selected", "critical"] == pytest.approx(expected, abs=0.01)
+    assert table.loc["everything", "critical"] == 0
+    assert table.loc["selected", "gain_over_random_low"] > 0
+    assert table.loc["random", "bits"] == table.loc["selected", "bits"] <= 0.05
+    assert table.loc["selected", "gain"] == table.loc["nothing", "critical"] - table.loc["selected", "critical"]

@@ -2,6 +2,7 @@
 
 from flipproof.analysis.deepvigor import DeepVigor, analyze
 from flipproof.analysis.propagation import Propagation, propagation
+from flipproof.analysis.protection import protection
 from flipproof.analysis.vulnerability import VulnerabilityMap, select
 
-__all__ = ["DeepVigor", "Propagation", "VulnerabilityMap", "analyze", "propagation", "select"]
+__all__ = ["DeepVigor", "Propagation", "VulnerabilityMap", "analyze", "propagation", "protection", "select"]

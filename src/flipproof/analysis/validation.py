@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -54,34 +56,63 @@ def validate(
     Raises:
         ConfigError: if the map has no model, or its layers are not those of the model.
     """
+    rows = []
+    with opened(found, data, model) as prober:
+        for layer in found.layers_found:
+            population = layer.neurons.numel() * layer.width * prober.batches.samples
+            count = injections or sample_size(population, margin=margin, confidence=confidence)
+            draw = TrialGenerator(seed, f"validate {layer.name}", 0)
+            hit = torch.from_numpy(draw.below(population, count)).sort().values
+            sample = hit // (layer.neurons.numel() * layer.width)
+            place = hit // layer.width % layer.neurons.numel()
+            rows.append(_row(found, prober, layer.name, sample, place, hit % layer.width, confidence))
+    return pd.DataFrame(rows)
+
+
+@contextmanager
+def opened(found: VulnerabilityMap, data: Data, model: nn.Module | None) -> Iterator[Prober]:
+    """Probes of the map's model on these data, in the map's formats.
+
+    Raises:
+        ConfigError: if the map has no model, or its layers are not those of the model.
+    """
     net = model if model is not None else found.model
     if net is None:
         raise ConfigError("this map was loaded from a file and has no model: pass model=")
-    formats = {layer.name: _format(layer.format) for layer in found.layers_found}
-    where = Neurons(include=tuple(name.partition("[")[0] or "*" for name in formats))
+    formats = {layer.name.partition("[")[0] or "*": _format(layer.format) for layer in found.layers_found}
     device = next((tensor.device for tensor in (*net.parameters(), *net.buffers())), torch.device("cpu"))
-    rows = []
     with eval_mode(net), one_thread(device):
         batches = read_batches(data, device)
-        chosen = {name.partition("[")[0] or "*": value for name, value in formats.items()}
-        space = neuron_space(net, batches, where, chosen)
+        space = neuron_space(net, batches, Neurons(include=tuple(formats)), formats)
+        for layer in found.layers_found:
+            values = space.site(layer.name).values
+            if values != layer.total:
+                raise ConfigError(f"{layer.name} has {values} neurons, but {layer.total} were analysed")
         with space.stored():
             golden = golden_run(net, batches, found.output)
-            decision = Decision.from_golden(golden)
-            prober = Prober(net, space, batches, found.output, golden, decision, 2**28)
-            for layer in found.layers_found:
-                site = space.site(layer.name)
-                if site.values != layer.total:
-                    raise ConfigError(f"{layer.name} has {site.values} neurons, but {layer.total} were analysed")
-                population = layer.neurons.numel() * layer.width * batches.samples
-                count = injections or sample_size(population, margin=margin, confidence=confidence)
-                draw = TrialGenerator(seed, f"validate {layer.name}", 0)
-                where_hit = torch.from_numpy(draw.below(population, count)).sort().values
-                sample = where_hit // (layer.neurons.numel() * layer.width)
-                place = where_hit // layer.width % layer.neurons.numel()
-                bit = where_hit % layer.width
-                rows.append(_row(found, prober, layer.name, sample, place, bit, confidence))
-    return pd.DataFrame(rows)
+            yield Prober(net, space, batches, found.output, golden, Decision.from_golden(golden), 2**28)
+
+
+def injected(
+    prober: Prober, name: str, sample: torch.Tensor, neuron: torch.Tensor, bit: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Errors of these flips and whether they were critical, each run through the rest of the network."""
+    site = prober.space.site(name)
+    delta = torch.zeros(sample.numel(), dtype=torch.float64)
+    critical = torch.zeros(sample.numel(), dtype=torch.bool)
+    first = 0
+    for batch, size in enumerate(prober.batches.sizes):
+        here = ((sample >= first) & (sample < first + size)).nonzero()[:, 0]
+        if here.numel():
+            probes = prober.at(site, batch)
+            device = probes.values.device
+            row, place = (sample[here] - first).to(device), neuron[here].to(device)
+            before = probes.values[row, place]
+            after = site.flipped(before, bit[here].to(device))
+            delta[here] = (after.double() - before.double()).cpu()
+            critical[here] = probes.critical(row, place, after, shortcuts=False).cpu()
+        first += size
+    return delta, critical
 
 
 def _row(
@@ -95,23 +126,9 @@ def _row(
 ) -> dict[str, object]:
     from flipproof.analysis.vulnerability import verdict
 
-    layer, site = found.layer(name), prober.space.site(name)
-    ranges = layer.overall()
-    called = torch.zeros(sample.numel(), dtype=torch.int64)
-    critical = torch.zeros(sample.numel(), dtype=torch.bool)
-    first = 0
-    for batch, size in enumerate(prober.batches.sizes):
-        here = ((sample >= first) & (sample < first + size)).nonzero()[:, 0]
-        if here.numel():
-            probes = prober.at(site, batch)
-            device = probes.values.device
-            row, neuron = (sample[here] - first).to(device), layer.neurons[place[here]].to(device)
-            before = probes.values[row, neuron]
-            after = site.flipped(before, bit[here].to(device))
-            delta = (after.double() - before.double()).cpu()
-            called[here] = verdict(ranges[place[here]], delta, layer.nans[place[here]])
-            critical[here] = probes.critical(row, neuron, after, shortcuts=False).cpu()
-        first += size
+    layer = found.layer(name)
+    delta, critical = injected(prober, name, sample, layer.neurons[place], bit)
+    called = verdict(layer.overall()[place], delta, layer.nans[place])
     counts = torch.bincount(called, minlength=3).tolist()
     right = (int((~critical[called == 0]).sum()), int(critical[called == 2].sum()))
     result: dict[str, object] = {"layer": name, "injections": sample.numel()}
