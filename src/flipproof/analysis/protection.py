@@ -69,12 +69,12 @@ def protection(
                 critical[mine] = injected(prober, layer.name, *parts)[1].numpy()
     names = np.array([layer.name for layer in found.layers_found], dtype=object)[which]
     covered = np.zeros(injections, np.bool_)
-    for _, row in chosen.iterrows():
-        here = names == row["layer"]
+    for _, place in chosen.iterrows():
+        here = names == place["layer"]
         if "bit" in chosen:
-            here = here & (bit == row["bit"])
+            here = here & (bit == place["bit"])
         elif "neuron" in chosen:
-            here = here & (neuron == row["neuron"])
+            here = here & (neuron == place["neuron"])
         covered |= here
     count = int(chosen["bits"].sum()) if len(chosen) else 0
     at_random = np.isin(position, draw.distinct(count, total))
