@@ -1,4 +1,4 @@
-"""Run benchmarks: `python -m benchmarks [injection throughput workers memory neurons deepvigor] [--quick]`."""
+"""Run benchmarks: `python -m benchmarks [injection throughput workers memory hardening neurons deepvigor] [--quick]`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import deepvigor, injection, memory, neurons, throughput, workers
+from benchmarks import deepvigor, hardening, injection, memory, neurons, throughput, workers
 from benchmarks.measure import Row, Size, machine
 
 BENCHMARKS = {
@@ -17,6 +17,7 @@ BENCHMARKS = {
     "throughput": throughput,
     "workers": workers,
     "memory": memory,
+    "hardening": hardening,
     "neurons": neurons,
     "deepvigor": deepvigor,
 }

@@ -8,18 +8,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import deepvigor, injection, memory, neurons, throughput, workers
-from benchmarks.__main__ import README, with_results
+from benchmarks.__main__ import BENCHMARKS, README, with_results
 from benchmarks.measure import Row, Size, interleaved
-
-BENCHMARKS = {
-    "injection": injection,
-    "throughput": throughput,
-    "workers": workers,
-    "memory": memory,
-    "neurons": neurons,
-    "deepvigor": deepvigor,
-}
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

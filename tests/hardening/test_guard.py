@@ -40,7 +40,7 @@ def test_bounds_are_the_largest_values_of_each_channel(conv, images, replace, ki
     assert torch.equal(hardened[1].threshold, seen(conv[:2], images).amax((0, 2, 3)).reshape(4, 1, 1))
     assert torch.equal(hardened[4].threshold, seen(conv[:5], images).amax(0))
     scores = seen(conv, images)
-    assert torch.equal(hardened[5].threshold, scores.amax(0))
+    assert torch.equal(hardened[5].threshold, scores.amax(0) + (scores.amax(0) - scores.min()))
     assert hardened[5].rest == scores.min()
     report = hardening_report(hardened)
     assert report.thresholds == 4 + 5 + 3 + 1

@@ -11,6 +11,7 @@ import typer
 from flipproof import hardening
 from flipproof.cli.console import out
 from flipproof.config import called, load_model
+from flipproof.reports import history_figure, save
 from flipproof.specs import load_object, parse_hardening, parse_output
 
 
@@ -39,7 +40,7 @@ def harden(
     """Bound a model's activations, so that faulty values are cut off where they arise.
 
     Writes OUT/hardened.safetensors, OUT/activations.csv (what is bounded and what is not) and, for methods that search
-    or train, OUT/history.csv and the finished layers in OUT/stages: run the same command again to resume.
+    or train, OUT/history.csv and .png and the finished layers in OUT/stages: run the same command again to resume.
 
     Then: `flipproof assess MODEL --hardened OUT/hardened.safetensors …`, or `fp.load_hardened(model, file)` in Python.
 
@@ -62,6 +63,7 @@ def harden(
     report.table().to_csv(folder / "activations.csv", index=False)
     if not report.history.empty:
         report.history.to_csv(folder / "history.csv", index=False)
+        save(history_figure(report), folder / "history.png")
     costs = hardening.overhead(network, safe)
     out.print(str(report), markup=False, highlight=False)
     out.print(

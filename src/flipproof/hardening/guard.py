@@ -70,7 +70,9 @@ class Guard(Hardening):
     Args:
         per: a bound a "channel" (of a convolution; a neuron of a linear layer), a "neuron" or a "layer".
         replace: what becomes of a value outside: "zero", or the "bound" itself.
-        outputs: guard the class scores too, where a linear layer with several outputs computes them.
+        outputs: guard the class scores too, where a linear layer with several outputs computes them. A score is taken
+            for a fault if it lies further above the largest one seen of its class than the smallest of all lies below
+            it: a right answer is worth more than the few faults between.
 
     Example:
         >>> Guard()
@@ -109,7 +111,8 @@ def guard_outputs(work: Work) -> str:
     if plain.out_features < 2:
         return f"the outputs of {name} are not guarded: of a single score nobody can say what it should have been"
     scores = work.calibration.teacher.to(plain.weight.device)
-    guarded = put_guard(work.model, name, scores.amax(dim=0), scores.amin())
+    highest, lowest = scores.amax(dim=0), scores.amin()
+    guarded = put_guard(work.model, name, highest + (highest - lowest), lowest)
     return f"the outputs of {name} are guarded by {guarded.threshold.numel() + 1} stored values"
 
 

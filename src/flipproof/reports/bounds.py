@@ -1,54 +1,27 @@
-"""Figures of ProAct: activation distributions with and without faults (Figs. 3, 6), and how thresholds were found."""
+"""Figures of bounded activations: how their bounds were found, and what faults do to their values."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from torch import Tensor, nn
 
-from flipproof.analysis import propagation
-from flipproof.faults import BitErrorRate, FaultSpace, Parameters
-from flipproof.formats import Format
-from flipproof.hardening import hardening_report
+from flipproof.errors import ConfigError
+from flipproof.hardening.report import HardeningReport
 from flipproof.reports.figures import SERIES
 
-LAYER_WISE = 1e-4
-"""Bit error rate of Table V; a layer too small for one flip at it is left out."""
 
-
-def distances(
-    safe: nn.Module, model: nn.Module, batch: tuple[Tensor, Tensor], format: Format
-) -> tuple[pd.DataFrame, float]:
-    """Distributions of the bounded activations at BER 3e-5, and Eq. 9's L2 with faults in one layer at a time.
+def distribution_figure(table: pd.DataFrame) -> Figure:
+    """Share of values in each bin, with faults over without, for the first, a middle and the last layer.
 
     Args:
-        safe: the hardened model.
-        model: the original, whose layers are hit one after the other.
-        batch: images and targets, of which the first 50 are run.
-        format: how parameters are stored.
+        table: `Propagation.distributions`.
+
+    Raises:
+        ConfigError: if it is empty.
     """
-    images, targets = batch
-    data = [(images[:50], targets[:50])]
-    bounded = [site.module for site in hardening_report(safe).sites]
-    found = propagation(safe, data, faults=BitErrorRate(3e-5), format=format, trials=10, include=bounded, bins=40)
-    terms = []
-    for name, module in model.named_modules():
-        where = Parameters(include=f"{name}.weight")
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and _hit(safe, where, format):
-            one = propagation(
-                safe, data, faults=BitErrorRate(LAYER_WISE), format=format, where=where, trials=2, include=bounded
-            )
-            terms.append(one.l2())
-    return found.distributions, float(np.mean(terms))
-
-
-def _hit(model: nn.Module, where: Parameters, format: Format) -> bool:
-    return round(LAYER_WISE * FaultSpace(model, where=where, format=format).bits) > 0
-
-
-def draw_distributions(table: pd.DataFrame) -> Figure:
-    """Share of values in each bin, faulty over golden, for the first, a middle and the last bounded activation."""
+    if table.empty:
+        raise ConfigError("there is no layer to draw; see `propagation`")
     layers = list(dict.fromkeys(table["layer"]))
     chosen = [layers[0], layers[len(layers) // 2], layers[-1]]
     figure = Figure(figsize=(7.0, 2.3), layout="constrained")
@@ -66,9 +39,15 @@ def draw_distributions(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def draw_history(safe: nn.Module) -> Figure:
-    """How a method went: mean threshold and held-out accuracy by epoch (Fig. 2), or the area by threshold."""
-    history = hardening_report(safe).history
+def history_figure(report: HardeningReport) -> Figure:
+    """How a method found its bounds: mean threshold and held-out accuracy by epoch, or the area by threshold.
+
+    Raises:
+        ConfigError: if the method is a closed form and has no history.
+    """
+    history = report.history
+    if history.empty:
+        raise ConfigError(f"{report.method} has no history: its bounds are read off the data")
     figure = Figure(figsize=(7.0, 2.3), layout="constrained")
     left, right = figure.subplots(1, 2)
     if "epoch" in history:
