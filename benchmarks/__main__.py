@@ -1,4 +1,4 @@
-"""Run benchmarks: `python -m benchmarks [injection throughput workers memory hardening neurons deepvigor] [--quick]`."""
+"""Run benchmarks: `python -m benchmarks [NAME …] [--quick]`; the names are those of `BENCHMARKS`."""
 
 from __future__ import annotations
 
