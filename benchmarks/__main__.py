@@ -1,4 +1,4 @@
-"""Run benchmarks: `python -m benchmarks [injection throughput workers memory hardening] [--quick]`."""
+"""Run benchmarks: `python -m benchmarks [NAME …] [--quick]`; the names are those of `BENCHMARKS`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import hardening, injection, memory, throughput, workers
+from benchmarks import deepvigor, hardening, injection, memory, neurons, throughput, workers
 from benchmarks.measure import Row, Size, machine
 
 BENCHMARKS = {
@@ -18,6 +18,8 @@ BENCHMARKS = {
     "workers": workers,
     "memory": memory,
     "hardening": hardening,
+    "neurons": neurons,
+    "deepvigor": deepvigor,
 }
 README = Path(__file__).with_name("README.md")
 

@@ -12,6 +12,7 @@ def test_public_names_are_exactly_these():
         "BFloat16",
         "BitErrorRate",
         "BitPosition",
+        "DeepVigor",
         "FTClipAct",
         "FaultSpace",
         "FitAct",
@@ -24,12 +25,15 @@ def test_public_names_are_exactly_these():
         "Float8E5M2",
         "Guard",
         "HardeningReport",
+        "Neurons",
         "Parameters",
         "ProAct",
         "Propagation",
         "RandomBits",
         "Ranger",
         "StuckAt",
+        "VulnerabilityMap",
+        "analyze",
         "assess",
         "compare",
         "harden",
@@ -40,6 +44,7 @@ def test_public_names_are_exactly_these():
         "report",
         "sample_size",
         "save_hardened",
+        "select",
     ]
 
 

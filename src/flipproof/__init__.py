@@ -1,9 +1,10 @@
 """flipproof: how a neural network behaves when its memory loses bits, and how to make it survive."""
 
-from flipproof.analysis import Propagation, propagation
+from flipproof.analysis import DeepVigor, Propagation, VulnerabilityMap, analyze, propagation, select
 from flipproof.campaigns import Assessment, assess, sample_size
 from flipproof.errors import FlipproofError, FlipproofWarning
 from flipproof.faults import BitErrorRate, BitPosition, FaultSpace, Parameters, RandomBits, StuckAt
+from flipproof.faults.neurons import Neurons
 from flipproof.formats import Affine, BFloat16, FixedPoint, Float8E4M3, Float8E5M2, Float16, Float32
 from flipproof.hardening import (
     FitAct,
@@ -28,6 +29,7 @@ __all__ = [
     "BFloat16",
     "BitErrorRate",
     "BitPosition",
+    "DeepVigor",
     "FTClipAct",
     "FaultSpace",
     "FitAct",
@@ -40,12 +42,15 @@ __all__ = [
     "Float32",
     "Guard",
     "HardeningReport",
+    "Neurons",
     "Parameters",
     "ProAct",
     "Propagation",
     "RandomBits",
     "Ranger",
     "StuckAt",
+    "VulnerabilityMap",
+    "analyze",
     "assess",
     "compare",
     "harden",
@@ -56,4 +61,5 @@ __all__ = [
     "report",
     "sample_size",
     "save_hardened",
+    "select",
 ]

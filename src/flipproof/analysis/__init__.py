@@ -1,5 +1,8 @@
 """Analyses: what a model computes inside, with faults and without."""
 
+from flipproof.analysis.deepvigor import DeepVigor, analyze
 from flipproof.analysis.propagation import Propagation, propagation
+from flipproof.analysis.protection import protection
+from flipproof.analysis.vulnerability import VulnerabilityMap, select
 
-__all__ = ["Propagation", "propagation"]
+__all__ = ["DeepVigor", "Propagation", "VulnerabilityMap", "analyze", "propagation", "protection", "select"]

@@ -20,11 +20,13 @@ from flipproof.campaigns.batches import Data, Output, check_labels, read_batches
 from flipproof.campaigns.evaluation import eval_mode, golden_run, one_thread
 from flipproof.campaigns.executors import Executor, Job, executor
 from flipproof.campaigns.journal import Journal
+from flipproof.campaigns.neuron_trial import NeuronTrialRunner, neuron_space
 from flipproof.campaigns.progress import Step, progress_bar
 from flipproof.campaigns.suffix import Suffixes
 from flipproof.campaigns.trial import Trial, TrialRunner, versions
 from flipproof.errors import ConfigError, DataError, FaultModelError
 from flipproof.faults.models import FaultModel
+from flipproof.faults.neurons import Neurons, NeuronSpace
 from flipproof.faults.selection import FormatChoice
 from flipproof.faults.space import FaultSpace, Parameters
 from flipproof.metrics import Metrics, resolve
@@ -39,7 +41,7 @@ def assess(
     data: Data,
     faults: FaultModel,
     format: FormatChoice = None,
-    where: Parameters | None = None,
+    where: Parameters | Neurons | None = None,
     trials: int = 100,
     metrics: Metrics = ("accuracy",),
     seed: int = 0,
@@ -68,7 +70,8 @@ def assess(
         format: how parameters are stored: one Format, a mapping {pattern: Format} whose first match wins (what no
             pattern matches stays outside the fault space), or None for each parameter's own float type. Formats that
             quantise change the golden run too: it then computes with what the format can represent.
-        where: which parameters can be hit; all by default.
+        where: what can be hit: `fp.Parameters`, all by default, or `fp.Neurons`: a single upset in the output of a
+            Conv, Linear or recurrent layer in each sample's inference; `format` then says how outputs are stored.
         trials: repetitions a point (the ceiling, with `margin`). Points that draw nothing at random run once.
         metrics: names ("accuracy", "auroc", "average_precision"), functions `(outputs, targets) → number`, torchmetrics
             objects, or a mapping name → function.
@@ -116,16 +119,24 @@ def assess(
         raise FaultModelError(f"faults= takes a fault model such as fp.BitErrorRate([1e-6, 1e-5]), got {faults!r}")
     target = torch.device(device) if device is not None else _device_of(model)
     with _on_device(model, target), eval_mode(model), one_thread(target):
-        space = FaultSpace(model, where=where, format=format)
         points = faults.points()
-        for point in points:
-            point.check(space)
-        batches = read_batches(data, target)
+        space: FaultSpace | NeuronSpace
+        if isinstance(where, Neurons):
+            batches = read_batches(data, target)
+            space = neuron_space(model, batches, where, format)
+            for point in points:
+                space.check(point)
+        else:
+            space = FaultSpace(model, where=where, format=format)
+            for point in points:
+                point.check(space)
+            batches = read_batches(data, target)
+        make = NeuronTrialRunner if isinstance(space, NeuronSpace) else TrialRunner
         with space.stored():
             golden = golden_run(model, batches, output)
             decision = Decision.from_golden(golden)
             check_labels(batches.targets, decision.classes)
-            runner = TrialRunner(model, space, points, batches, output, chosen, golden, decision, seed, target)
+            runner = make(model, space, points, batches, output, chosen, golden, decision, seed, target)
             found = {metric.name: metric.measure(golden, batches.targets, decision) for metric in chosen}
             header = _header(runner, space, faults, found, where or Parameters(), trials, margin, confidence)
             journal = Journal(store) if store is not None else None
@@ -151,7 +162,7 @@ def _fill(
     progress: bool | None,
 ) -> None:
     """Run whatever the records still lack."""
-    ceilings = [1 if point.repeats(runner.space) else trials for point in runner.points]
+    ceilings = [1 if runner.repeats(point) else trials for point in runner.points]
     labels = [" ".join(f"{k} {v:g}" for k, v in point.coordinates().items()) for point in runner.points]
 
     def run(jobs: Iterator[Job], executor: Executor, step: Step) -> None:
@@ -196,10 +207,10 @@ def _prepare_suffixes(runner: TrialRunner, cache_bytes: int | None) -> Suffixes 
 
 def _header(
     runner: TrialRunner,
-    space: FaultSpace,
+    space: FaultSpace | NeuronSpace,
     faults: FaultModel,
     golden: dict[str, float],
-    where: Parameters,
+    where: Parameters | Neurons,
     trials: int,
     margin: float | None,
     confidence: float,
@@ -228,7 +239,7 @@ def _header(
         "golden": golden,
         "decision": {"outputs": runner.decision.outputs, "threshold": runner.decision.threshold},
         "points": [
-            {"faults": repr(p), "coordinates": p.coordinates(), "repeats": p.repeats(space)} for p in runner.points
+            {"faults": repr(p), "coordinates": p.coordinates(), "repeats": runner.repeats(p)} for p in runner.points
         ],
         "stored": [
             {"name": s.name, "kind": s.kind, "values": s.values, "format": repr(s.format), "bits": s.bits}
@@ -240,7 +251,7 @@ def _header(
     }
 
 
-def _weights_digest(model: nn.Module, space: FaultSpace) -> str:
+def _weights_digest(model: nn.Module, space: FaultSpace | NeuronSpace) -> str:
     """A hash of every parameter and buffer, as the user gave them (not as a format decodes them)."""
     state = blake2b(digest_size=16)
     originals = space.originals()

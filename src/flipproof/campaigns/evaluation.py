@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,10 +55,12 @@ def run(
     suffixes: Suffixes | None = None,
     start: int = 0,
     looks: Sequence[int] = (),
+    begin: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Outputs of all samples of a faulty model, on the CPU; from cached activations if `suffixes` has them for `start`.
 
-    At the cuts `looks` a batch whose activations are golden again takes the golden outputs.
+    At the cuts `looks` a batch whose activations are golden again takes the golden outputs. `begin` is told the number
+    of each batch before it runs.
 
     Raises:
         FaultyRunError: if the model, or `output` on what it returns, raises on its own account.
@@ -66,6 +68,8 @@ def run(
     """
     outputs = []
     for i, inputs in enumerate(batches.inputs):
+        if begin is not None:
+            begin(i)
         try:
             raw = suffixes.resume(start, i, looks) if suffixes is not None and start else call(model, inputs)
             outputs.append(pick(raw, output).detach().cpu())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +19,7 @@ from flipproof.campaigns.batches import Batches, Output
 from flipproof.campaigns.evaluation import FaultyRunError, eval_mode, one_thread, run
 from flipproof.campaigns.suffix import Suffixes
 from flipproof.faults.models import FaultModel, Faults
+from flipproof.faults.neurons import NeuronSpace
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.faults.space import FaultSpace
 from flipproof.metrics import Metric
@@ -109,7 +112,7 @@ class TrialRunner:
     """
 
     model: nn.Module
-    space: FaultSpace
+    space: FaultSpace | NeuronSpace
     points: tuple[FaultModel, ...]
     batches: Batches
     output: Output
@@ -122,7 +125,7 @@ class TrialRunner:
 
     def draw(self, point: int, trial: int) -> Faults:
         """The faults of a trial: a function of seed, point and index alone."""
-        return self.points[point].draw(self.space, TrialGenerator(self.seed, self._names[point], trial))
+        return self.points[point].draw(self.fault_space, TrialGenerator(self.seed, self._names[point], trial))
 
     @cached_property
     def _names(self) -> tuple[str, ...]:
@@ -135,9 +138,9 @@ class TrialRunner:
         error = None
         with eval_mode(self.model), one_thread(self.device):
             start, looks = self._shortcut(faults)
-            with self.space.corrupted(faults) as flips:
+            with self._corrupted(faults) as flips:
                 try:
-                    outputs = run(self.model, self.batches, self.output, self.suffixes, start, looks)
+                    outputs = run(self.model, self.batches, self.output, self.suffixes, start, looks, self._begin)
                 except FaultyRunError as failure:
                     error = str(failure)[:500]
                 else:
@@ -163,7 +166,23 @@ class TrialRunner:
             error=error,
         )
 
-    def _shortcut(self, faults: Faults) -> tuple[int, tuple[int, ...]]:
+    def repeats(self, point: FaultModel) -> bool:
+        """Whether one trial of this point says everything."""
+        return point.repeats(self.fault_space)
+
+    @property
+    def fault_space(self) -> FaultSpace:
+        """The space, where it is one of stored bits."""
+        assert isinstance(self.space, FaultSpace)
+        return self.space
+
+    def _corrupted(self, faults: Faults) -> AbstractContextManager[int]:
+        return self.fault_space.corrupted(faults)
+
+    def _begin(self, batch: int) -> None:
+        """Called before each batch of a trial; stored faults are the same in all of them."""
+
+    def _shortcut(self, faults: Faults) -> tuple[int, Sequence[int]]:
         """The latest cached cut before anything that these faults touch, and the cuts where they may be gone."""
         if self.suffixes is None or not len(faults):
             return 0, ()

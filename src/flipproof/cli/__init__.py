@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from flipproof.cli.analyze import analyze
 from flipproof.cli.assess import assess
 from flipproof.cli.compare import compare
 from flipproof.cli.console import errors, out
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(assess)
+app.command()(analyze)
 app.command()(harden)
 app.command()(compare)
 app.command(name="list")(list_names)

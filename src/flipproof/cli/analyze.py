@@ -1,0 +1,67 @@
+"""`flipproof analyze`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flipproof.analysis import DeepVigor, select
+from flipproof.analysis import analyze as analyze_model
+from flipproof.cli.console import out
+from flipproof.config import called, load_model
+from flipproof.errors import ConfigError
+from flipproof.faults.neurons import Neurons
+from flipproof.reports import save
+from flipproof.reports.vulnerability import bit_layer_figure
+from flipproof.specs import load_object, parse_format
+
+
+def analyze(
+    model: Annotated[str, typer.Argument(help="MODULE:FACTORY or FILE.py:FACTORY of the model.")],
+    data: Annotated[str, typer.Option(help="MODULE:FACTORY or FILE.py:FACTORY that gives batches (inputs, targets).")],
+    weights: Annotated[
+        Path | None, typer.Option(help="State dict to load: .safetensors, or .pt/.pth (never unpickled).")
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="How neuron outputs are stored, e.g. `Float16`.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Layers: glob or module name. Repeatable.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Layers left out; wins. Repeatable.")] = None,
+    batches: Annotated[int | None, typer.Option(min=1, help="Use only the first so many batches.")] = None,
+    neurons: Annotated[int | None, typer.Option(min=1, help="Analyse at most so many neurons a layer.")] = None,
+    exhaustive: Annotated[bool, typer.Option(help="Exact factors: try every bit.")] = False,
+    validate: Annotated[bool, typer.Option(help="Hold the ranges against injection on the same data.")] = False,
+    budget: Annotated[float, typer.Option(min=0, max=1, help="Share of neuron bits that could be protected.")] = 0.05,
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the map, tables and figures.")] = Path(
+        "flipproof-analysis"
+    ),
+) -> None:
+    """Which errors in which neurons change the class: DeepVigor's ranges and vulnerability factors."""
+    net = load_model(model, weights)
+    given = list(called(load_object(data)))[:batches]
+    if not given:
+        raise ConfigError(f"{data} gives no batches")
+    method = DeepVigor(factors="exhaustive" if exhaustive else "search", neurons=neurons)
+    where = Neurons(include=include or "*", exclude=exclude or ())
+    found = analyze_model(net, given, method, format=parse_format(format) if format else None, where=where)
+    folder.mkdir(parents=True, exist_ok=True)
+    found.save(folder / "map.safetensors")
+    for name in ("layers", "neurons", "bits", "ranges"):
+        getattr(found, name).to_csv(folder / f"{name}.csv", index=False)
+    save(bit_layer_figure(found), folder / "bits.png")
+    columns = ["layer", "neurons", "analysed", "lvf", "semi", "hole_rate", "forwards_per_neuron"]
+    _show(found.layers[columns].to_string(index=False))
+    chosen = select(found, budget=budget)
+    chosen.to_csv(folder / "selected.csv", index=False)
+    if len(chosen):
+        share = chosen["bits"].sum() / sum(x.total * x.width for x in found.layers_found)
+        _show(f"{100 * share:.2g} % of the neuron bits hold {100 * chosen['covered'].iloc[-1]:.1f} % of critical flips")
+    if validate:
+        table = found.validate(given)
+        table.to_csv(folder / "validation.csv", index=False)
+        _show(table[["layer", "injections", "true_non_critical", "true_critical"]].to_string(index=False))
+    _show(f"Written to {folder}/")
+
+
+def _show(text: str) -> None:
+    out.print(text, markup=False, highlight=False)

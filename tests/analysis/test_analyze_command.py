@@ -1,0 +1,77 @@
+"""The verb and the paper's experiments, at the smallest size that runs."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+from typer.testing import CliRunner
+
+import flipproof as fp
+from flipproof.cli import app
+from flipproof.models import lenet5
+from flipproof.reproduce.deepvigor import PUBLISHED, Study, run, studies
+
+
+def test_analyze_writes_what_the_function_finds(tmp_path: Path):
+    source = tmp_path / "given.py"
+    source.write_text(
+        "import torch\n"
+        "def net():\n"
+        "    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))\n"
+        "def data():\n"
+        "    torch.manual_seed(1)\n"
+        "    return [(torch.randn(6, 4), torch.arange(6) % 3)] * 2\n"
+    )
+    out = tmp_path / "out"
+    arguments = [
+        "analyze",
+        f"{source}:net",
+        "--data",
+        f"{source}:data",
+        "--batches",
+        "1",
+        "--validate",
+        "--out",
+        str(out),
+    ]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    torch.manual_seed(1)
+    expected = fp.analyze(net, [(torch.randn(6, 4), torch.arange(6) % 3)])
+    pd.testing.assert_series_equal(pd.read_csv(out / "layers.csv")["lvf"], expected.layers["lvf"])
+    assert fp.VulnerabilityMap.load(out / "map.safetensors").bits.equals(expected.bits)
+    assert (out / "bits.png").stat().st_size > 1000
+    assert set(pd.read_csv(out / "validation.csv")["layer"]) == {0, 2}
+
+
+def test_reproduce_runs_on_made_up_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def images(root: Path, split: str, *, limit: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(int(split == "test"))
+        x = torch.randn(limit, 1, 28, 28, generator=generator)
+        return list(zip(x.split(batch_size), (torch.arange(limit) % 10).split(batch_size), strict=True))
+
+    study = Study("LeNet-mnist", partial(lenet5), images, train=20, epochs=1, inputs=3, neurons=4)
+    maps = run([study], data_root=tmp_path, out=tmp_path / "out", workers=1, console=Console(quiet=True), trials=3)
+    assert list(maps) == ["LeNet-mnist"]
+    table = pd.read_csv(tmp_path / "out" / "tables-1-2-true_non_critical.csv")
+    assert len(table) == len(PUBLISHED)
+    ours = table[table["network"] == "LeNet-mnist"]
+    assert ours["true_non_critical"].between(90, 100).all()
+    assert ours["published"].tolist() == [99.992, 99.992]
+    for name in ("fig5-LeNet-mnist.png", "fig6.png", "cost.md", "fig5.csv", "validation.md"):
+        assert (tmp_path / "out" / name).stat().st_size > 100
+
+
+def test_the_paper_scale_holds_the_papers_networks():
+    assert [study.name for study in studies("paper")][:5] == list(PUBLISHED["network"].unique()[:5])
