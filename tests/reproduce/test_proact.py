@@ -84,7 +84,7 @@ def test_everything_is_written(results):
         assert (out / f"{name}-tiny-cifar-10.png").stat().st_size > 1000
     assert (out / "history-tiny-cifar-10-proact.png").exists()
     assert "ProAct ≥ FitAct" in text
-    assert "Guard reaches" in (out / "claims.md").read_text()
+    assert "Guard ≥ ProAct" in (out / "claims.md").read_text()
     costs = pd.read_csv(out / "table-5.csv")
     assert costs["l2"].notna().sum() == 2  # FitAct and ProAct, as in the paper
 
@@ -130,6 +130,29 @@ def test_published_numbers_are_those_of_the_paper():
     for accuracy in proact_published.table_1()["accuracy"]:
         assert f"{100 * accuracy:.2f}%" in text
     assert all(str(value) in text for value in proact_published.table_5()["l2"])
+
+
+def test_claims_weigh_their_intervals():
+    def rows(method, accuracy, half):
+        return [
+            {"network": "N", "method": method, "ber": ber, "accuracy": accuracy, "accuracy_low": accuracy - half,
+             "accuracy_high": accuracy + half, "clean_drop": 0.0}
+            for ber in (1e-7, 3e-6, 1e-5)
+        ]  # fmt: skip
+
+    accuracy = {"ProAct": 0.8, "FitAct": 0.7, "FT-ClipAct": 0.71, "Ranger (layer)": 0.75, "none": 0.1, "Guard": 0.8}
+    table = pd.DataFrame([row for name, value in accuracy.items() for row in rows(name, value, 0.02)])
+    said = {
+        sentence.split(": ")[1].rsplit(" ", 1)[0]: sentence for sentence in proact._claims(table) if "≥ F" in sentence
+    }
+    verdicts = [sentence.split(": ")[1] for sentence in proact._claims(table)][:6]
+    assert verdicts[0] == "ProAct ≥ FitAct holds"
+    assert verdicts[1] == "FitAct ≥ FT-ClipAct cannot be told"
+    assert verdicts[2] == "FT-ClipAct ≥ Ranger (layer) does not hold"
+    assert verdicts[4] == "Guard ≥ ProAct cannot be told"
+    first = next(iter(said.values()))
+    half = (2 * 2 * 0.02**2) ** 0.5 / 2  # two rates, two intervals each
+    assert f"[{100 * (0.1 - half):.1f}, {100 * (0.1 + half):.1f}]" in first
 
 
 def test_histograms_draw_first_middle_and_last():
