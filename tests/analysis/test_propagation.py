@@ -104,3 +104,16 @@ def test_refusals(net, data):
         fp.propagation(net, data, faults=fp.RandomBits(1), include="conv*")
     with pytest.raises(ConfigError, match="trials=0"):
         fp.propagation(net, data, faults=fp.RandomBits(1), trials=0)
+
+
+def test_layers_come_in_the_order_of_execution(data):
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.second, self.first = nn.Linear(5, 2), nn.Linear(3, 5)
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    found = fp.propagation(Backwards(), data, faults=fp.RandomBits(1), trials=1)
+    assert found.distributions["layer"].drop_duplicates().tolist() == ["first", "second"]

@@ -62,3 +62,11 @@ def test_nothing_to_draw_is_refused(sweep, mlp, blobs):
         bit_figure(sweep)
     with pytest.raises(ConfigError, match="no trial yet"):
         outcome_figure(fp.Assessment(sweep.header, []))
+
+
+def test_many_campaigns_stay_apart(sweep):
+    figure = metric_figure({str(i): sweep for i in range(9)})
+    lines = figure.axes[0].lines[::2]
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
+    assert len(looks) == 9
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [str(i) for i in range(9)]

@@ -114,7 +114,8 @@ def propagation(
     seen: dict[tuple[int, str], _Seen] = {}
     with eval_mode(model), torch.no_grad(), space.stored():
         golden = [_outputs(model, layers, inputs) for inputs in batches.inputs]
-        edges = {name: _edges([g[name] for g in golden if name in g], bins) for name in layers}
+        order = dict.fromkeys(name for outputs in golden for name in outputs)  # as they are executed
+        edges = {name: _edges([g[name] for g in golden if name in g], bins) for name in order}
         edges = {name: found for name, found in edges.items() if found is not None}
         before = {name: _count([g[name] for g in golden if name in g], edges[name]) for name in edges}
         after = {name: np.zeros(bins + 2, np.int64) for name in edges}

@@ -21,6 +21,9 @@ from flipproof.reports.tables import number
 COLUMN = (3.5, 2.6)
 """Inches: one column of a two-column page."""
 
+LEGEND_INSIDE = 4
+"""More lines than these leave no room for a legend between them."""
+
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 OUTCOME_STYLE = {
     "masked": ("masked", "#DDDDDD", ""),
@@ -49,8 +52,17 @@ def metric_figure(assessments: Mapping[str, Assessment], *, metric: str | None =
     for i, (label, assessment) in enumerate(assessments.items()):
         summary, x = assessment.summary, sweep_of(assessment)
         colour = SERIES[i % len(SERIES)]
+        again = i >= len(SERIES)  # colours come again with open markers and dotted lines
         axes.plot(
-            summary[x], summary[name], marker=_MARKERS[i % len(_MARKERS)], ms=3.5, lw=1.2, color=colour, label=label
+            summary[x],
+            summary[name],
+            marker=_MARKERS[i % len(_MARKERS)],
+            ms=3.5,
+            lw=1.2,
+            color=colour,
+            label=label,
+            ls=":" if again else "-",
+            mfc="white" if again else colour,
         )
         axes.fill_between(
             summary[x].astype(float), summary[f"{name}_low"], summary[f"{name}_high"], color=colour, alpha=0.2, lw=0
@@ -61,7 +73,10 @@ def metric_figure(assessments: Mapping[str, Assessment], *, metric: str | None =
     axes.set_ylabel(name.replace("_", " ").replace("auroc", "AUROC"))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_title(f"mean over trials, {confidence:.0%} interval; dashed: no faults", fontsize=7, loc="left")
-    if len(assessments) > 1:
+    if len(assessments) > LEGEND_INSIDE:
+        figure.set_size_inches(COLUMN[0] + 1.5, COLUMN[1])
+        figure.legend(fontsize=6.5, frameon=False, loc="outside right center")
+    elif len(assessments) > 1:
         axes.legend(fontsize=7, frameon=False)
     return figure
 
