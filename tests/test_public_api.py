@@ -10,6 +10,7 @@ def test_public_names_are_exactly_these():
         "Affine",
         "Assessment",
         "BFloat16",
+        "BitClipped",
         "BitErrorRate",
         "BitPosition",
         "DeepVigor",
@@ -35,6 +36,9 @@ def test_public_names_are_exactly_these():
         "VulnerabilityMap",
         "analyze",
         "assess",
+        "bit_criticality",
+        "bit_profile",
+        "clip_bits",
         "compare",
         "harden",
         "hardening_report",
@@ -44,6 +48,7 @@ def test_public_names_are_exactly_these():
         "report",
         "sample_size",
         "save_hardened",
+        "scrub_",
         "select",
     ]
 

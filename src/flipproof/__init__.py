@@ -1,11 +1,21 @@
 """flipproof: how a neural network behaves when its memory loses bits, and how to make it survive."""
 
-from flipproof.analysis import DeepVigor, Propagation, VulnerabilityMap, analyze, propagation, select
+from flipproof.analysis import (
+    DeepVigor,
+    Propagation,
+    VulnerabilityMap,
+    analyze,
+    bit_criticality,
+    bit_profile,
+    clip_bits,
+    propagation,
+    select,
+)
 from flipproof.campaigns import Assessment, assess, sample_size
 from flipproof.errors import FlipproofError, FlipproofWarning
 from flipproof.faults import BitErrorRate, BitPosition, FaultSpace, Parameters, RandomBits, StuckAt
 from flipproof.faults.neurons import Neurons
-from flipproof.formats import Affine, BFloat16, FixedPoint, Float8E4M3, Float8E5M2, Float16, Float32
+from flipproof.formats import Affine, BFloat16, BitClipped, FixedPoint, Float8E4M3, Float8E5M2, Float16, Float32
 from flipproof.hardening import (
     FitAct,
     FTClipAct,
@@ -18,6 +28,7 @@ from flipproof.hardening import (
     load_hardened,
     overhead,
     save_hardened,
+    scrub_,
 )
 from flipproof.reports import compare, report
 
@@ -27,6 +38,7 @@ __all__ = [
     "Affine",
     "Assessment",
     "BFloat16",
+    "BitClipped",
     "BitErrorRate",
     "BitPosition",
     "DeepVigor",
@@ -52,6 +64,9 @@ __all__ = [
     "VulnerabilityMap",
     "analyze",
     "assess",
+    "bit_criticality",
+    "bit_profile",
+    "clip_bits",
     "compare",
     "harden",
     "hardening_report",
@@ -61,5 +76,6 @@ __all__ = [
     "report",
     "sample_size",
     "save_hardened",
+    "scrub_",
     "select",
 ]

@@ -32,6 +32,10 @@ class TestBitPosition(FaultModelContract):
     model = fp.BitPosition([0, 30, 31])
 
 
+class TestBitPositionOfAShare(FaultModelContract):
+    model = fp.BitPosition([0, 30, 31], share=0.3)
+
+
 class TestRandomBits(FaultModelContract):
     model = fp.RandomBits([1, 17])
 
@@ -133,6 +137,8 @@ def test_stuck_cells_read_their_value_and_come_back_from_saved_words(value):
         (lambda: fp.BitErrorRate(True), "got True"),
         (lambda: fp.BitErrorRate(1e-3, spread="rows"), "spread must be 'bits' or 'layers', got 'rows'"),
         (lambda: fp.BitPosition(-1), "got -1"),
+        (lambda: fp.BitPosition(1, share=0.0), "share"),
+        (lambda: fp.BitPosition(1, share=True), "share"),
         (lambda: fp.BitPosition(1.5), "got 1.5"),
         (lambda: fp.RandomBits(-1), "got -1"),
         (lambda: fp.StuckAt(1e-3, value=2), "value must be 0 or 1, got 2"),

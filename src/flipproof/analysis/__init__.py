@@ -1,8 +1,20 @@
 """Analyses: what a model computes inside, with faults and without."""
 
+from flipproof.analysis.bits import bit_criticality, bit_profile, clip_bits
 from flipproof.analysis.deepvigor import DeepVigor, analyze
 from flipproof.analysis.propagation import Propagation, propagation
 from flipproof.analysis.protection import protection
 from flipproof.analysis.vulnerability import VulnerabilityMap, select
 
-__all__ = ["DeepVigor", "Propagation", "VulnerabilityMap", "analyze", "propagation", "protection", "select"]
+__all__ = [
+    "DeepVigor",
+    "Propagation",
+    "VulnerabilityMap",
+    "analyze",
+    "bit_criticality",
+    "bit_profile",
+    "clip_bits",
+    "propagation",
+    "protection",
+    "select",
+]

@@ -200,14 +200,18 @@ def _spread_over_layers(count: int, space: FaultSpace, generator: TrialGenerator
 class BitPosition(FaultModel):
     """One bit position flipped in every value of the space, a point a bit: which bit is critical?
 
-    Nothing is random here, so one trial a point says everything and its interval has no width. Values stored in fewer
-    bits than the position have no such bit and stay as they are.
+    With every value hit nothing is random, so one trial a point says everything and its interval has no width. Values
+    stored in fewer bits than the position have no such bit and stay as they are.
+
+    Flipping a constant exponent bit in *every* value multiplies all of them by one factor, which a network may hardly
+    notice; `share` hits a random part of the values instead, as memory faults do.
 
     Args:
         bits: a position (0 is the least significant) or several.
+        share: of the values that are hit, in (0, 1]; at least one value is.
 
     Raises:
-        FaultModelError: on a negative position or one that no value has.
+        FaultModelError: on a negative position or one that no value has, or a share outside (0, 1].
 
     Example:
         >>> import flipproof as fp
@@ -216,18 +220,22 @@ class BitPosition(FaultModel):
     """
 
     bits: int | Iterable[int]
+    share: float = 1.0
     swept: ClassVar[str] = "bits"
 
     def __post_init__(self) -> None:
         self._normalise(int, 0, 63, "a bit position from 0 to 63")
+        if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 < self.share <= 1:
+            raise FaultModelError(f"BitPosition: share must be in (0, 1], got {self.share!r}")
+        object.__setattr__(self, "share", float(self.share))
 
     def coordinates(self) -> dict[str, float | int]:
         """The column ``bit``."""
         return {"bit": self._single()}
 
     def repeats(self, space: FaultSpace) -> bool:
-        """Always: nothing is drawn at random."""
-        return True
+        """Where every value is hit, nothing is drawn at random."""
+        return self.share == 1.0
 
     def check(self, space: FaultSpace) -> None:
         """Raise where no value is that wide."""
@@ -236,10 +244,13 @@ class BitPosition(FaultModel):
             raise FaultModelError(f"{self!r}: the widest stored value has {widest} bits, so bits 0 to {widest - 1}")
 
     def draw(self, space: FaultSpace, generator: TrialGenerator) -> Faults:
-        """That bit of every value."""
+        """That bit of every value, or of a random share of them."""
         bit = self._single()
-        hit = [s.offset + bit + np.arange(s.values, dtype=np.int64) * s.width for s in space.sites if bit < s.width]
-        return Faults(np.concatenate(hit))
+        places = [s.offset + bit + np.arange(s.values, dtype=np.int64) * s.width for s in space.sites if bit < s.width]
+        hit = np.concatenate(places)
+        if self.share < 1.0:
+            hit = hit[generator.distinct(max(1, round(self.share * hit.size)), hit.size)]
+        return Faults(hit)
 
 
 @dataclass(frozen=True)

@@ -176,6 +176,11 @@ class FaultSpace:
         return {**self.__dict__, "_direct": None}
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The live tensor of each site, by its name."""
+        return {site.name: tensor for site, tensor in zip(self.sites, self._tensors, strict=True)}
+
+    @property
     def layers(self) -> dict[str, list[tuple[int, int]]]:
         """Each module that owns stored tensors, with the ranges of bits [first, last) it owns."""
         spans: dict[str, list[tuple[int, int]]] = {}

@@ -2,12 +2,14 @@
 
 from flipproof.formats.affine import Affine
 from flipproof.formats.base import Format, Stored
+from flipproof.formats.clipped import BitClipped
 from flipproof.formats.fixed import FixedPoint
 from flipproof.formats.floating import BFloat16, Float8E4M3, Float8E5M2, Float16, Float32
 
 __all__ = [
     "Affine",
     "BFloat16",
+    "BitClipped",
     "FixedPoint",
     "Float8E4M3",
     "Float8E5M2",

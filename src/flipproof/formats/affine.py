@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -43,7 +43,6 @@ class Affine(Format):
 
     bits: int = 8
     axis: Literal[0] | None = None
-    weights_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -52,6 +51,10 @@ class Affine(Format):
             raise FormatError(
                 f"Affine has one scale a tensor (axis=None) or an output channel (axis=0), got {self.axis!r}"
             )
+
+    @property
+    def weights_only(self) -> bool:
+        return True
 
     @property
     def width(self) -> int:

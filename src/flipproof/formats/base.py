@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,8 +42,10 @@ class Format(ABC):
     that re-decodes only touched words and one that decodes everything agree bit by bit.
     """
 
-    weights_only: ClassVar[bool] = False
-    """True where the format, given alone, stores only the weights of Conv, Linear and recurrent layers."""
+    @property
+    def weights_only(self) -> bool:
+        """True where the format, given alone, stores only the weights of Conv, Linear and recurrent layers."""
+        return False
 
     @property
     @abstractmethod

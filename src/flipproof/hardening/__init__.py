@@ -10,6 +10,7 @@ from flipproof.hardening.proact import ProAct
 from flipproof.hardening.ranger import Ranger
 from flipproof.hardening.report import HardeningReport, hardening_report
 from flipproof.hardening.saving import load_hardened, save_hardened
+from flipproof.hardening.scrubbing import scrub_
 
 __all__ = [
     "Bounded",
@@ -30,4 +31,5 @@ __all__ = [
     "load_hardened",
     "overhead",
     "save_hardened",
+    "scrub_",
 ]
