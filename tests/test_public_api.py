@@ -7,6 +7,7 @@ import flipproof as fp
 
 def test_public_names_are_exactly_these():
     assert sorted(fp.__all__) == [
+        "AVC",
         "Affine",
         "Assessment",
         "BFloat16",

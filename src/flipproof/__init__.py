@@ -17,6 +17,7 @@ from flipproof.faults import BitErrorRate, BitPosition, FaultSpace, Parameters, 
 from flipproof.faults.neurons import Neurons
 from flipproof.formats import Affine, BFloat16, BitClipped, FixedPoint, Float8E4M3, Float8E5M2, Float16, Float32
 from flipproof.hardening import (
+    AVC,
     FitAct,
     FTClipAct,
     Guard,
@@ -35,6 +36,7 @@ from flipproof.reports import compare, report
 __version__ = "0.1.0"
 
 __all__ = [
+    "AVC",
     "Affine",
     "Assessment",
     "BFloat16",

@@ -22,7 +22,7 @@ from flipproof.hardening import Hardening
 
 FORMATS = tuple(name for name in formats.__all__ if name not in ("Format", "Stored"))
 FAULT_MODELS = ("BitErrorRate", "BitPosition", "RandomBits", "StuckAt")
-HARDENINGS = ("FTClipAct", "FitAct", "Guard", "ProAct", "Ranger")
+HARDENINGS = ("AVC", "FTClipAct", "FitAct", "Guard", "ProAct", "Ranger")
 
 _VALUES: dict[str, Callable[..., Any]] = {
     **{name: getattr(formats, name) for name in FORMATS},

@@ -115,7 +115,7 @@ def bit_criticality(
         >>> net, x = torch.nn.Linear(5, 3), torch.randn(50, 5)
         >>> table = fp.bit_criticality(net, [(x, net(x).argmax(dim=1))], share=0.1)
         >>> table.set_index("bit").loc[[0, 30], ["mean", "constant"]].round(1).values.tolist()
-        [[0.5, False], [0.0, True]]
+        [[0.4, False], [0.0, True]]
     """
     profile = bit_profile(model, format, where=where)
     result = assess(

@@ -1,7 +1,8 @@
 """Hardening: bounded activations, ways to choose their bounds, and what they cost."""
 
+from flipproof.hardening.avc import AVC
 from flipproof.hardening.base import Hardening, harden
-from flipproof.hardening.bounded import Bounded, Saturate, Smooth, ZeroAbove
+from flipproof.hardening.bounded import Bounded, ClampInput, Saturate, Smooth, ZeroAbove
 from flipproof.hardening.fitact import FitAct
 from flipproof.hardening.ft_clipact import FTClipAct
 from flipproof.hardening.guard import Guard, GuardedLinear
@@ -13,7 +14,9 @@ from flipproof.hardening.saving import load_hardened, save_hardened
 from flipproof.hardening.scrubbing import scrub_
 
 __all__ = [
+    "AVC",
     "Bounded",
+    "ClampInput",
     "FTClipAct",
     "FitAct",
     "Guard",

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
@@ -127,6 +127,9 @@ class Hardening(ABC):
     and writes the report.
     """
 
+    open_recurrent: ClassVar[bool] = False
+    """True if LSTM, GRU and RNN layers are to be opened, so that each of their gates is a site."""
+
     @abstractmethod
     def fit(self, work: Work) -> pd.DataFrame:
         """Put a bound at every site of `work`; returns the history of the search, a row a step."""
@@ -181,7 +184,7 @@ def harden(
     calibration = Calibration.read(model, data, _device_of(model), output)
     identity = {"method": repr(method), "weights": _weights(model), "data": calibration.batches.digest()}
     stages = Stages(store, identity)
-    rewritten = rewrite(model, calibration.batches.inputs[0])
+    rewritten = rewrite(model, calibration.batches.inputs[0], open_recurrent=method.open_recurrent)
     work = Work(rewritten, profile(rewritten, calibration), calibration, progress, forwards=2.0, stages=stages)
     history = method.fit(work)
     _check(rewritten)

@@ -3,6 +3,8 @@
 Every bound leaves only finite values: NaN, −∞ and +∞ at the input come out finite, always, and so they do where a
 fault turned the bound itself into NaN, ±∞ or a negative number. What they become is in the table:
 
+`ClampInput` bounds the input instead and gives act(low) for NaN and −∞, act(λ) for +∞.
+
 ============  ==============  ===========  ==========================================================
 input         Saturate        ZeroAbove    Smooth
 ============  ==============  ===========  ==========================================================
@@ -123,6 +125,32 @@ class ZeroAbove(Bounded):
         if self.low is not None:
             inside = inside * (value >= self.low)
         return _product(value, inside, overwrite)
+
+
+class ClampInput(Bounded):
+    """act(min(max(x, low), λ)): the activation's *input* is kept in its range, as AVC does it (lstm-clipping, III-B).
+
+    A NaN takes the lower bound: a gate closes. Behind an activation that stays in place ("identity") the output is
+    clamped instead, which is the same for every activation that rises throughout.
+
+    Example:
+        >>> ClampInput(2.0, "tanh", low=-1.0)(torch.tensor([-9.0, 0.5, 9.0, float("inf"), float("nan")]))
+        tensor([-0.7616,  0.4621,  0.9640,  0.9640, -0.7616])
+    """
+
+    def limits(self) -> tuple[Tensor, Tensor]:
+        """(lower, upper) bound of the input; always finite, whatever a fault did to the stored ones."""
+        high = torch.nan_to_num(self.threshold)
+        if self.low is None:
+            return (
+                torch.zeros_like(high) if self.rectifies else torch.full_like(high, torch.finfo(high.dtype).min)
+            ), high
+        return torch.nan_to_num(self.low), high
+
+    def bound(self, x: Tensor, *, overwrite: bool = False) -> Tensor:
+        low, high = self.limits()
+        x = torch.where(x > low, x, low)  # not `clamp`, which hands NaN on
+        return self.activate(torch.where(x < high, x, high))
 
 
 class Smooth(Bounded):

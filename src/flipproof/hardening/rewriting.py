@@ -15,6 +15,7 @@ from flipproof.campaigns.batches import call
 from flipproof.campaigns.evaluation import eval_mode
 from flipproof.errors import DataError, ModelError
 from flipproof.hardening.activations import CALLABLES, Activation, function_of
+from flipproof.hardening.recurrent import Opened, open_recurrent_
 from flipproof.hardening.tracing import (
     Replacement,
     Rewriting,
@@ -115,7 +116,7 @@ class _Edit:
         vars(self.owner).update(self.before)
 
 
-def rewrite(model: nn.Module, inputs: Any) -> Rewritten:
+def rewrite(model: nn.Module, inputs: Any, *, open_recurrent: bool = False) -> Rewritten:
     """Find every activation of a model and give each call a module of its own, in a copy.
 
     Activation modules are replaced wherever they are registered. Where one is called several times, or a function or
@@ -125,6 +126,8 @@ def rewrite(model: nn.Module, inputs: Any) -> Rewritten:
     Args:
         model: stays untouched.
         inputs: one batch, as `call` takes it.
+        open_recurrent: also open LSTM, GRU and RNN modules and their cells (`open_recurrent_`), so that each gate is a
+            site. They then compute the same values up to rounding.
 
     Raises:
         ModelError: if no activation can be reached, or the model cannot be copied.
@@ -141,6 +144,8 @@ def rewrite(model: nn.Module, inputs: Any) -> Rewritten:
         ['act:0', 'act:1', 'relu:0']
     """
     copy = _copy(model)
+    if open_recurrent:
+        _open(copy, inputs)
     names: dict[nn.Module, str] = {}
     for name, module in copy.named_modules():
         names.setdefault(module, name)
@@ -183,6 +188,21 @@ def _copy(model: nn.Module) -> nn.Module:
         raise ModelError(
             f"the model cannot be deep-copied ({type(error).__name__}: {error}); harden works on a copy of it"
         ) from error
+
+
+def _open(copy: nn.Module, inputs: Any) -> None:
+    closed, _ = _watched(copy, inputs)
+    if not open_recurrent_(copy):
+        return
+    opened, _ = _watched(copy, inputs)
+    for a, b in zip(pytree.tree_leaves(closed), pytree.tree_leaves(opened), strict=True):
+        if isinstance(a, Tensor) and a.is_floating_point():
+            room = 1e3 * torch.finfo(a.dtype).eps * max(1.0, float(a.detach().abs().max()) if a.numel() else 1.0)
+            if not torch.allclose(a, b, rtol=0, atol=room, equal_nan=True):
+                raise ModelError(
+                    "opening this model's recurrent layers changes what it computes by more than rounding; is one of "
+                    "them compiled or its forward replaced?"
+                )
 
 
 def _watched(model: nn.Module, inputs: Any) -> tuple[Any, Watch]:
@@ -243,6 +263,8 @@ def _rewriting(
         raise Untraceable("is TorchScript; harden the module that it was made of")
     if isinstance(owner, fx.GraphModule):
         pattern: Pattern | None = ()
+    elif isinstance(owner, Opened):
+        raise Untraceable("runs its gates once a step, under one bound for all steps")
     elif type(owner).__module__.startswith("torch.nn."):
         raise Untraceable(f"is {type(owner).__module__}.{type(owner).__name__}, whose forward belongs to PyTorch")
     elif len(patterns) > 1:

@@ -17,13 +17,14 @@ from torch.utils import _pytree as pytree
 
 from flipproof.errors import ConfigError, ModelError
 from flipproof.hardening.base import put_bound
-from flipproof.hardening.bounded import Bounded, Saturate, Smooth, ZeroAbove
+from flipproof.hardening.bounded import Bounded, ClampInput, Saturate, Smooth, ZeroAbove
 from flipproof.hardening.example import flat, inputs_like
 from flipproof.hardening.guard import GuardedLinear, put_guard
+from flipproof.hardening.recurrent import Opened
 from flipproof.hardening.report import REPORT, HardeningReport, hardening_report
 from flipproof.hardening.rewriting import Rewritten, Site, Unreachable, rewrite
 
-KINDS: dict[str, type[Bounded]] = {kind.__name__: kind for kind in (Saturate, ZeroAbove, Smooth)}
+KINDS: dict[str, type[Bounded]] = {kind.__name__: kind for kind in (Saturate, ZeroAbove, Smooth, ClampInput)}
 
 
 def save_hardened(hardened: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -66,6 +67,7 @@ def save_hardened(hardened: nn.Module, path: str | os.PathLike[str]) -> Path:
         "clean_drop": report.clean_drop,
         "seconds": report.seconds,
         "forwards": report.forwards,
+        "opened": any(isinstance(module, Opened) for module in hardened.modules()),
         "guarded": [name for name, module in hardened.named_modules() if isinstance(module, GuardedLinear)],
         "example": pytree.treespec_dumps(flat(report.example)[1]),
         "leaves": [[list(shape), str(dtype)] for shape, dtype in flat(report.example)[0]],
@@ -107,7 +109,7 @@ def load_hardened(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         pytree.treespec_loads(about["example"]),
     )
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    rewritten = rewrite(model, inputs_like(example, device))
+    rewritten = rewrite(model, inputs_like(example, device), open_recurrent=bool(about.get("opened")))
     _rebuild(rewritten, about, state, path)
     missing, unexpected = rewritten.model.load_state_dict(state, strict=False)
     if missing or unexpected:

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from flipproof.hardening.activations import CALLABLES, Activation, function_of
+from flipproof.hardening.recurrent import Opened
 
 Pattern = tuple[tuple[str, Any], ...]
 """How a forward was called: (parameter, `TENSOR` or the plain value that it got), in the order of its signature."""
@@ -106,7 +107,8 @@ class Watch(TorchFunctionMode):
             pattern = _pattern(module, args, kwargs)
             if pattern not in self.patterns[module]:
                 self.patterns[module].append(pattern)
-        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and module not in self.recurrent:
+        hidden = isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not isinstance(module, Opened)
+        if hidden and module not in self.recurrent:
             self.recurrent.append(module)
         self._running.append((module, noted))
 

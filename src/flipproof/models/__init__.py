@@ -6,6 +6,7 @@ from flipproof.models.lenet import lenet5
 from flipproof.models.mlp import mlp
 from flipproof.models.resnet import resnet18, resnet50
 from flipproof.models.resnet_cifar import resnet20, resnet56
+from flipproof.models.stagenet import stage_72, stage_384, stage_conv_72, stage_conv_384
 from flipproof.models.vgg import vgg11, vgg16
 from flipproof.models.weights import load_weights
 
@@ -20,6 +21,10 @@ __all__ = [
     "resnet20",
     "resnet50",
     "resnet56",
+    "stage_72",
+    "stage_384",
+    "stage_conv_72",
+    "stage_conv_384",
     "vgg11",
     "vgg16",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,19 +15,27 @@ from torch.nn import functional as F
 
 from flipproof.errors import DataError
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, Tensor] | tuple[Mapping[str, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def train_classifier(
-    model: nn.Module, data: Sequence[Batch], *, epochs: int, lr: float = 1e-3, seed: int = 0
+    model: nn.Module,
+    data: Sequence[Batch],
+    *,
+    epochs: int,
+    lr: float = 1e-3,
+    loss: Loss = F.cross_entropy,
+    seed: int = 0,
 ) -> nn.Module:
-    """Train in place with Adam on cross entropy; the learning rate follows a cosine down to 0.
+    """Train in place with Adam; the learning rate follows a cosine down to 0.
 
     Args:
-        model: gives logits (N, classes).
-        data: batches, visited in a new order every epoch.
+        model: gives logits (N, classes), or what `loss` takes.
+        data: batches, visited in a new order every epoch; a mapping as inputs goes in by keyword.
         epochs: passes over the data.
         lr: initial learning rate.
+        loss: of outputs and targets; `risk_loss` for one probability a sample.
         seed: of that order.
 
     Returns:
@@ -46,11 +54,16 @@ def train_classifier(
         for i in torch.randperm(len(data), generator=order).tolist():
             inputs, targets = data[i]
             optimiser.zero_grad(set_to_none=True)
-            loss = F.cross_entropy(model(inputs), targets)
-            torch.autograd.backward(loss)
+            outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+            torch.autograd.backward(loss(outputs, targets))
             optimiser.step()
             schedule.step()
     return model.eval()
+
+
+def risk_loss(risks: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross entropy of probabilities (N,) against labels 0 and 1 of any number type."""
+    return F.binary_cross_entropy(risks, targets.to(risks.dtype))
 
 
 def cache_folder() -> Path:

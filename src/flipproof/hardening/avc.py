@@ -1,0 +1,51 @@
+"""Activation value clipping: the inputs of all activations are clamped to what they span without faults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pandas as pd
+
+from flipproof.hardening.base import Hardening, Work
+from flipproof.hardening.bounded import ClampInput, Saturate
+from flipproof.hardening.profile import profile
+
+
+@dataclass(frozen=True)
+class AVC(Hardening):
+    """Activation value clipping (AVC), for recurrent networks and any others (PAPERS: lstm-clipping, III-B).
+
+    The smallest and the largest *input* of every activation are profiled on the calibration data; at inference inputs
+    are clamped to them. Outputs cannot be: sigmoid and tanh are bounded by themselves. Each gate of `nn.LSTM`,
+    `nn.GRU`, `nn.RNN` and their cells gets bounds of its own, for all steps together. A NaN becomes the lower bound,
+    so gates close. A ReLU clamps at its largest input; where an activation is called as a function, its output is
+    clamped, the same thing for all that rise throughout (not quite for GELU, SiLU, Mish and Hardswish).
+
+    Opening a recurrent layer costs what `fp.overhead` measures; the hardened layer's outputs equal PyTorch's up to
+    rounding, and bounds count as stored values like any other.
+
+    Example:
+        >>> import torch
+        >>> import flipproof as fp
+        >>> class Net(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.lstm, self.out = torch.nn.LSTM(4, 8), torch.nn.Linear(8, 2)
+        ...     def forward(self, x):
+        ...         return self.out(self.lstm(x)[0][-1])
+        >>> safe = fp.harden(Net(), fp.AVC(), data=[(torch.randn(7, 20, 4), torch.zeros(20))])
+        >>> [site.name for site in fp.hardening_report(safe).sites][:2]
+        ['lstm.input_gate_l0:0', 'lstm.forget_gate_l0:0']
+    """
+
+    open_recurrent: ClassVar[bool] = True
+
+    def fit(self, work: Work) -> pd.DataFrame:
+        work.forwards += 1
+        for site, seen in profile(work.rewritten, work.calibration, of="input").items():
+            if site.function == "relu":
+                work.bound(site, Saturate, seen.high)
+            else:
+                work.bound(site, ClampInput, seen.high, seen.low)
+        return pd.DataFrame()
