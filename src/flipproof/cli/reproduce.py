@@ -12,7 +12,11 @@ import typer
 from flipproof.cli.console import out as console
 from flipproof.errors import ConfigError
 
-PAPERS = {"deepvigor": "flipproof.reproduce.deepvigor", "proact": "flipproof.reproduce.proact"}
+PAPERS = {
+    "deepvigor": "flipproof.reproduce.deepvigor",
+    "lstm-clipping": "flipproof.reproduce.lstm_clipping",
+    "proact": "flipproof.reproduce.proact",
+}
 """Name on the command line → module with `SUMMARY` and `reproduce`."""
 
 

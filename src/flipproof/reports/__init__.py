@@ -1,5 +1,6 @@
 """Reports: pure functions of records."""
 
+from flipproof.reports.bits import profile_figure
 from flipproof.reports.bounds import distribution_figure, history_figure
 from flipproof.reports.figures import bit_figure, metric_figure, outcome_figure, save
 from flipproof.reports.html import report
@@ -13,6 +14,7 @@ __all__ = [
     "history_figure",
     "metric_figure",
     "outcome_figure",
+    "profile_figure",
     "report",
     "save",
     "summary_table",

@@ -48,7 +48,7 @@ def metric_figure(assessments: Mapping[str, Assessment], *, metric: str | None =
     if not assessments:
         raise ConfigError("metric_figure takes at least one assessment by name")
     name = metric or next(iter(assessments.values())).metrics[0]
-    figure, axes = _empty()
+    figure, axes = empty_figure()
     for i, (label, assessment) in enumerate(assessments.items()):
         summary, x = assessment.summary, sweep_of(assessment)
         colour = SERIES[i % len(SERIES)]
@@ -84,7 +84,7 @@ def metric_figure(assessments: Mapping[str, Assessment], *, metric: str | None =
 def outcome_figure(assessment: Assessment) -> Figure:
     """How samples end at each point: masked, non-critical SDC, critical SDC and DUE, stacked to 100 %."""
     summary, x = assessment.summary, sweep_of(assessment)
-    figure, axes = _empty()
+    figure, axes = empty_figure()
     figure.set_size_inches(COLUMN[0], COLUMN[1] + 0.35)
     bottom = pd.Series(0.0, index=summary.index)
     places = range(len(summary))
@@ -120,7 +120,7 @@ def bit_figure(assessment: Assessment) -> Figure:
         raise ConfigError("bit_figure needs a campaign over bit positions, faults=fp.BitPosition(range(32))")
     metric = assessment.metrics[0]
     summary = assessment.summary
-    figure, axes = _empty()
+    figure, axes = empty_figure()
     axes.bar(summary["bit"], summary[f"{metric}_drop"], color=SERIES[0], width=0.8, label=f"{metric} drop")
     due = summary[summary["due"] > 0]
     axes.plot(due["bit"], due["due"], "x", ms=4, color="#882255", label="DUE" if len(due) else None)
@@ -154,7 +154,8 @@ def _labelsweep_of(axes: Axes, summary: pd.DataFrame, x: str) -> None:
     axes.set_xlabel(SWEEPS.get(x, x))
 
 
-def _empty() -> tuple[Figure, Axes]:
+def empty_figure() -> tuple[Figure, Axes]:
+    """A figure one column wide, in the style of all of them."""
     figure = Figure(figsize=COLUMN, layout="constrained")
     axes = figure.add_subplot()
     axes.tick_params(labelsize=7)
