@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import deepvigor, hardening, injection, memory, neurons, throughput, workers
+from benchmarks import deepvigor, hardening, injection, memory, neurons, recurrent, throughput, workers
 from benchmarks.measure import Row, Size, machine
 
 BENCHMARKS = {
@@ -18,6 +18,7 @@ BENCHMARKS = {
     "workers": workers,
     "memory": memory,
     "hardening": hardening,
+    "recurrent": recurrent,
     "neurons": neurons,
     "deepvigor": deepvigor,
 }

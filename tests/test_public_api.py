@@ -40,6 +40,7 @@ def test_public_names_are_exactly_these():
         "bit_criticality",
         "bit_profile",
         "clip_bits",
+        "clip_tensors",
         "compare",
         "harden",
         "hardening_report",

@@ -8,6 +8,7 @@ from flipproof.analysis import (
     bit_criticality,
     bit_profile,
     clip_bits,
+    clip_tensors,
     propagation,
     select,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "bit_criticality",
     "bit_profile",
     "clip_bits",
+    "clip_tensors",
     "compare",
     "harden",
     "hardening_report",

@@ -115,3 +115,31 @@ def test_clip_bits_warns_of_a_critical_bit_that_varies_and_refuses_where_nothing
     assert chosen == fp.BitClipped(fp.Float32(), ones=(23,))
     with pytest.raises(FormatError, match="most"):
         fp.clip_bits(net, data, most=0)
+
+
+def test_clip_tensors_clips_wherever_the_critical_bit_is_constant():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        net[1].weight[3] = 2.5
+    net.eval()
+    x = torch.randn(64, 5)
+    data = [(x, net(x).argmax(dim=1))]
+    formats = fp.clip_tensors(net, data, share=0.2)
+    clipped = fp.BitClipped(fp.Float32(), zeros=(30,))
+    assert formats == {
+        **dict.fromkeys(("0.weight", "0.bias", "1.bias", "3.weight", "3.bias"), clipped),
+        "1.weight": fp.Float32(),
+    }
+    faults = fp.BitPosition(30, share=0.2)
+    plain = fp.assess(net, data=data, faults=faults, trials=20)
+    safe = fp.assess(net, data=data, faults=faults, trials=20, format=formats)
+    assert safe.golden == plain.golden
+    assert safe.summary["critical_total"][0] < plain.summary["critical_total"][0]
+    with torch.no_grad():
+        for p in net.parameters():
+            p[..., 0] = 3.0
+    with pytest.raises(FormatError, match="vary in every tensor"):
+        fp.clip_tensors(net, [(x, net(x).argmax(dim=1))], where=fp.Parameters(include="*.weight"), share=0.5)
+    with pytest.raises(FormatError, match="most"):
+        fp.clip_tensors(net, data, most=True)

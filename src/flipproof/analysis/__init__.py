@@ -1,6 +1,6 @@
 """Analyses: what a model computes inside, with faults and without."""
 
-from flipproof.analysis.bits import bit_criticality, bit_profile, clip_bits
+from flipproof.analysis.bits import bit_criticality, bit_profile, clip_bits, clip_tensors
 from flipproof.analysis.deepvigor import DeepVigor, analyze
 from flipproof.analysis.propagation import Propagation, propagation
 from flipproof.analysis.protection import protection
@@ -14,6 +14,7 @@ __all__ = [
     "bit_criticality",
     "bit_profile",
     "clip_bits",
+    "clip_tensors",
     "propagation",
     "protection",
     "select",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -196,30 +197,15 @@ def clip_bits(
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
         raise FormatError(f"clip_bits takes most ≥ 1 bits, or None for all that qualify, got {most!r}")
     inner = format or Float32()
-    table = bit_criticality(
-        model,
-        data,
-        inner,
-        share=share,
-        trials=trials,
-        seed=seed,
-        where=where,
-        metrics=metrics,
-        output=output,
-        device=device,
-        progress=progress,
-    )
-    drop = next(column for column in map(str, table) if column.endswith("_drop"))
-    ranked = table.sort_values([drop, "critical_total", "bit"], ascending=False)
-    critical = ranked[(ranked["critical_total"] > 0) | (ranked[drop] > 0)]
-    chosen = critical[critical["constant"]].head(len(table) if most is None else most)
+    measure = {"metrics": metrics, "output": output, "device": device, "progress": progress}
+    ranked, critical, drop = _ranked(model, data, inner, share=share, trials=trials, seed=seed, where=where, **measure)
+    chosen = critical[critical["constant"]].head(len(ranked) if most is None else most)
     if chosen.empty:
-        constant = table.loc[table["constant"], "bit"].tolist()
+        constant = sorted(ranked.loc[ranked["constant"], "bit"].tolist())
         raise FormatError(
             f"no bit of {inner!r} is both constant over the weights and critical; constant are {constant or 'none'}, "
-            f"the most critical is bit {int(ranked['bit'].iloc[0])}. Large weights can be what varies: look at "
-            f"fp.bit_profile(model, format, where=fp.Parameters(include=…)) layer by layer, and clip with a mapping "
-            f"{{pattern: format}}"
+            f"the most critical is bit {int(ranked['bit'].iloc[0])}. A few large weights can be what varies: "
+            f"fp.clip_tensors clips tensor by tensor"
         )
     worst, mean = int(ranked["bit"].iloc[0]), float(ranked["mean"].iloc[0])
     if not 0 < mean < 1:
@@ -232,6 +218,82 @@ def clip_bits(
         stacklevel=2,
     )
     return _clipping(inner, chosen)
+
+
+def clip_tensors(
+    model: nn.Module,
+    data: Data,
+    format: Format | None = None,
+    *,
+    most: int | None = 1,
+    share: float = 0.01,
+    trials: int = 20,
+    seed: int = 0,
+    where: Parameters | None = None,
+    metrics: Metrics = "accuracy",
+    output: Output = None,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+) -> dict[str, Format]:
+    """Weight bit clipping tensor by tensor: critical bits are clipped wherever *they* are constant.
+
+    One weight of 2.0 or more anywhere (a BatchNorm scale, a clipping bound) makes bit 30 vary over the model, and
+    `clip_bits` can then do nothing. Here the most critical bits are chosen first, and each tensor in which one of them
+    is constant clips it; the others stay as they are.
+
+    Args:
+        model: see `clip_bits`.
+        data: see `clip_bits`.
+        format: how parameters are stored; None for `Float32()`.
+        most: how many critical bits to look at; None for all whose flip changes a decision.
+        share: see `clip_bits`.
+        trials: see `clip_bits`.
+        seed: see `clip_bits`.
+        where: see `clip_bits`; what it leaves out is not in the mapping.
+        metrics: see `clip_bits`.
+        output: see `clip_bits`.
+        device: see `clip_bits`.
+        progress: see `clip_bits`.
+
+    Returns:
+        A mapping {qualified name: format} for `assess`.
+
+    Raises:
+        FormatError: if no critical bit is constant in any tensor.
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> _ = torch.manual_seed(0)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> _ = torch.nn.init.constant_(net[2].bias, 2.0)  # its bit 30 is 1
+        >>> x = torch.randn(50, 5)
+        >>> formats = fp.clip_tensors(net, [(x, net(x).argmax(dim=1))], most=None, share=0.2)
+        >>> 30 in formats["0.weight"].zeros, 30 in formats["2.bias"].ones
+        (True, True)
+    """
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        raise FormatError(f"clip_tensors takes most ≥ 1 bits, or None for all that qualify, got {most!r}")
+    inner = format or Float32()
+    measure = {"metrics": metrics, "output": output, "device": device, "progress": progress}
+    ranked, critical, _ = _ranked(model, data, inner, share=share, trials=trials, seed=seed, where=where, **measure)
+    bits = critical["bit"].head(len(ranked) if most is None else most).tolist()
+    formats: dict[str, Format] = {}
+    for name, _, words in stored_words(model, {"*": inner}, where):
+        counts = _ones(words, inner.width)
+        zeros = tuple(bit for bit in bits if counts[bit] == 0)
+        ones = tuple(bit for bit in bits if counts[bit] == words.numel())
+        formats[name] = BitClipped(inner, zeros=zeros, ones=ones) if zeros or ones else inner
+    if not any(isinstance(format, BitClipped) for format in formats.values()):
+        raise FormatError(f"the critical bits {bits} of {inner!r} vary in every tensor; there is nothing to clip")
+    return formats
+
+
+def _ranked(model: nn.Module, data: Data, inner: Format, **how: Any) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """All bits from the most to the least critical, those that are critical at all, and the column that says so."""
+    table = bit_criticality(model, data, inner, **how)
+    drop = next(column for column in map(str, table) if column.endswith("_drop"))
+    ranked = table.sort_values([drop, "critical_total", "bit"], ascending=False)
+    return ranked, ranked[(ranked["critical_total"] > 0) | (ranked[drop] > 0)], drop
 
 
 def _clipping(inner: Format, chosen: pd.DataFrame) -> BitClipped:

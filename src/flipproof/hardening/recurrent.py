@@ -147,12 +147,12 @@ class _Layers(nn.RNNBase, Opened):
         w_ih, w_hh = getattr(self, f"weight_ih{suffix}"), getattr(self, f"weight_hh{suffix}")
         b_ih, b_hh = (getattr(self, f"bias_{which}{suffix}") if self.bias else None for which in ("ih", "hh"))
         w_hr = getattr(self, f"weight_hr{suffix}") if self.proj_size else None
-        a = F.linear(x, w_ih, b_ih)
+        limits = _limits(act) if self.kernel is not None and w_hr is None and _is_plain(x) else None
+        a = F.linear(x, w_ih, b_ih) if limits is None else product(x, w_ih, b_ih)
         firsts = [0]
         for size in sizes:
             firsts.append(firsts[-1] + size)
         order = range(len(sizes) - 1, -1, -1) if suffix.endswith("reverse") else range(len(sizes))
-        limits = _limits(act) if self.kernel is not None and w_hr is None and _is_plain(a) else None
         if limits is not None:
             return self._compiled(a, sizes, firsts, order, state, w_hh, b_hh, limits)
         outs: list[Tensor] = [a[:0]] * len(sizes)

@@ -62,6 +62,7 @@ def reproduce(
     trials, judged = SCALES[scale]
     test = EHRSet(data.test.stays[:judged]).batches(120)
     calibration = data.validation.batches(200)
+    few = EHRSet(data.validation.stays[:100]).batches(100)
     found: dict[str, dict[str, Assessment]] = {}
     sizes: list[dict[str, float | str]] = []
     profiles: dict[str, pd.Series] = {}
@@ -72,7 +73,7 @@ def reproduce(
         sizes.append({"network": name, **whole.golden, **net.weight_counts()})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FlipproofWarning)  # which bit is worse and not constant goes into a table
-            wbc = clip_bits(net, calibration, where=WEIGHTS, metrics=("auroc",))
+            wbc = clip_bits(net, few, where=WEIGHTS, metrics=("auroc",), trials=8)
         safe = harden(net, AVC(), data=calibration)
         profiles[name], chosen[name] = bit_profile(net, Float32(), where=WEIGHTS), repr(wbc)
         console.print(f"[bold]{name}[/]: AUROC {whole.golden['auroc']:.3f}, clips {wbc!r}", highlight=False)
