@@ -14,9 +14,22 @@ from flipproof.analysis import (
 )
 from flipproof.campaigns import Assessment, assess, sample_size
 from flipproof.errors import FlipproofError, FlipproofWarning
+from flipproof.exploration import p_drop, rap
 from flipproof.faults import BitErrorRate, BitPosition, FaultSpace, Parameters, RandomBits, StuckAt
 from flipproof.faults.neurons import Neurons
-from flipproof.formats import Affine, BFloat16, BitClipped, FixedPoint, Float8E4M3, Float8E5M2, Float16, Float32
+from flipproof.formats import (
+    SECDED,
+    Affine,
+    BFloat16,
+    BitClipped,
+    FixedPoint,
+    Float8E4M3,
+    Float8E5M2,
+    Float16,
+    Float32,
+    Parity,
+    TripleMSB,
+)
 from flipproof.hardening import (
     AVC,
     FitAct,
@@ -38,6 +51,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AVC",
+    "SECDED",
     "Affine",
     "Assessment",
     "BFloat16",
@@ -59,11 +73,13 @@ __all__ = [
     "HardeningReport",
     "Neurons",
     "Parameters",
+    "Parity",
     "ProAct",
     "Propagation",
     "RandomBits",
     "Ranger",
     "StuckAt",
+    "TripleMSB",
     "VulnerabilityMap",
     "analyze",
     "assess",
@@ -76,7 +92,9 @@ __all__ = [
     "hardening_report",
     "load_hardened",
     "overhead",
+    "p_drop",
     "propagation",
+    "rap",
     "report",
     "sample_size",
     "save_hardened",

@@ -5,8 +5,10 @@ from flipproof.formats.base import Format, Stored
 from flipproof.formats.clipped import BitClipped
 from flipproof.formats.fixed import FixedPoint
 from flipproof.formats.floating import BFloat16, Float8E4M3, Float8E5M2, Float16, Float32
+from flipproof.formats.protected import SECDED, Parity, TripleMSB
 
 __all__ = [
+    "SECDED",
     "Affine",
     "BFloat16",
     "BitClipped",
@@ -16,5 +18,7 @@ __all__ = [
     "Float16",
     "Float32",
     "Format",
+    "Parity",
     "Stored",
+    "TripleMSB",
 ]

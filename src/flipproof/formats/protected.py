@@ -1,0 +1,235 @@
+"""Stored words with redundant bits: FORTUNE's copied most significant bits, and the classical parity and SECDED.
+
+A protected word keeps the inner format's word in its low bits and its check bits above. Check bits are stored bits:
+they are in the fault space and are hit like any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from flipproof.errors import FormatError
+from flipproof.formats.base import Coding, Format, word_dtype
+
+
+@dataclass(frozen=True)
+class _Protected(Format):
+    """A format around a format: `checks` bits above the inner word."""
+
+    inner: Format
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, Format):
+            raise FormatError(f"{type(self).__name__} protects the words of a Format, got {self.inner!r}")
+        if self.inner.width + self.checks > 64:
+            raise FormatError(f"{self!r} would have {self.inner.width + self.checks} bits a word; at most 64 fit")
+
+    @property
+    def checks(self) -> int:
+        """Check bits a word."""
+        raise NotImplementedError
+
+    def protect_words(self, data: Tensor) -> Tensor:
+        """Inner words, as unsigned int64, to whole words."""
+        raise NotImplementedError
+
+    def repair_words(self, words: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Whole words to (inner words with what could be repaired, which ones are beyond repair or None)."""
+        raise NotImplementedError
+
+    @property
+    def weights_only(self) -> bool:
+        return self.inner.weights_only
+
+    @property
+    def width(self) -> int:
+        return self.inner.width + self.checks
+
+    def fit(self, x: Tensor) -> Coding:
+        return self.inner.fit(x)
+
+    def encode_values(self, x: Tensor, coding: Coding) -> Tensor:
+        data = unsigned(self.inner.encode_values(x, coding), self.inner.width)
+        return self.protect_words(data).to(word_dtype(self.width))
+
+    def decode_words(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> Tensor:
+        data, lost = self.repair_words(unsigned(words, self.width))
+        values = self.inner.decode_words(data.to(word_dtype(self.inner.width)), coding, dtype)
+        return values if lost is None else torch.where(lost, torch.zeros_like(values), values)
+
+
+@dataclass(frozen=True)
+class TripleMSB(_Protected):
+    """The most significant bits stored several times; the majority counts (PAPERS: fortune, Step 2).
+
+    With m inner bits, copy j of the k-th protected bit (k = 0 is the most significant) is bit m + k · copies + j. At
+    use every protected bit becomes the majority of itself and its copies, so that up to `copies` / 2 faults in each
+    group do nothing. With the defaults it is FORTUNE's word: m bits and two copies of the MSB, m + 2 stored bits.
+
+    Args:
+        inner: the format that is protected.
+        copies: of each protected bit; even, so that there always is a majority.
+        protect: how many bits, from the most significant down.
+
+    Raises:
+        FormatError: for an odd number of copies, more protected bits than there are, or words beyond 64 bits.
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> fortune = fp.TripleMSB(fp.Affine(bits=3))
+        >>> stored = fortune.encode(torch.tensor([-1.0, 0.0, 2.5]))
+        >>> fortune.width, [f"{word:05b}" for word in stored.words.tolist()]
+        (5, ['00000', '00010', '11111'])
+        >>> fortune.decode_words(stored.words ^ 0b00100, stored.coding, torch.float32)  # the MSB itself is hit
+        tensor([-1.0000,  0.0000,  2.5000])
+    """
+
+    copies: int = 2
+    protect: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("copies", "protect"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise FormatError(f"TripleMSB: {name} must be a whole number from 1, got {value!r}")
+        if self.copies % 2:
+            raise FormatError(f"TripleMSB: an even number of copies gives a majority, got copies={self.copies}")
+        super().__post_init__()
+        if self.protect > self.inner.width:
+            raise FormatError(f"TripleMSB: {self.inner!r} has {self.inner.width} bits, got protect={self.protect}")
+
+    @property
+    def checks(self) -> int:
+        return self.copies * self.protect
+
+    def protect_words(self, data: Tensor) -> Tensor:
+        m = self.inner.width
+        words = data.clone()
+        for k in range(self.protect):
+            bit = (data >> (m - 1 - k)) & 1
+            words |= (bit * ((1 << self.copies) - 1)) << (m + k * self.copies)
+        return words
+
+    def repair_words(self, words: Tensor) -> tuple[Tensor, Tensor | None]:
+        m = self.inner.width
+        data = words & ((1 << m) - 1)
+        for k in range(self.protect):
+            votes = (words >> (m - 1 - k)) & 1
+            for j in range(self.copies):
+                votes = votes + ((words >> (m + k * self.copies + j)) & 1)
+            voted = (votes > self.copies // 2).to(torch.int64)
+            data = (data & ~(1 << (m - 1 - k))) | (voted << (m - 1 - k))
+        return data, None
+
+
+@dataclass(frozen=True)
+class Parity(_Protected):
+    """One even parity bit a word; a word whose parity is odd reads as 0.0.
+
+    Detects every odd number of faults and no even one.
+
+    Args:
+        inner: the format that is protected.
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> stored = fp.Parity(fp.Float32()).encode(torch.tensor([0.5]))
+        >>> stored.decode_at(torch.tensor([0]), stored.words ^ (1 << 30))
+        tensor([0.])
+    """
+
+    @property
+    def checks(self) -> int:
+        return 1
+
+    def protect_words(self, data: Tensor) -> Tensor:
+        return data | (parity(data) << self.inner.width)
+
+    def repair_words(self, words: Tensor) -> tuple[Tensor, Tensor | None]:
+        return words & ((1 << self.inner.width) - 1), parity(words) == 1
+
+
+@dataclass(frozen=True)
+class SECDED(_Protected):
+    """Extended Hamming code a word: corrects one fault, detects two (single error correct, double error detect).
+
+    m data bits get r check bits with 2^r ≥ m + r + 1, and one bit of overall parity: (39, 32) for Float32, (13, 8) for
+    8-bit words. A word with two faults reads as 0.0. Three faults and more may be taken for one and miscorrected, as in
+    any SECDED memory.
+
+    Args:
+        inner: the format that is protected.
+
+    Raises:
+        FormatError: for words beyond 64 bits.
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> code = fp.SECDED(fp.Float32())
+        >>> stored = code.encode(torch.tensor([0.5]))
+        >>> code.width, stored.decode_at(torch.tensor([0]), stored.words ^ (1 << 30))
+        (39, tensor([0.5000]))
+        >>> stored.decode_at(torch.tensor([0]), stored.words ^ (1 << 30) ^ 1)  # two faults
+        tensor([0.])
+    """
+
+    @property
+    def checks(self) -> int:
+        r = 1
+        while 2**r < self.inner.width + r + 1:
+            r += 1
+        return r + 1
+
+    @cached_property
+    def _code(self) -> tuple[list[int], list[int], list[int]]:
+        """(data bits under each check bit, syndrome → data bit to flip as a mask, syndrome → 1 if no bit has it)."""
+        m, r = self.inner.width, self.checks - 1
+        places = [place for place in range(1, 2**r) if place & (place - 1)][:m]  # powers of two are the check bits
+        covered = [sum(1 << bit for bit, place in enumerate(places) if place >> i & 1) for i in range(r)]
+        flip, unknown = [0] * 2**r, [1] * 2**r
+        unknown[0] = 0
+        for i in range(r):
+            unknown[1 << i] = 0
+        for bit, place in enumerate(places):
+            flip[place], unknown[place] = 1 << bit, 0
+        return covered, flip, unknown
+
+    def protect_words(self, data: Tensor) -> Tensor:
+        words = data.clone()
+        for i, mask in enumerate(self._code[0]):
+            words |= parity(data & mask) << (self.inner.width + i)
+        return words | (parity(words) << (self.width - 1))
+
+    def repair_words(self, words: Tensor) -> tuple[Tensor, Tensor | None]:
+        m = self.inner.width
+        covered, flip, unknown = self._code
+        data = words & ((1 << m) - 1)
+        syndrome = torch.zeros_like(words)
+        for i, mask in enumerate(covered):
+            syndrome |= (parity(data & mask) ^ ((words >> (m + i)) & 1)) << i
+        odd = parity(words) == 1
+        table = torch.tensor(flip, device=words.device)[syndrome]
+        lost = torch.where(odd, torch.tensor(unknown, device=words.device)[syndrome] == 1, syndrome != 0)
+        return torch.where(odd, data ^ table, data), lost
+
+
+def unsigned(words: Tensor, width: int) -> Tensor:
+    """Words of any container as int64 with everything above `width` 0 (a 64-bit word keeps its sign bit)."""
+    wide = words.to(torch.int64)
+    return wide if width == 64 else wide & ((1 << width) - 1)
+
+
+def parity(words: Tensor) -> Tensor:
+    """1 where an odd number of the 64 bits is set, int64.
+
+    >>> parity(torch.tensor([0, 1, 3, 7, -1])).tolist()
+    [0, 1, 0, 1, 0]
+    """
+    folded = words
+    for shift in (32, 16, 8, 4, 2, 1):
+        folded = folded ^ (folded >> shift)
+    return folded & 1
