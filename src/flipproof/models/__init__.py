@@ -2,6 +2,7 @@
 
 from flipproof.models.alexnet import alexnet, alexnet_227
 from flipproof.models.digits_cnn import digits_cnn
+from flipproof.models.inception import inception_v3
 from flipproof.models.lenet import lenet5
 from flipproof.models.mlp import mlp
 from flipproof.models.resnet import resnet18, resnet50
@@ -14,6 +15,7 @@ __all__ = [
     "alexnet",
     "alexnet_227",
     "digits_cnn",
+    "inception_v3",
     "lenet5",
     "load_weights",
     "mlp",
