@@ -14,7 +14,7 @@ from flipproof.analysis import (
 )
 from flipproof.campaigns import Assessment, assess, sample_size
 from flipproof.errors import FlipproofError, FlipproofWarning
-from flipproof.exploration import p_drop, rap
+from flipproof.exploration import Exploration, explore, p_drop, rap
 from flipproof.faults import BitErrorRate, BitPosition, FaultSpace, Parameters, RandomBits, StuckAt
 from flipproof.faults.neurons import Neurons
 from flipproof.formats import (
@@ -59,6 +59,7 @@ __all__ = [
     "BitErrorRate",
     "BitPosition",
     "DeepVigor",
+    "Exploration",
     "FTClipAct",
     "FaultSpace",
     "FitAct",
@@ -88,6 +89,7 @@ __all__ = [
     "clip_bits",
     "clip_tensors",
     "compare",
+    "explore",
     "harden",
     "hardening_report",
     "load_hardened",

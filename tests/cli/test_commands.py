@@ -213,3 +213,20 @@ def test_methods_that_are_none(run, method, message):
     code, _, err = run("harden", "ours.py:Tagger", "--data", "ours.py:batches", "--method", method)
     assert code == 2
     assert message in err
+
+
+def test_explore_finds_widths_and_writes_what_it_tried(run, tmp_path):
+    net = ("explore", "flipproof.demo:trained_digits_cnn", "--data", "flipproof.datasets:digits", "--trials", "5")
+    thresholds = ("--accuracy", "0.9", "--drop", "0.5", "--faults", "BitErrorRate([1e-3])", "--bits", "3:4")
+    code, out, err = run(*net, *thresholds, "--format", "SECDED(Affine(bits=8))", "--out", "found")
+    assert (code, err) == (0, "")
+    assert "narrowest feasible: TripleMSB(inner=Affine(bits=3" in out
+    assert "SECDED(Affine(bits=8))" in out
+    assert max(map(len, out.splitlines())) <= 100
+    table = pd.read_csv(tmp_path / "found" / "candidates.csv")
+    assert table["width"].tolist() == [8, 5, 13]
+    assert (tmp_path / "found" / "tradeoff.png").stat().st_size > 5000
+    assert run(*net, *thresholds, "--faults", "RandomBits(3)")[0] == 2
+    code, _, err = run(*net, "--accuracy", "0.9", "--drop", "0.5", "--bits", "3-4")
+    assert code == 2
+    assert "NARROWEST:WIDEST" in err

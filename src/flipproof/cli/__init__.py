@@ -14,6 +14,7 @@ from flipproof.cli.assess import assess
 from flipproof.cli.compare import compare
 from flipproof.cli.console import errors, out
 from flipproof.cli.demo import demo
+from flipproof.cli.explore import explore
 from flipproof.cli.harden import harden
 from flipproof.cli.listing import list_names
 from flipproof.cli.report import report
@@ -31,6 +32,7 @@ app.command()(demo)
 app.command()(assess)
 app.command()(analyze)
 app.command()(harden)
+app.command()(explore)
 app.command()(compare)
 app.command(name="list")(list_names)
 app.command()(report)

@@ -1,0 +1,138 @@
+"""One exploration's campaigns: stored forms assessed on the same data, at the same rates, with the same seed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from flipproof.campaigns import Assessment, assess
+from flipproof.campaigns.batches import Output, call, read_batches
+from flipproof.campaigns.evaluation import eval_mode, one_thread
+from flipproof.exploration.indicators import p_drop
+from flipproof.faults import BitErrorRate, FaultModel, FaultSpace
+from flipproof.formats import Affine, Format
+
+BASELINE = Affine(bits=8)
+"""What memory and time are relative to, as in the paper: unprotected 8 bits."""
+
+
+@dataclass
+class Study:
+    """All candidates share data, rates, seed and therefore, where their spaces are equal, draws."""
+
+    model: nn.Module
+    data: list[Any]
+    faults: FaultModel
+    accuracy: float
+    drop: float
+    trials: int
+    margin: float | None
+    seed: int
+    store: Path | None
+    workers: int
+    output: Output
+    device: str | torch.device | None
+    progress: bool | None
+    rows: list[dict[str, object]] = field(default_factory=list)
+    rates: list[pd.DataFrame] = field(default_factory=list)
+    assessments: dict[str, Assessment] = field(default_factory=dict)
+
+    def try_(
+        self, format: Format, *, hardening: str = "none", model: nn.Module | None = None, full: bool = False
+    ) -> bool:
+        """Assess one stored form and note it; True if it is feasible.
+
+        `full` injects below the accuracy threshold too.
+        """
+        net = self.model if model is None else model
+        name = f"{hardening}/{format!r}" if hardening != "none" else repr(format)
+        if name in self.assessments:
+            return bool(next(row["feasible"] for row in self.rows if row["name"] == name))
+        space = FaultSpace(net, format=format)
+        golden = self._assess(net, format, BitErrorRate(0.0), None).golden["accuracy"]
+        row: dict[str, object] = {
+            **{"name": name, "hardening": hardening, "format": repr(format), "width": format.width},
+            **{"weights": sum(site.values for site in space.sites), "memory": space.bits, "accuracy": golden},
+            **{
+                "time_ratio": self._time_ratio(net, space),
+                "drop": float("nan"),
+                "drop_low": float("nan"),
+                "drop_high": float("nan"),
+            },
+        }
+        enough = golden >= self.accuracy
+        if enough or full:
+            found = self._assess(net, format, self.faults, name)
+            self.assessments[name] = found
+            worst = int(found.summary["accuracy_drop"].to_numpy().argmax())
+            row |= {f"drop{end}": found.summary[f"accuracy_drop{end}"].tolist()[worst] for end in ("", "_low", "_high")}
+            self.rates.append(self._rates(name, hardening, format, space.bits, found))
+        row["feasible"] = feasible = bool(enough and float(str(row["drop"])) <= self.drop)
+        self.rows.append(row)
+        return feasible
+
+    def _assess(self, net: nn.Module, format: Format, faults: FaultModel, name: str | None) -> Assessment:
+        return assess(
+            net,
+            data=self.data,
+            faults=faults,
+            format=format,
+            trials=self.trials,
+            margin=self.margin if name else None,
+            seed=self.seed,
+            store=self.store / f"{_slug(name)}.jsonl" if self.store is not None and name else None,
+            workers=self.workers if name else 1,
+            output=self.output,
+            device=self.device,
+            progress=self.progress if name else False,
+        )
+
+    def _time_ratio(self, net: nn.Module, space: FaultSpace) -> float:
+        """Decoding all words and running one batch ÷ the same with unprotected 8 bits, measured in turn.
+
+        It is what a memory that holds words costs at each inference, where words are decoded as `Format` does it.
+        """
+        device = next((t.device for t in net.parameters()), torch.device("cpu"))
+        inputs = read_batches(self.data[:1], device).inputs[0]
+        plain = FaultSpace(self.model, format=BASELINE)
+        both = [
+            (model, [site.format.encode(held.tensors[site.name]) for site in held.sites])
+            for model, held in ((net, space), (self.model, plain))
+        ]
+        seconds: list[list[float]] = [[], []]
+        with one_thread(device), torch.no_grad():
+            for _ in range(9):
+                for (model, stored), taken in zip(both, seconds, strict=True):
+                    with eval_mode(model):
+                        began = time.perf_counter()
+                        for words in stored:
+                            words.decode()
+                        call(model, inputs)
+                        taken.append(time.perf_counter() - began)
+        ours, theirs = (sorted(taken)[len(taken) // 2] for taken in seconds)
+        return ours / theirs
+
+    def _rates(self, name: str, hardening: str, format: Format, bits: int, found: Assessment) -> pd.DataFrame:
+        columns = ["ber", "accuracy_drop", "accuracy_drop_low", "accuracy_drop_high", "critical_total", "due", "trials"]
+        table = found.summary[[column for column in columns if column in found.summary]].copy()
+        drops = (100 * table["accuracy_drop"]).tolist()
+        for column, used in (("p_drop", drops), ("p_drop_published", [drops[-1]] * len(drops))):
+            table[column] = [
+                p_drop(parameters=bits, width=1, ber=float(ber), accuracy_drop=float(value))
+                for ber, value in zip(table["ber"], used, strict=True)
+            ]
+        table.insert(0, "name", name)
+        table.insert(1, "hardening", hardening)
+        table.insert(2, "format", repr(format))
+        return table
+
+
+def _slug(name: str) -> str:
+    kept = "".join(letter if letter.isalnum() else "-" for letter in name.lower())
+    return "-".join(part for part in kept.split("-") if part)

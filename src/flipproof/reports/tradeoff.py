@@ -1,0 +1,48 @@
+"""Figure of an exploration: memory against what faults cost."""
+
+from __future__ import annotations
+
+import re
+
+from matplotlib.figure import Figure
+
+from flipproof.errors import ConfigError
+from flipproof.exploration.fortune import Exploration, short_name
+from flipproof.reports.figures import SERIES, empty_figure
+
+
+def tradeoff_figure(exploration: Exploration) -> Figure:
+    """Memory against the largest drop, one point a stored form; the front is joined (Fig. 5 of FORTUNE).
+
+    Raises:
+        ConfigError: if no form was accurate enough to be injected.
+    """
+    table = exploration.candidates.dropna(subset=["drop"])
+    if table.empty:
+        raise ConfigError("no stored form was accurate enough to be injected; there is no drop to draw")
+    figure, axes = empty_figure()
+    kib = table["memory"] / 8 / 1024
+    low, high = table["drop"] - table["drop_low"], table["drop_high"] - table["drop"]
+    for i, name in enumerate(dict.fromkeys(table["hardening"])):
+        own = table["hardening"] == name
+        bars = [100 * low[own].clip(lower=0), 100 * high[own].clip(lower=0)]
+        label = "not hardened" if name == "none" else str(name)
+        colour = SERIES[i % len(SERIES)]
+        axes.errorbar(kib[own], 100 * table["drop"][own], yerr=bars, fmt="o", ms=3, lw=0.7, color=colour, label=label)
+    front = table[table["front"]].sort_values("memory")
+    axes.plot(front["memory"] / 8 / 1024, 100 * front["drop"], lw=0.8, color="#444444", zorder=0, label="front")
+    for row in table.itertuples():
+        place = (float(str(row.memory)) / 8192, 100 * float(str(row.drop)))
+        axes.annotate(_label(str(row.format)), place, fontsize=5, xytext=(2, 2), textcoords="offset points")
+    axes.set_xlabel("memory of the weights, KiB")
+    axes.set_ylabel("largest drop of accuracy, points")
+    axes.legend(fontsize=6, frameon=False)
+    return figure
+
+
+def _label(format: str) -> str:
+    """As the paper names them: "8" for plain widths, "P-3" for protected ones; else the format without its defaults."""
+    short = short_name(format)
+    if found := re.fullmatch(r"(TripleMSB\()?Affine\(bits=(\d)\)\)?", short):
+        return f"P-{found[2]}" if found[1] else found[2]
+    return short.replace("Affine(bits=8)", "8")
