@@ -14,7 +14,14 @@ from typer.main import get_command
 from flipproof.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "docs/honest-numbers.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "benchmarks/README.md",
+    "docs/honest-numbers.md",
+    "docs/recurrent.md",
+)
 
 
 def python_in(page: str) -> list[str]:
@@ -76,7 +83,10 @@ def test_commands_in_the_readme_exist():
 
 
 def test_every_test_that_a_rule_rests_on_exists():
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs/honest-numbers.md").read_text(encoding="utf-8"))
+    named = re.findall(
+        r"`(tests/[\w/]+\.py)::(\w+)`",
+        (ROOT / "docs/honest-numbers.md", "docs/recurrent.md").read_text(encoding="utf-8"),
+    )
     assert len(named) > 20
     for path, name in named:
         assert re.search(rf"^\s*def {name}\(", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), (path, name)

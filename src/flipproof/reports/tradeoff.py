@@ -12,7 +12,7 @@ from flipproof.reports.figures import SERIES, empty_figure
 
 
 def tradeoff_figure(exploration: Exploration) -> Figure:
-    """Memory against the largest drop, one point a stored form; the front is joined (Fig. 5 of FORTUNE).
+    """Memory against the largest drop, one point a stored form; those on the front are filled (Fig. 5 of FORTUNE).
 
     Raises:
         ConfigError: if no form was accurate enough to be injected.
@@ -24,13 +24,19 @@ def tradeoff_figure(exploration: Exploration) -> Figure:
     kib = table["memory"] / 8 / 1024
     low, high = table["drop"] - table["drop_low"], table["drop_high"] - table["drop"]
     for i, name in enumerate(dict.fromkeys(table["hardening"])):
-        own = table["hardening"] == name
-        bars = [100 * low[own].clip(lower=0), 100 * high[own].clip(lower=0)]
         label = "not hardened" if name == "none" else str(name)
-        colour = SERIES[i % len(SERIES)]
-        axes.errorbar(kib[own], 100 * table["drop"][own], yerr=bars, fmt="o", ms=3, lw=0.7, color=colour, label=label)
-    front = table[table["front"]].sort_values("memory")
-    axes.plot(front["memory"] / 8 / 1024, 100 * front["drop"], lw=0.8, color="#444444", zorder=0, label="front")
+        for front in (True, False):  # filled on the front, hollow behind it
+            own = (table["hardening"] == name) & (table["front"] == front)
+            if not own.any():
+                continue
+            bars = [100 * low[own].clip(lower=0), 100 * high[own].clip(lower=0)]
+            legend = f"{label}{', front' if front else ''}"
+            container = axes.errorbar(
+                kib[own], 100 * table["drop"][own], yerr=bars, fmt="o", label=legend, lw=0.7, ms=3
+            )
+            for line in (container[0], *container[2]):
+                line.set_color(SERIES[i % len(SERIES)])
+            container[0].set_markerfacecolor(SERIES[i % len(SERIES)] if front else "white")
     for row in table.itertuples():
         place = (float(str(row.memory)) / 8192, 100 * float(str(row.drop)))
         axes.annotate(_label(str(row.format)), place, fontsize=5, xytext=(2, 2), textcoords="offset points")
