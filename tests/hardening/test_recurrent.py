@@ -61,6 +61,9 @@ def test_equals_pytorch_when_unbounded(kind, options, bounds, grad):
     with torch.set_grad_enabled(grad):
         assert same(closed(x), opened(x))
         assert same(closed(x, hx), opened(x, hx))
+        one = tuple(part[:, :1] for part in hx) if kind is nn.LSTM else hx[:, :1]
+        single = x[:1] if options.get("batch_first") else x[:, :1]
+        assert same(closed(single, one), opened(single, one))
         lone = tuple(part[:, 0] for part in hx) if kind is nn.LSTM else hx[:, 0]
         assert same(closed(x[0]), opened(x[0]))
         assert same(closed(x[0], lone), opened(x[0], lone))

@@ -105,3 +105,45 @@ def gru_step(a, b, h, out, low, high):  # type: ignore[no-untyped-def]
             new = n + z * (state[k] - n)
             state[k] = new
             outr[k] = new
+
+
+@njit(cache=True, inline="always", error_model="numpy", fastmath={"contract", "reassoc"})
+def _matvec(weight, bias, h, result):  # type: ignore[no-untyped-def]
+    for j in range(weight.shape[0]):
+        total = bias[j]
+        row = weight[j]
+        for k in range(h.size):
+            total += row[k] * h[k]
+        result[j] = total
+
+
+@njit(cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
+def lstm_sequence(a, weight, bias, c, h, out, low, high, backwards):  # type: ignore[no-untyped-def]
+    """All steps of one sequence, matrix products included: at one row a step, calling anything costs more.
+
+    Args:
+        a: the input's part, (T, 4H).
+        weight: W_hh, (4H, H).
+        bias: b_hh, (4H,).
+        c: cell state (1, H), updated.
+        h: state (1, H), updated.
+        out: states (T, H).
+        low: see `lstm_step`.
+        high: see `lstm_step`.
+        backwards: whether the last step comes first.
+    """
+    b = np.empty((1, weight.shape[0]), np.float32)
+    for i in range(a.shape[0]):
+        t = a.shape[0] - 1 - i if backwards else i
+        _matvec(weight, bias, h[0], b[0])
+        lstm_step(a[t : t + 1], b, c, h, out[t : t + 1], low, high)
+
+
+@njit(cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
+def gru_sequence(a, weight, bias, h, out, low, high, backwards):  # type: ignore[no-untyped-def]
+    """The same for a GRU; see `lstm_sequence` and `gru_step`."""
+    b = np.empty((1, weight.shape[0]), np.float32)
+    for i in range(a.shape[0]):
+        t = a.shape[0] - 1 - i if backwards else i
+        _matvec(weight, bias, h[0], b[0])
+        gru_step(a[t : t + 1], b, h, out[t : t + 1], low, high)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from flipproof.hardening.bounded import ClampInput
-from flipproof.hardening.gates import gru_step, lstm_step
+from flipproof.hardening.gates import gru_sequence, gru_step, lstm_sequence, lstm_step
 
 State = tuple[Tensor, ...]
 """(h, c) of an LSTM, (h,) of the others; rows first."""
@@ -46,6 +46,9 @@ class Opened:
     kernel: ClassVar[Callable[..., None] | None] = None
     """The same, compiled: for float32 on a CPU with every gate bounded."""
 
+    sequence: ClassVar[Callable[..., None] | None] = None
+    """All steps of one sequence, compiled."""
+
 
 class _LSTM(Opened):
     gates: ClassVar = {
@@ -56,6 +59,7 @@ class _LSTM(Opened):
         "cell": nn.Tanh,
     }
     kernel = staticmethod(lstm_step)
+    sequence = staticmethod(lstm_sequence)
 
     def pointwise(self, a: Tensor, b: Tensor, state: State, act: Sequence[nn.Module]) -> State:
         """C ← f · c + i · g; h = o · tanh(c)."""
@@ -67,6 +71,7 @@ class _LSTM(Opened):
 class _GRU(Opened):
     gates: ClassVar = {"reset_gate": nn.Sigmoid, "update_gate": nn.Sigmoid, "candidate": nn.Tanh}
     kernel = staticmethod(gru_step)
+    sequence = staticmethod(gru_sequence)
 
     def pointwise(self, a: Tensor, b: Tensor, state: State, act: Sequence[nn.Module]) -> State:
         """N = tanh(a_n + r · b_n); h ← n + z · (h − n)."""
@@ -184,6 +189,12 @@ class _Layers(nn.RNNBase, Opened):
         out = a.new_empty(a.shape[0], self.hidden_size)
         inside, outside = a.detach().contiguous().numpy(), out.numpy()
         memory = [s.numpy() for s in state]
+        if sizes[0] == 1:
+            assert self.sequence is not None
+            weight = w_hh.detach().contiguous().numpy()
+            bias = np.zeros(len(weight), np.float32) if b_hh is None else b_hh.detach().contiguous().numpy()
+            self.sequence(inside, weight, bias, *memory[::-1], outside, *limits, order.step < 0)
+            return out, state
         for t in order:
             rows, first, last = sizes[t], firsts[t], firsts[t + 1]
             b = product(state[0][:rows], w_hh, b_hh).numpy()
