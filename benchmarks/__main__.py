@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import deepvigor, hardening, injection, memory, neurons, recurrent, throughput, workers
+from benchmarks import deepvigor, hardening, injection, memory, neurons, recurrent, storage, throughput, workers
 from benchmarks.measure import Row, Size, machine
 
 BENCHMARKS = {
@@ -19,6 +19,7 @@ BENCHMARKS = {
     "memory": memory,
     "hardening": hardening,
     "recurrent": recurrent,
+    "storage": storage,
     "neurons": neurons,
     "deepvigor": deepvigor,
 }

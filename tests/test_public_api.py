@@ -59,6 +59,8 @@ def test_public_names_are_exactly_these():
         "save_hardened",
         "scrub_",
         "select",
+        "store_",
+        "stored_bytes",
     ]
 
 

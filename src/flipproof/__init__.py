@@ -30,6 +30,7 @@ from flipproof.formats import (
     Parity,
     TripleMSB,
 )
+from flipproof.formats.storage import store_, stored_bytes
 from flipproof.hardening import (
     AVC,
     FitAct,
@@ -102,4 +103,6 @@ __all__ = [
     "save_hardened",
     "scrub_",
     "select",
+    "store_",
+    "stored_bytes",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from flipproof.errors import FaultSpaceError
 from flipproof.formats import BFloat16, Float16, Float32, Format
+from flipproof.formats.packing import Packed
 
 FormatChoice = Format | Mapping[str, Format] | None
 """One format for all, `{pattern: format}` (the first match wins), or None: each tensor in its own float type."""
@@ -41,6 +42,8 @@ class Candidate:
     kind: Kind
     quantisable: bool
     tensor: Tensor
+    packed: Packed | None = None
+    """What decodes it, if `tensor` holds packed words."""
 
     @property
     def name(self) -> str:
@@ -64,6 +67,7 @@ def candidates(model: nn.Module, *, buffers: bool) -> list[Candidate]:
     Raises:
         FaultSpaceError: naming every tensor whose bits cannot be hit and what to do about it.
     """
+    packed = _packed(model)
     named: dict[int, tuple[Tensor, list[tuple[str, bool]]]] = {}
     problems: list[str] = []
     listing: list[tuple[str, Tensor, bool]] = [
@@ -87,7 +91,32 @@ def candidates(model: nn.Module, *, buffers: bool) -> list[Candidate]:
             + "\nLeave them out with fp.Parameters(exclude=[…]) only after the model no longer holds them as "
             "parameters, or assess the floating-point model."
         )
-    return _merge_shared(model, list(named.values()))
+    found = _merge_shared(model, list(named.values()))
+    return sorted([*found, *packed], key=_order(model)) if packed else found
+
+
+def _packed(model: nn.Module) -> list[Candidate]:
+    """Parameters that `store_` packed, under the names they had."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, ParametrizationList) and len(module) == 1 and isinstance(module[0], Packed):
+            owner, _, attribute = name.rpartition(".parametrizations.")
+            if not owner and name.startswith("parametrizations."):
+                owner, attribute = "", name.removeprefix("parametrizations.")
+            place = model.get_submodule(owner)
+            kind = _kind(attribute, place, is_buffer=False)
+            quantisable = kind == "weight" and isinstance(place, _QUANTISED_LAYERS)
+            full = f"{owner}.{attribute}".lstrip(".")
+            words = module.original0
+            assert isinstance(words, Tensor)
+            found.append(Candidate((full,), owner, kind, quantisable, words, module[0]))
+    return found
+
+
+def _order(model: nn.Module) -> Callable[[Candidate], tuple[int, int]]:
+    """Where a tensor stood before some were packed: modules in their order, packed parameters first in each."""
+    modules = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return lambda candidate: (modules[candidate.owner], 0 if candidate.packed is not None else 1)
 
 
 def _unsupported(tensor: Tensor) -> str | None:
@@ -140,20 +169,20 @@ def _merge_shared(model: nn.Module, found: list[tuple[Tensor, list[tuple[str, bo
 def _describe(model: nn.Module, tensor: Tensor, names: list[tuple[str, bool]]) -> Candidate:
     places = [_owner(model, name) for name, _ in names]
     owner_name, attribute, owner = places[0]
-    kind: Kind
-    if names[0][1]:
-        kind = "buffer"
-    elif isinstance(owner, _NORMS):
-        kind = "norm"
-    elif "bias" in attribute:
-        kind = "bias"
-    elif "weight" in attribute:
-        kind = "weight"
-    else:
-        kind = "other"
+    kind = _kind(attribute, owner, is_buffer=names[0][1])
     # an embedding that is tied to a Linear layer is that layer's weight too
     quantisable = kind == "weight" and any(isinstance(owner, _QUANTISED_LAYERS) for _, _, owner in places)
     return Candidate(tuple(name for name, _ in names), owner_name, kind, quantisable, tensor)
+
+
+def _kind(attribute: str, owner: nn.Module, *, is_buffer: bool) -> Kind:
+    if is_buffer:
+        return "buffer"
+    if isinstance(owner, _NORMS):
+        return "norm"
+    if "bias" in attribute:
+        return "bias"
+    return "weight" if "weight" in attribute else "other"
 
 
 def _owner(model: nn.Module, name: str) -> tuple[str, str, nn.Module]:
@@ -169,6 +198,12 @@ def _owner(model: nn.Module, name: str) -> tuple[str, str, nn.Module]:
 
 def choose_format(candidate: Candidate, choice: FormatChoice) -> Format | str:
     """The format of one tensor, or in words why it is not stored."""
+    if candidate.packed is not None:
+        if choice is None:
+            return candidate.packed.format
+        raise FaultSpaceError(
+            f"{candidate.name} is stored as {candidate.packed.format!r} in memory; format= cannot store it differently"
+        )
     if choice is None:
         native = _NATIVE.get(candidate.tensor.dtype)
         if native is None:

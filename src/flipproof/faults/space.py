@@ -128,6 +128,8 @@ class FaultSpace:
         where = where or Parameters()
         sites: list[Site] = []
         tensors: list[Tensor] = []
+        held: list[bool] = []
+        packed: list[bool] = []
         self.left_out: dict[str, str] = {}
         """Tensors that are not in the space, and why."""
         offset = 0
@@ -141,16 +143,11 @@ class FaultSpace:
                 self.left_out[candidate.name] = chosen
                 continue
             t = candidate.tensor
-            site = Site(
-                candidate.name,
-                candidate.names[1:],
-                candidate.owner,
-                candidate.kind,
-                tuple(t.shape),
-                t.dtype,
-                chosen,
-                offset,
-            )
+            like = candidate.packed or t
+            names, shape = candidate.names, tuple(like.shape)
+            site = Site(names[0], names[1:], candidate.owner, candidate.kind, shape, like.dtype, chosen, offset)
+            held.append(candidate.packed is not None or chosen.is_native(t.dtype))
+            packed.append(candidate.packed is not None)
             offset += site.bits
             sites.append(site)
             tensors.append(t)
@@ -163,6 +160,8 @@ class FaultSpace:
         self.sites: tuple[Site, ...] = tuple(sites)
         self.bits = offset
         self._tensors = tensors
+        self._held = held  # memory holds exactly these words; every other site is stored by decoding
+        self._packed = packed
         self._index = {name: i for i, site in enumerate(sites) for name in (site.name, *site.aliases)}
         self._borders = np.array([*(site.offset for site in sites), offset], np.int64)
         self._firsts = self._borders[:-1]
@@ -259,7 +258,7 @@ class FaultSpace:
         self._codings = {}
         try:
             for i, (site, tensor) in enumerate(zip(self.sites, self._tensors, strict=True)):
-                if site.format.is_native(site.dtype):
+                if self._held[i]:
                     continue
                 original = tensor.data.clone(memory_format=torch.contiguous_format)
                 decoded = self._decoded(i, site, original)
@@ -309,7 +308,7 @@ class FaultSpace:
             raise FaultSpaceError(
                 f"faults lie outside the space of {self.bits:,} bits: {positions[0]} … {positions[-1]}"
             )
-        if self._originals is None and any(not s.format.is_native(s.dtype) for s in self.sites):
+        if self._originals is None and not all(self._held):
             with self.stored(), self.corrupted(faults) as changed:
                 yield changed
             return
@@ -332,7 +331,9 @@ class FaultSpace:
             direct = [
                 i
                 for i, (s, t) in enumerate(zip(self.sites, self._tensors, strict=True))
-                if t.device.type == "cpu" and t.is_contiguous() and s.format.is_native(t.dtype) and t.dtype == s.dtype
+                if t.device.type == "cpu"
+                and t.is_contiguous()
+                and (self._packed[i] or (s.format.is_native(t.dtype) and t.dtype == s.dtype))
             ]
             memory = DirectMemory(
                 [self._tensors[i].data for i in direct],
@@ -340,6 +341,10 @@ class FaultSpace:
                 [self.sites[i].bits for i in direct],
             )
             coded = [i for i in range(len(self.sites)) if i not in set(direct)]
+            if away := [self.sites[i].name for i in coded if self._packed[i]]:
+                raise FaultSpaceError(
+                    f"{away[0]} is packed on {self._tensors[0].device}; faults hit packed words on a CPU"
+                )
             moved = [self.sites[i].name for i in coded if self._tensors[i].dtype != self.sites[i].dtype]
             if moved:
                 raise FaultSpaceError(f"{moved[0]} changed its dtype since the fault space was made; make a new space")

@@ -1,0 +1,150 @@
+"""Words as a stream of bits, without a gap, and the parametrisation that keeps a parameter that way."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor, nn
+
+from flipproof.formats.base import Coding, Format, dense, word_dtype
+
+TABLE_WIDTH = 10
+"""Up to this width a word is looked up in a table of all values it can stand for."""
+
+
+def pack(words: Tensor, width: int) -> Tensor:
+    """Words as uint8: bit b of word v is bit v · width + b of the stream, the lowest bit of a byte first.
+
+    Example:
+        >>> pack(torch.tensor([0b101, 0b011, 0b110], dtype=torch.uint8), 3).tolist()  # 110 011 101, from the right
+        [157, 1]
+    """
+    flat = words.detach().reshape(-1).cpu().contiguous().numpy()
+    wide = flat.astype(np.int64).view(np.uint64)
+    out = np.zeros(math.ceil(flat.size * width / 8), np.uint8)
+    _pack(wide, width, out)
+    return torch.from_numpy(out).to(words.device)
+
+
+def unpack(packed: Tensor, width: int, shape: tuple[int, ...]) -> Tensor:
+    """The words of a stream, in the integer type that the width takes.
+
+    Raises:
+        ValueError: if the stream has another length than that many words need.
+    """
+    count = math.prod(shape)
+    if packed.numel() != math.ceil(count * width / 8):
+        raise ValueError(
+            f"{count} words of {width} bits fill {math.ceil(count * width / 8)} bytes, got {packed.numel()}"
+        )
+    if _in_reach(packed):
+        out = np.empty(count, np.uint64)
+        _unpack(packed.contiguous().numpy(), width, out)
+        return torch.from_numpy(out.view(np.int64)).to(word_dtype(width)).reshape(shape)
+    places = torch.arange(8, device=packed.device)
+    bits = ((packed.to(torch.int64).unsqueeze(-1) >> places) & 1).reshape(-1)[: count * width].reshape(count, width)
+    weights = torch.arange(width, device=packed.device)
+    return (bits << weights).sum(dim=-1).to(word_dtype(width)).reshape(shape)
+
+
+class Packed(nn.Module):
+    """Decodes a bit-packed parameter at every use; `torch.nn.utils.parametrize` calls it.
+
+    Attributes:
+        format: how the values are stored.
+        shape: of the parameter.
+        dtype: of its values.
+    """
+
+    def __init__(self, format: Format, like: Tensor) -> None:
+        super().__init__()
+        self.format, self.shape, self.dtype = format, tuple(like.shape), like.dtype
+
+    def right_inverse(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Values to (packed words, constants); constants as the bits of float64, which no `.half()` can round."""
+        stored = self.format.encode(values)
+        return pack(stored.words, self.format.width), *(c.to(torch.float64).view(torch.int64) for c in stored.coding)
+
+    def forward(self, packed: Tensor, *constants: Tensor) -> Tensor:
+        """The parameter."""
+        coding: Coding = tuple(c.view(torch.float64) for c in constants)
+        count = math.prod(self.shape)
+        rows = max([c.numel() for c in coding], default=1)
+        fast = _in_reach(packed) and self.dtype == torch.float32 and self.format.width <= TABLE_WIDTH
+        if fast and count >= 2**self.format.width * rows:
+            every = torch.arange(2**self.format.width).to(word_dtype(self.format.width))
+            shaped = tuple(c.reshape(-1, 1) if c.dim() else c for c in coding)
+            table = self.format.decode_words(every.expand(rows, -1), shaped, self.dtype).contiguous()
+            out = torch.empty(self.shape)
+            _look_up(packed.numpy(), self.format.width, table.numpy(), count // rows, out.view(-1).numpy())
+            return out
+        words = unpack(packed, self.format.width, self.shape)
+        return self.format.decode_words(words, dense(coding, words.shape), self.dtype)
+
+    def extra_repr(self) -> str:
+        """Format and shape."""
+        return f"{self.format!r}, {self.shape}"
+
+
+def _in_reach(packed: Tensor) -> bool:
+    """True where a compiled pass may read the bytes: a plain tensor on the CPU, nobody tracing."""
+    return type(packed) is Tensor and packed.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+@njit(cache=True)
+def _pack(words: Any, width: int, out: Any) -> None:
+    for v in range(words.size):
+        word, position, left = words[v], v * width, width
+        while left > 0:
+            shift = position & 7
+            taken = min(8 - shift, left)
+            piece = word & np.uint64((1 << taken) - 1)
+            out[position >> 3] |= np.uint8(piece << np.uint64(shift))
+            word >>= np.uint64(taken)
+            position += taken
+            left -= taken
+
+
+@njit(cache=True)
+def _word(packed: Any, width: int, v: int) -> Any:
+    word, position, done = np.uint64(0), v * width, 0
+    while done < width:
+        shift = position & 7
+        taken = min(8 - shift, width - done)
+        piece = (np.uint64(packed[position >> 3]) >> np.uint64(shift)) & np.uint64((1 << taken) - 1)
+        word |= piece << np.uint64(done)
+        position += taken
+        done += taken
+    return word
+
+
+@njit(cache=True)
+def _unpack(packed: Any, width: int, out: Any) -> None:
+    for v in range(out.size):
+        out[v] = _word(packed, width, v)
+
+
+@njit(cache=True)
+def _look_up(packed: Any, width: int, table: Any, slice_size: int, out: Any) -> None:
+    """Every word's value from the table of its row; eight words of at most 8 bits are `width` bytes, read at once."""
+    mask = np.uint64((1 << width) - 1)
+    for row in range(table.shape[0]):
+        values = table[row]
+        first, last = row * slice_size, (row + 1) * slice_size
+        v = first
+        while v < last:
+            if width <= 8 and v & 7 == 0 and v + 8 <= last:
+                start = (v >> 3) * width
+                group = np.uint64(0)
+                for k in range(width):
+                    group |= np.uint64(packed[start + k]) << np.uint64(8 * k)
+                for k in range(8):
+                    out[v + k] = values[(group >> np.uint64(k * width)) & mask]
+                v += 8
+            else:
+                out[v] = values[_word(packed, width, v)]
+                v += 1

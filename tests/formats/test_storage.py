@@ -1,0 +1,195 @@
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils import parametrize
+
+import flipproof as fp
+from flipproof.errors import FaultSpaceError, FormatError
+from flipproof.formats.base import word_dtype
+from flipproof.formats.packing import pack, unpack
+
+FORMATS = [
+    fp.TripleMSB(fp.Affine(bits=3)),
+    fp.Affine(bits=8),
+    fp.Affine(bits=3, axis=0),
+    fp.SECDED(fp.Affine(bits=8)),
+    fp.SECDED(fp.Float32()),
+    fp.Float32(),
+    fp.BFloat16(),
+    fp.FixedPoint(),
+    fp.BitClipped(fp.Float32(), zeros=(30,)),
+    fp.Parity(fp.Float16()),
+]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 5, 3)
+        self.norm = nn.BatchNorm2d(5)
+        self.fc = nn.Linear(5 * 36, 7)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.norm(self.conv(x))).flatten(1))
+
+
+def network():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def images():
+    torch.manual_seed(1)
+    return torch.randn(6, 1, 8, 8)
+
+
+@given(st.integers(1, 64), st.lists(st.integers(0, 2**64 - 1), max_size=30))
+@settings(max_examples=150)
+def test_packing_is_the_bit_stream_of_a_plain_python_twin(width, values):
+    values = [value & (2**width - 1) for value in values]
+    signed = [v - 2**64 if width > 32 and v >= 2**63 else v for v in values]
+    words = torch.tensor(signed, dtype=torch.int64).to(word_dtype(width))
+    packed = pack(words, width)
+    stream = sum(value << (i * width) for i, value in enumerate(values))
+    size = math.ceil(len(values) * width / 8)
+    assert packed.tolist() == list(stream.to_bytes(size, "little"))
+    assert torch.equal(unpack(packed, width, (len(values),)), words)
+
+
+@pytest.mark.parametrize("width", [1, 3, 5, 8, 13, 32, 39, 64])
+def test_the_traceable_way_of_unpacking_agrees(width, monkeypatch):
+    from flipproof.formats import packing
+
+    words = torch.randint(-(2**62), 2**62, (4, 9)).to(torch.int64)
+    words = (words & (2**width - 1) if width < 64 else words).to(word_dtype(width))
+    packed = pack(words, width)
+    expected = unpack(packed, width, (4, 9))
+    monkeypatch.setattr(packing, "_in_reach", lambda tensor: False)
+    assert torch.equal(unpack(packed, width, (4, 9)), expected)
+    with pytest.raises(ValueError, match="bytes, got"):
+        unpack(packed[:-1], width, (4, 9))
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=repr)
+def test_stored_models_compute_what_the_simulation_computes(format):
+    net, x = network(), images()
+    space = fp.FaultSpace(net, format=format)
+    with space.stored(), torch.no_grad():
+        expected = net(x)
+    stored = fp.store_(copy.deepcopy(net), format)
+    with torch.no_grad():
+        assert torch.equal(stored(x), expected)
+    kept = sum(site.values for site in space.sites)
+    packed = sum(b.numel() for n, b in stored.named_buffers() if n.endswith("original0"))
+    assert packed == sum(math.ceil(site.bits / 8) for site in space.sites)
+    constants = sum(b.nbytes for n, b in stored.named_buffers() if ".original" in n and not n.endswith("original0"))
+    assert fp.stored_bytes(stored) == fp.stored_bytes(net) - 4 * kept + packed + constants
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=repr)
+@pytest.mark.parametrize("faults", [fp.BitErrorRate(1e-2), fp.StuckAt(0.05, 1)], ids=repr)
+def test_faults_in_packed_bytes_give_the_same_records_and_are_taken_back(format, faults):
+    net, x = network(), images()
+    data = [(x, torch.arange(6) % 7)]
+    weights = fp.Parameters(include=["conv.weight", "fc.weight"])
+    simulated = fp.assess(net, data=data, faults=faults, format={"*": format}, where=weights, trials=12)
+    stored = fp.store_(copy.deepcopy(net), {"*": format}, where=weights)
+    before = {name: buffer.clone() for name, buffer in stored.named_buffers()}
+    real = fp.assess(stored, data=data, faults=faults, where=weights, trials=12)
+    columns = [column for column in simulated.trials if column != "seconds"]
+    assert real.trials[columns].equals(simulated.trials[columns])
+    assert real.golden == simulated.golden
+    assert all(torch.equal(buffer, before[name]) for name, buffer in stored.named_buffers())
+
+
+def test_single_bits_of_every_word_are_the_same_outputs():
+    net, x = network(), images()
+    format = fp.TripleMSB(fp.Affine(bits=3))
+    stored = fp.store_(copy.deepcopy(net), format)
+    simulated = fp.FaultSpace(net, format=format)
+    real = fp.FaultSpace(stored, where=fp.Parameters(kinds=("weight",), exclude="norm"))
+    assert [(s.name, s.offset, s.bits) for s in real.sites] == [(s.name, s.offset, s.bits) for s in simulated.sites]
+    for position in range(0, simulated.bits, 61):
+        places = simulated.places(fp.faults.Faults(torch.tensor([position]).numpy()))
+        with simulated.corrupted(simulated.faults(places)), torch.no_grad():
+            expected = net(x)
+        with real.corrupted(real.faults(places)), torch.no_grad():
+            assert torch.equal(stored(x), expected)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers(kind):
+    torch.manual_seed(0)
+    layer, x = kind(4, 5, num_layers=2, bidirectional=True), torch.randn(7, 3, 4)
+    format = fp.Affine(bits=4)
+    with fp.FaultSpace(layer, format=format).stored(), torch.no_grad():
+        expected = layer(x)[0]
+    stored = fp.store_(layer, format)
+    with torch.no_grad():
+        for other in (stored, copy.deepcopy(stored)):
+            assert torch.equal(other(x)[0], expected)
+            assert torch.equal(other(x)[0], expected)
+    space = fp.FaultSpace(stored, where=fp.Parameters(kinds=("weight",)))
+    with space.corrupted(space.faults([("weight_hh_l0", 3, 3)])), torch.no_grad():
+        assert not torch.equal(stored(x)[0], expected)
+    with torch.no_grad():
+        assert torch.equal(stored(x)[0], expected)
+
+
+def test_it_travels(tmp_path):
+    net, x = network(), images()
+    stored = fp.store_(net, fp.TripleMSB(fp.Affine(bits=3, axis=0)))
+    with torch.no_grad():
+        expected = stored(x)
+        save_file(stored.state_dict(), tmp_path / "net.safetensors")
+        other = fp.store_(network(), fp.TripleMSB(fp.Affine(bits=3, axis=0)))
+        for parameter in other.parameters():
+            parameter.zero_()
+        other.load_state_dict(load_file(tmp_path / "net.safetensors"))
+        assert torch.equal(other(x), expected)
+        assert torch.equal(copy.deepcopy(stored)(x), expected)
+        with parametrize.cached():
+            assert torch.equal(stored(x), expected)
+        exported = torch.export.export(stored, (x,)).module()
+        assert torch.allclose(exported(x), expected, atol=1e-6)
+        half = copy.deepcopy(stored).half().float()
+        assert torch.equal(half.conv.weight, stored.conv.weight)  # no cast reaches words and their constants
+
+
+def test_onnx(tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    stored = fp.store_(network(), fp.Affine(bits=4))
+    assert torch.onnx.export(stored, (images(),), dynamo=True) is not None
+
+
+def test_what_cannot_be_stored_is_refused_and_nothing_changes():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.out = nn.Embedding(6, 3), nn.Linear(3, 6)
+            self.out.weight = self.embed.weight
+
+    tied = Tied()
+    with pytest.raises(FormatError, match=r"embed\.weight and out\.weight are one tied parameter"):
+        fp.store_(tied, fp.Float32())
+    assert isinstance(tied.out.weight, nn.Parameter)
+    net = network()
+    with torch.no_grad():
+        net.fc.weight[0, 0] = float("nan")
+    with pytest.raises(FormatError, match=r"fc\.weight"):
+        fp.store_(net, fp.Affine(bits=4))
+    assert len(list(net.parameters())) == 6
+    stored = fp.store_(network(), fp.Affine(bits=4))
+    with pytest.raises(FormatError, match="already"):
+        fp.store_(stored, fp.Affine(bits=4))
+    with pytest.raises(FaultSpaceError, match="cannot store it differently"):
+        fp.FaultSpace(stored, format=fp.Float32())
+    with pytest.raises(FormatError, match="no parameter"):
+        fp.store_(nn.BatchNorm1d(3), fp.Affine(bits=4))
