@@ -1,4 +1,4 @@
-"""What real packed storage costs: decoding protected 5-bit words ÷ plain 8-bit ones, forwards with decoding at each use."""
+"""What real packed storage costs: protected 5-bit words ÷ plain 8-bit ones, forwards that decode at each use."""
 
 from __future__ import annotations
 

@@ -193,3 +193,13 @@ def test_what_cannot_be_stored_is_refused_and_nothing_changes():
         fp.FaultSpace(stored, format=fp.Float32())
     with pytest.raises(FormatError, match="no parameter"):
         fp.store_(nn.BatchNorm1d(3), fp.Affine(bits=4))
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False), st.floats(allow_nan=False, allow_infinity=False))
+def test_constants_survive_as_whole_numbers(one, other):
+    from flipproof.formats.packing import _as_float, _as_integers
+
+    constant = torch.tensor([one, other], dtype=torch.float64)
+    constant = torch.where(constant.abs() < 2.0**-960, torch.zeros_like(constant), constant)
+    assert torch.equal(_as_float(_as_integers(constant)), constant)
+    assert torch.equal(_as_float(_as_integers(constant[0])), constant[0])

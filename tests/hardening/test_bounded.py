@@ -225,7 +225,7 @@ def test_copies_pickles_and_exports(kind: type[Bounded], function: str) -> None:
 def test_is_exported_to_onnx(kind: type[Bounded], tmp_path: object) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
-    program = torch.onnx.export(nn.Sequential(kind(1.0)), (torch.randn(2, 3),), dynamo=True)
+    program = torch.onnx.export(nn.Sequential(kind(1.0)).eval(), (torch.randn(2, 3),), dynamo=True)
     assert program is not None
 
 

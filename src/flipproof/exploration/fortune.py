@@ -31,9 +31,10 @@ class Exploration:
 
     Attributes:
         candidates: one row a stored form: `hardening`, `format`, `width`, `weights`, `memory` (stored bits),
-            `memory_ratio` and `time_ratio` to unprotected 8 bits, `accuracy` without faults, `drop` (the largest mean
-            drop over the rates, a fraction) with `drop_low` and `drop_high`, `rap`, `feasible`, `front`. A form below
-            the accuracy threshold is not injected, as in Algorithm 1: its `drop` is empty.
+            `memory_ratio` and `time_ratio` to unprotected 8 bits (time of a forward that decodes packed words, see
+            `store_`), `accuracy` without faults, `drop` (the largest mean drop over the rates, a fraction) with
+            `drop_low` and `drop_high`, `rap`, `feasible`, `front`. A form below the accuracy threshold is not injected,
+            as in Algorithm 1: its `drop` is empty.
         rates: one row a stored form and rate: `accuracy_drop` with its interval, `p_drop` (Eq. 6 as printed) and
             `p_drop_published` (with the drop at the highest rate, as the paper's table has it).
         chosen: the narrowest feasible format, None if none is.
@@ -191,7 +192,9 @@ def _finish(table: pd.DataFrame) -> pd.DataFrame:
     base = table.iloc[0]
     table["memory_ratio"] = table["memory"] / base["memory"]
     table["rap"] = [
-        rap(accuracy_drop=100 * drop, memory=memory, time=seconds) if drop == drop else float("nan")
+        rap(accuracy_drop=100 * drop, memory=memory, time=seconds)
+        if drop == drop and seconds == seconds
+        else float("nan")
         for drop, memory, seconds in table[["drop", "memory_ratio", "time_ratio"]].to_numpy(float).tolist()
     ]
     table["front"] = _front(table)

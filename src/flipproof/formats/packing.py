@@ -45,10 +45,11 @@ def unpack(packed: Tensor, width: int, shape: tuple[int, ...]) -> Tensor:
         out = np.empty(count, np.uint64)
         _unpack(packed.contiguous().numpy(), width, out)
         return torch.from_numpy(out.view(np.int64)).to(word_dtype(width)).reshape(shape)
-    places = torch.arange(8, device=packed.device)
-    bits = ((packed.to(torch.int64).unsqueeze(-1) >> places) & 1).reshape(-1)[: count * width].reshape(count, width)
-    weights = torch.arange(width, device=packed.device)
-    return (bits << weights).sum(dim=-1).to(word_dtype(width)).reshape(shape)
+    # division and remainder instead of shifts: every exporter knows them
+    powers = torch.tensor([1 << place for place in range(8)], device=packed.device)
+    bits = (packed.to(torch.int64).unsqueeze(-1) // powers % 2).reshape(-1)[: count * width].reshape(count, width)
+    weights = torch.tensor([1 << place if place < 63 else -(1 << 63) for place in range(width)], device=packed.device)
+    return (bits * weights).sum(dim=-1).to(word_dtype(width)).reshape(shape)
 
 
 class Packed(nn.Module):
@@ -65,13 +66,13 @@ class Packed(nn.Module):
         self.format, self.shape, self.dtype = format, tuple(like.shape), like.dtype
 
     def right_inverse(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Values to (packed words, constants); constants as the bits of float64, which no `.half()` can round."""
+        """Values to (packed words, constants); constants as two whole numbers m · 2^e, which no `.half()` can round."""
         stored = self.format.encode(values)
-        return pack(stored.words, self.format.width), *(c.to(torch.float64).view(torch.int64) for c in stored.coding)
+        return pack(stored.words, self.format.width), *(_as_integers(c) for c in stored.coding)
 
     def forward(self, packed: Tensor, *constants: Tensor) -> Tensor:
         """The parameter."""
-        coding: Coding = tuple(c.view(torch.float64) for c in constants)
+        coding: Coding = tuple(_as_float(c) for c in constants)
         count = math.prod(self.shape)
         rows = max([c.numel() for c in coding], default=1)
         fast = _in_reach(packed) and self.dtype == torch.float32 and self.format.width <= TABLE_WIDTH
@@ -88,6 +89,16 @@ class Packed(nn.Module):
     def extra_repr(self) -> str:
         """Format and shape."""
         return f"{self.format!r}, {self.shape}"
+
+
+def _as_integers(constant: Tensor) -> Tensor:
+    """A float64 as (m, e) with value m · 2^e, exactly; int64 of shape (2, …)."""
+    mantissa, exponent = torch.frexp(constant.to(torch.float64))
+    return torch.stack([(mantissa * 2.0**53).to(torch.int64), exponent.to(torch.int64) - 53])
+
+
+def _as_float(integers: Tensor) -> Tensor:
+    return integers[0].to(torch.float64) * torch.pow(2.0, integers[1].to(torch.float64))
 
 
 def _in_reach(packed: Tensor) -> bool:

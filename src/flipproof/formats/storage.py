@@ -78,7 +78,7 @@ def stored_bytes(model: nn.Module) -> int:
     Example:
         >>> import flipproof as fp, torch
         >>> stored_bytes(torch.nn.Linear(64, 32)), stored_bytes(fp.store_(torch.nn.Linear(64, 32), fp.Affine(bits=4)))
-        (8320, 1168)
+        (8320, 1184)
     """
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
