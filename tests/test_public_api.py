@@ -50,6 +50,7 @@ def test_public_names_are_exactly_these():
         "harden",
         "hardening_report",
         "load_hardened",
+        "mixed_widths",
         "overhead",
         "p_drop",
         "propagation",

@@ -14,7 +14,7 @@ from flipproof.analysis import (
 )
 from flipproof.campaigns import Assessment, assess, sample_size
 from flipproof.errors import FlipproofError, FlipproofWarning
-from flipproof.exploration import Exploration, explore, p_drop, rap
+from flipproof.exploration import Exploration, explore, mixed_widths, p_drop, rap
 from flipproof.faults import BitErrorRate, BitPosition, FaultSpace, Parameters, RandomBits, StuckAt
 from flipproof.faults.neurons import Neurons
 from flipproof.formats import (
@@ -94,6 +94,7 @@ __all__ = [
     "harden",
     "hardening_report",
     "load_hardened",
+    "mixed_widths",
     "overhead",
     "p_drop",
     "propagation",

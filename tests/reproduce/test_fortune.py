@@ -23,7 +23,7 @@ def tiny():
 
 
 def test_tables_figures_and_resuming(tmp_path, monkeypatch):
-    subject = fortune.Subject("VGG11", tiny, digits("test", batch_size=60)[:1])
+    subject = fortune.Subject("VGG11", tiny, digits("test", batch_size=60)[:1], digits("train", batch_size=30)[:1])
     monkeypatch.setattr(fortune, "_subjects", lambda scale, root: [subject])
     monkeypatch.setattr(fortune, "RATES", {"smoke": (3e-4, 3e-2)})
     monkeypatch.setattr(fortune, "TRIALS", {"smoke": 4})
@@ -39,7 +39,7 @@ def test_tables_figures_and_resuming(tmp_path, monkeypatch):
     timed = ["time_ratio", "rap"]
     pd.testing.assert_frame_equal(summary.drop(columns=timed), again.drop(columns=timed))
     assert {path: path.read_bytes() for path in tmp_path.glob("journals/*/*.jsonl")} == before
-    assert len(before) == 8
+    assert len([path for path in before if path.parent.name == "vgg11"]) == 8
     types = ["8-bit", "P-3-bit", "P-4-bit", "P-5-bit", "5-bit", "4-bit", "3-bit", "SECDED(Affine(bits=8))"]
     assert list(dict.fromkeys(summary["type"])) == types
     weights = 64 * 20 + 20 * 10
@@ -54,6 +54,9 @@ def test_tables_figures_and_resuming(tmp_path, monkeypatch):
     )
     own = summary[summary["type"] == "P-3-bit"]
     assert own["drop"].tolist() == pytest.approx((100 * alone.summary["accuracy_drop"]).tolist())
+    mixed = pd.read_csv(tmp_path / "table-3.csv")
+    assert mixed["widths"].tolist() == ["uniform"] * 2 + ["mixed"] * 2
+    assert (mixed["memory"] <= weights * 5).all()
     published = pd.read_csv(tmp_path / "table-2.csv")
     row = published[(published["type"] == "P-3-bit") & (published["ber"] == 3e-4) & (published["network"] == "VGG11")]
     assert row["published"].tolist() == [67.13]

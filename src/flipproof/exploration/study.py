@@ -89,7 +89,7 @@ class Study:
             trials=self.trials,
             margin=self.margin if name else None,
             seed=self.seed,
-            store=self.store / f"{_slug(name)}.jsonl" if self.store is not None and name else None,
+            store=self.store / f"{slug(name)}.jsonl" if self.store is not None and name else None,
             workers=self.workers if name else 1,
             output=self.output,
             device=self.device,
@@ -133,6 +133,7 @@ class Study:
         return table
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """A name as part of a file name."""
     kept = "".join(letter if letter.isalnum() else "-" for letter in name.lower())
     return "-".join(part for part in kept.split("-") if part)

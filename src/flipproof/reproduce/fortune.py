@@ -21,13 +21,15 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flipproof.campaigns import assess
 from flipproof.campaigns.statistics import difference_interval
 from flipproof.datasets import cifar10, fashion_mnist
 from flipproof.errors import ConfigError
-from flipproof.exploration import Exploration, explore
+from flipproof.exploration import Exploration, explore, mixed_widths
 from flipproof.exploration.fortune import short_name
-from flipproof.faults import BitErrorRate
-from flipproof.formats import SECDED, Affine
+from flipproof.exploration.mixed import doubt
+from flipproof.faults import BitErrorRate, FaultSpace
+from flipproof.formats import SECDED, Affine, TripleMSB
 from flipproof.models import alexnet_227, inception_v3, lenet5, load_weights, resnet18, resnet20, vgg11
 from flipproof.models.training import cached, train_classifier
 from flipproof.reports import save, tradeoff_figure
@@ -40,16 +42,19 @@ RATES = {"smoke": (*BERS, 1e-3), "paper": BERS}
 TRIALS = {"smoke": 60, "paper": 1000}
 MORE = (Affine(bits=5), Affine(bits=4), Affine(bits=3), SECDED(Affine(bits=8)))
 """Beside P-3, P-4, P-5 and the 8-bit baseline: the same widths without protection, and the classical code."""
+FORTUNE = TripleMSB(Affine(bits=3))
+_NAMES = ("network", "widths", "memory", "golden")
 Batches = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One network with its data."""
+    """One network with its data; `calibration` is for choosing mixed widths."""
 
     name: str
     build: Callable[[], nn.Module]
     test: Batches
+    calibration: Batches
 
 
 def reproduce(
@@ -67,9 +72,11 @@ def reproduce(
     if scale not in RATES:
         raise ConfigError(f"scale is 'smoke' or 'paper', got {scale!r}")
     found: dict[str, Exploration] = {}
+    mixed: list[pd.DataFrame] = []
     for subject in _subjects(scale, data_root):
+        net = subject.build()
         found[subject.name] = explore(
-            subject.build(),
+            net,
             subject.test,
             accuracy=0.0,
             drop=1.0,
@@ -84,7 +91,48 @@ def reproduce(
         console.print(f"[bold]{subject.name}[/]")
         console.print(str(found[subject.name]), markup=False, highlight=False)
         save(tradeoff_figure(found[subject.name]), out / f"figure-5-{_slug(subject.name)}.png")
+        mixed.append(_mixed(net, subject, scale, out, workers, console))
+    write_table(pd.concat(mixed, ignore_index=True), out / "table-3", title="Mixed widths against uniform P-3-bit")
     return _tables(found, out, console)
+
+
+def _mixed(net: nn.Module, subject: Subject, scale: str, out: Path, workers: int, console: Console) -> pd.DataFrame:
+    """Widths chosen layer by layer for the memory of uniform P-3-bit, and both in the same campaign."""
+    uniform = FORTUNE
+    memory = FaultSpace(net, format=uniform).bits
+    journals = out / "journals" / f"{_slug(subject.name)}-mixed"
+    chosen = mixed_widths(
+        net, subject.calibration, memory=memory, ber=max(RATES[scale]), trials=10, store=journals, progress=False
+    )
+    write_table(
+        chosen.table, out / f"mixed-{_slug(subject.name)}", title=f"{subject.name}: cost of each layer and option"
+    )
+    campaigns = {
+        name: assess(
+            net,
+            data=subject.test,
+            faults=BitErrorRate(RATES[scale]),
+            format=format,
+            metrics=("accuracy", doubt),
+            trials=TRIALS[scale],
+            workers=workers,
+            store=journals / f"judged-{name}.jsonl",
+        )
+        for name, format in (("uniform", uniform), ("mixed", chosen.formats))
+    }
+    rows = []
+    for name, result in campaigns.items():
+        part = result.summary[["ber", "accuracy", "accuracy_low", "accuracy_high", "doubt", "doubt_low", "doubt_high"]]
+        part = part.assign(network=subject.name, widths=name, golden=result.golden["accuracy"])
+        part["memory"] = memory if name == "uniform" else chosen.bits
+        rows.append(part)
+    table = pd.concat(rows, ignore_index=True)
+    ends = {name: float(result.summary["accuracy"].iloc[-1]) for name, result in campaigns.items()}
+    console.print(
+        f"  at {max(RATES[scale]):g} mixed widths have {ends['mixed']:.3f}, uniform P-3-bit {ends['uniform']:.3f}",
+        highlight=False,
+    )
+    return table[["network", "widths", "memory", "golden", *[c for c in table if c not in _NAMES]]]
 
 
 def _subjects(scale: str, root: Path) -> list[Subject]:
@@ -93,21 +141,21 @@ def _subjects(scale: str, root: Path) -> list[Subject]:
         wide, wide_test = (_enlarged(fashion_mnist(root, part, batch_size=64)) for part in ("train", "test"))
         cifar = (("VGG11", vgg11), ("ResNet18", resnet18), ("Inception", inception_v3))
         return [
-            *(Subject(name, partial(_trained, name, build, train, 60), test) for name, build in cifar),
-            Subject("AlexNet", partial(_trained, "AlexNet", alexnet_227, wide, 20), wide_test),
+            *(Subject(name, partial(_trained, name, build, train, 60), test, train[:8]) for name, build in cifar),
+            Subject("AlexNet", partial(_trained, "AlexNet", alexnet_227, wide, 20), wide_test, wide[:8]),
         ]
     train, test = cifar10(root, "train", batch_size=100), cifar10(root, "test", batch_size=125, limit=250)
     narrow = partial(vgg11, batch_norm=True, width=0.25, hidden=(256,))
     clothes = fashion_mnist(root, "train", batch_size=100, limit=20000)
     subjects = [
-        Subject("VGG-11 (width ¼)", partial(_trained, "vgg11-quarter", narrow, train, 10), test),
+        Subject("VGG-11 (width ¼)", partial(_trained, "vgg11-quarter", narrow, train, 10), test, train[:3]),
         Subject(
             "LeNet-5 (Fashion-MNIST)", partial(_trained, "lenet5-fashion", lenet5, clothes, 4),
-            fashion_mnist(root, "test", batch_size=125, limit=250),
+            fashion_mnist(root, "test", batch_size=125, limit=250), clothes[:3],
         ),
     ]  # fmt: skip
     if (checkpoint := next(root.glob("**/resnet20-*.th"), None)) is not None:
-        subjects.append(Subject("ResNet-20 (checkpoint)", partial(_loaded, checkpoint), test))
+        subjects.append(Subject("ResNet-20 (checkpoint)", partial(_loaded, checkpoint), test, train[:2]))
     return subjects
 
 
