@@ -15,6 +15,7 @@ from torch import nn
 from flipproof.campaigns import Assessment, assess
 from flipproof.errors import ConfigError, FlipproofError
 from flipproof.faults import Parameters
+from flipproof.faults.neurons import Neurons
 from flipproof.faults.selection import FormatChoice
 from flipproof.hardening import load_hardened
 from flipproof.metrics import METRIC_NAMES
@@ -28,7 +29,8 @@ class CampaignConfig:
 
     `model`, `data`, `metrics` and `output` name importable objects; `faults` and `format` are written as in Python.
     `weights` is a safetensors or PyTorch state dict to load, `hardened` what `flipproof harden` wrote, `out` the folder
-    that gets journal, tables and figures.
+    that gets journal, tables and figures. With `neurons`, outputs of layers are hit instead of parameters, one upset a
+    sample, and `include` and `exclude` name layers.
     """
 
     model: str
@@ -41,6 +43,7 @@ class CampaignConfig:
     exclude: tuple[str, ...] = ()
     buffers: bool = False
     kinds: tuple[str, ...] = ()
+    neurons: bool = False
     trials: int = 100
     metrics: tuple[str, ...] = ("accuracy",)
     seed: int = 0
@@ -86,7 +89,7 @@ class CampaignConfig:
             data=data,
             faults=parse_faults(self.faults),
             format=self._format(),
-            where=Parameters(self.include, self.exclude, self.buffers, self.kinds),  # type: ignore[arg-type]
+            where=self._where(),
             trials=self.trials,
             metrics=[name if name in METRIC_NAMES else load_object(name) for name in self.metrics],
             seed=self.seed,
@@ -103,6 +106,13 @@ class CampaignConfig:
         result.to_csv(folder / "trials.csv")
         result.to_csv(folder / "summary.csv", table="summary")
         return result
+
+    def _where(self) -> Parameters | Neurons:
+        if not self.neurons:
+            return Parameters(self.include, self.exclude, self.buffers, self.kinds)  # type: ignore[arg-type]
+        if self.buffers or self.kinds:
+            raise ConfigError("neurons are outputs of layers: buffers and kinds choose parameters; leave them out")
+        return Neurons(include=self.include, exclude=self.exclude)
 
     def _model(self) -> nn.Module:
         model = load_model(self.model, self.weights)

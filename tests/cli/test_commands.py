@@ -230,3 +230,18 @@ def test_explore_finds_widths_and_writes_what_it_tried(run, tmp_path):
     code, _, err = run(*net, "--accuracy", "0.9", "--drop", "0.5", "--bits", "3-4")
     assert code == 2
     assert "NARROWEST:WIDEST" in err
+
+
+def test_assess_hits_neurons(run, tmp_path):
+    net = ("assess", "flipproof.demo:trained_digits_cnn", "--data", "flipproof.datasets:digits", "--neurons")
+    code, _, err = run(*net, "--include", "conv*", "--faults", "RandomBits(1)", "--trials", "3", "--out", "hit")
+    assert (code, err) == (0, "")
+    found = fp.Assessment.load(tmp_path / "hit" / "journal.jsonl")
+    assert all(entry["name"].startswith("conv") for entry in found.header["stored"])
+    assert "neurons = true" in (tmp_path / "hit" / "campaign.toml").read_text()
+    before = (tmp_path / "hit" / "journal.jsonl").read_bytes()
+    assert run("assess", "--config", "hit/campaign.toml")[0] == 0
+    assert (tmp_path / "hit" / "journal.jsonl").read_bytes() == before
+    code, _, err = run(*net, "--faults", "RandomBits(1)", "--buffers", "--out", "other")
+    assert code == 2
+    assert "outputs of layers" in err

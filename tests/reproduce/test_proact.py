@@ -66,7 +66,7 @@ def test_tables_say_what_the_journals_say(results):
     out, (summary, _), _, _, _ = results
     assert len(summary) == 6 * 2
     for row in summary.itertuples():
-        name = proact._slug(row.method)
+        name = proact.slug(row.method)
         journal = fp.Assessment.load(out / "journals" / f"tiny-cifar-10-{name}.jsonl")
         point = journal.summary[journal.summary["ber"] == row.ber].iloc[0]
         assert row.accuracy == pytest.approx(point["accuracy"])

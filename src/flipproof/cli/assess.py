@@ -53,6 +53,10 @@ def assess(
         list[str] | None, typer.Option(help="Only weight, bias, norm, buffer or other. Repeatable.")
     ] = None,
     buffers: Annotated[bool | None, typer.Option(help="Also hit buffers such as BatchNorm statistics.")] = None,
+    neurons: Annotated[
+        bool | None,
+        typer.Option(help="Hit outputs of layers, one upset a sample; --include and --exclude name layers then."),
+    ] = None,
     trials: Annotated[int | None, typer.Option(help="Trials a point (the ceiling, with --margin). [100]")] = None,
     metrics: Annotated[
         list[str] | None, typer.Option(help=f"{', '.join(METRIC_NAMES)}, or MODULE:FUNCTION. Repeatable. [accuracy]")
@@ -99,6 +103,7 @@ def assess(
         "exclude": exclude,
         "kinds": kinds,
         "buffers": buffers,
+        "neurons": neurons,
         "trials": trials,
         "metrics": metrics,
         "seed": seed,

@@ -22,7 +22,8 @@ def harden(
         typer.Option(help="MODULE:FACTORY of calibration batches (inputs, targets): training data, never test data."),
     ],
     method: Annotated[
-        str, typer.Option(help="`Guard()`, `Ranger(per='neuron')`, `FTClipAct()`, `FitAct.quick()`, `ProAct()`.")
+        str,
+        typer.Option(help="`Guard()`, `AVC()`, `Ranger(per='neuron')`, `FTClipAct()`, `FitAct()`, `ProAct.quick()`."),
     ] = "Guard()",
     weights: Annotated[
         str | None, typer.Option(help="State dict to load: .safetensors, or .pt/.pth (never unpickled).")

@@ -135,5 +135,5 @@ class Study:
 
 def slug(name: str) -> str:
     """A name as part of a file name."""
-    kept = "".join(letter if letter.isalnum() else "-" for letter in name.lower())
+    kept = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name.lower())
     return "-".join(part for part in kept.split("-") if part)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor, nn
@@ -28,10 +27,11 @@ from flipproof.errors import ConfigError
 from flipproof.exploration import Exploration, explore, mixed_widths
 from flipproof.exploration.fortune import short_name
 from flipproof.exploration.mixed import doubt
+from flipproof.exploration.study import slug
 from flipproof.faults import BitErrorRate, FaultSpace
 from flipproof.formats import SECDED, Affine, TripleMSB
 from flipproof.models import alexnet_227, inception_v3, lenet5, load_weights, resnet18, resnet20, vgg11
-from flipproof.models.training import cached, train_classifier
+from flipproof.models.training import cached, seeded, train_classifier
 from flipproof.reports import save, tradeoff_figure
 from flipproof.reports.figures import SERIES, empty_figure
 from flipproof.reproduce.fortune_published import BERS, table_1, table_2
@@ -85,12 +85,12 @@ def reproduce(
             faults=BitErrorRate(RATES[scale]),
             formats=MORE,
             trials=TRIALS[scale],
-            store=out / "journals" / _slug(subject.name),
+            store=out / "journals" / slug(subject.name),
             workers=workers,
         )
         console.print(f"[bold]{subject.name}[/]")
         console.print(str(found[subject.name]), markup=False, highlight=False)
-        save(tradeoff_figure(found[subject.name]), out / f"figure-5-{_slug(subject.name)}.png")
+        save(tradeoff_figure(found[subject.name]), out / f"figure-5-{slug(subject.name)}.png")
         mixed.append(_mixed(net, subject, scale, out, workers, console))
     write_table(pd.concat(mixed, ignore_index=True), out / "table-3", title="Mixed widths against uniform P-3-bit")
     return _tables(found, out, console)
@@ -100,12 +100,12 @@ def _mixed(net: nn.Module, subject: Subject, scale: str, out: Path, workers: int
     """Widths chosen layer by layer for the memory of uniform P-3-bit, and both in the same campaign."""
     uniform = FORTUNE
     memory = FaultSpace(net, format=uniform).bits
-    journals = out / "journals" / f"{_slug(subject.name)}-mixed"
+    journals = out / "journals" / f"{slug(subject.name)}-mixed"
     chosen = mixed_widths(
         net, subject.calibration, memory=memory, ber=max(RATES[scale]), trials=10, store=journals, progress=False
     )
     write_table(
-        chosen.table, out / f"mixed-{_slug(subject.name)}", title=f"{subject.name}: cost of each layer and option"
+        chosen.table, out / f"mixed-{slug(subject.name)}", title=f"{subject.name}: cost of each layer and option"
     )
     campaigns = {
         name: assess(
@@ -170,12 +170,7 @@ def _loaded(path: Path) -> nn.Module:
 
 
 def _trained(name: str, build: Callable[[], nn.Module], train: Batches, epochs: int) -> nn.Module:
-    def seeded() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return build()
-
-    return cached(f"fortune-{_slug(name)}-1", seeded, lambda model: train_classifier(model, train, epochs=epochs))
+    return cached(f"fortune-{slug(name)}-1", seeded(build), lambda model: train_classifier(model, train, epochs=epochs))
 
 
 def _type(format: str) -> str:
@@ -214,7 +209,7 @@ def _tables(found: dict[str, Exploration], out: Path, console: Console) -> pd.Da
     )  # fmt: skip
     for number, column, label in ((6, "p_drop_published", "P_drop"), (7, "rap", "RAP (percent)")):
         for name, own in summary.groupby("network", sort=False):
-            save(_bars(own, column, label), out / f"figure-{number}-{_slug(str(name))}.png")
+            save(_bars(own, column, label), out / f"figure-{number}-{slug(str(name))}.png")
     said = _claims(summary)
     (out / "claims.md").write_text("".join(f"- {sentence}\n" for sentence in said), encoding="utf-8")
     for sentence in said:
@@ -263,8 +258,3 @@ def _claims(summary: pd.DataFrame) -> list[str]:
             f"and up to 192 % in its table)"
         )
     return said
-
-
-def _slug(name: str) -> str:
-    kept = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name.lower())
-    return "-".join(part for part in kept.split("-") if part)

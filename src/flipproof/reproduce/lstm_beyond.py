@@ -23,7 +23,7 @@ from flipproof.errors import ConfigError, FlipproofWarning
 from flipproof.faults import BitErrorRate
 from flipproof.formats import BitClipped, Float32, Format
 from flipproof.hardening import AVC, harden, hardening_report
-from flipproof.models.training import Loss, cached, risk_loss, train_classifier
+from flipproof.models.training import Loss, cached, risk_loss, seeded, train_classifier
 from flipproof.reports import compare, metric_figure, profile_figure, save
 from flipproof.reproduce.lstm_clipping import METHODS, clinical
 from flipproof.reproduce.published import write_table
@@ -158,17 +158,12 @@ def _resnet18() -> nn.Module:
 
 
 def _trained(subject: Subject) -> nn.Module:
-    def seeded() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return subject.build()
-
     def train(model: nn.Module) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # dropout
             return train_classifier(model, subject.train, epochs=subject.epochs, loss=subject.loss)
 
-    return cached(f"beyond-{subject.name}-{len(subject.train)}-1".lower(), seeded, train)
+    return cached(f"beyond-{subject.name}-{len(subject.train)}-1".lower(), seeded(subject.build), train)
 
 
 def _protection(net: nn.Module, safe: nn.Module, wbc: dict[str, Format], profile: pd.Series) -> dict[str, object]:

@@ -28,7 +28,7 @@ from flipproof.formats import Float32, Format
 from flipproof.hardening import AVC, harden
 from flipproof.models import stage_72, stage_384, stage_conv_72, stage_conv_384
 from flipproof.models.stagenet import StageNet
-from flipproof.models.training import cached, risk_loss, train_classifier
+from flipproof.models.training import cached, risk_loss, seeded, train_classifier
 from flipproof.reports import bit_figure, compare, metric_figure, outcome_figure, profile_figure, save
 from flipproof.reproduce.lstm_published import NETWORKS, REDUCTION, WBC_OVER_AVC, critical_totals, table_1
 from flipproof.reproduce.published import beside, write_table
@@ -115,11 +115,6 @@ def clinical(root: Path) -> tuple[str, EHRData]:
 
 
 def _trained(name: str, build: Callable[[], StageNet], source: str, data: EHRData) -> StageNet:
-    def seeded() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return build()
-
     def train(model: nn.Module) -> nn.Module:
         batches = data.train.batches(64, shuffle=True)
         with torch.random.fork_rng(devices=[]):
@@ -127,7 +122,7 @@ def _trained(name: str, build: Callable[[], StageNet], source: str, data: EHRDat
             return train_classifier(model, batches, epochs=4 if "384" in name else 8, loss=risk_loss)
 
     key = f"reproduce-{name}-{source.split()[0]}-{len(data.train)}-1".lower()
-    model = cached(key, seeded, train)
+    model = cached(key, seeded(build), train)
     assert isinstance(model, StageNet)
     return model
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal
 
 import pandas as pd
-import torch
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -24,11 +23,12 @@ from flipproof.campaigns import Assessment, assess
 from flipproof.campaigns.statistics import difference_interval
 from flipproof.datasets import cifar10, cifar100
 from flipproof.errors import ConfigError, FlipproofWarning
+from flipproof.exploration.study import slug
 from flipproof.faults import BitErrorRate, Parameters
 from flipproof.formats import FixedPoint
 from flipproof.hardening import FitAct, FTClipAct, Guard, Hardening, ProAct, Ranger, harden, hardening_report
 from flipproof.models import alexnet, load_weights, resnet20, resnet50, vgg16
-from flipproof.models.training import cached, train_classifier
+from flipproof.models.training import cached, seeded, train_classifier
 from flipproof.reports import compare, distribution_figure, history_figure, metric_figure, save
 from flipproof.reproduce.proact_distances import distances
 from flipproof.reproduce.proact_memory import memory_table
@@ -91,7 +91,7 @@ def reproduce(
                 faults=BitErrorRate(RATES),
                 format=FORMAT,
                 trials=setting.trials,
-                store=out / "journals" / f"{_slug(subject.name)}-{_slug(method)}.jsonl",
+                store=out / "journals" / f"{slug(subject.name)}-{slug(method)}.jsonl",
                 workers=workers,
             )
             found[subject.name][method] = result
@@ -101,10 +101,10 @@ def reproduce(
                 table, l2 = distances(safe, model, subject.test[0], FORMAT)
                 rows[-1]["l2"] = l2
                 number = {"FitAct": "3", "ProAct": "6"}[method]
-                save(distribution_figure(table), out / f"figure-{number}-{_slug(subject.name)}.png")
+                save(distribution_figure(table), out / f"figure-{number}-{slug(subject.name)}.png")
             if not hardening_report(safe).history.empty if hardening else False:
-                save(history_figure(hardening_report(safe)), out / f"history-{_slug(subject.name)}-{_slug(method)}.png")
-        save(metric_figure(found[subject.name]), out / f"figure-5-{_slug(subject.name)}.png")
+                save(history_figure(hardening_report(safe)), out / f"history-{slug(subject.name)}-{slug(method)}.png")
+        save(metric_figure(found[subject.name]), out / f"figure-5-{slug(subject.name)}.png")
         pairs.append(_paired(model, subject, setting, out, workers))
     write_table(
         pd.concat(pairs),
@@ -124,14 +124,14 @@ def _paired(model: nn.Module, subject: Subject, setting: Setting, out: Path, wor
     for method in ("ProAct", "FitAct", "Ranger (neuron)", "Guard"):
         if (hardening := setting.methods.get(method)) is None:
             continue
-        results[_slug(method)] = assess(
+        results[slug(method)] = assess(
             _hardened(model, subject, method, hardening, out, []),
             data=subject.test,
             faults=BitErrorRate(RATES),
             format=FORMAT,
             where=Parameters(exclude=["*.threshold", "*.low", "*.rest"]),
             trials=setting.trials,
-            store=out / "journals" / f"{_slug(subject.name)}-{_slug(method)}-paired.jsonl",
+            store=out / "journals" / f"{slug(subject.name)}-{slug(method)}-paired.jsonl",
             workers=workers,
         )
     table = compare(**results)
@@ -167,7 +167,7 @@ def _subjects(scale: str, root: Path) -> list[Subject]:
         for data, load, classes in (("CIFAR-10", cifar10, 10), ("CIFAR-100", cifar100, 100)):
             train, test = load(root, "train", batch_size=128), load(root, "test", batch_size=500)
             for name, build in (("AlexNet", alexnet), ("VGG-16", vgg16), ("ResNet-50", resnet50)):
-                make = partial(_trained, f"{_slug(name)}-{classes}", partial(build, classes), train, 100)
+                make = partial(_trained, f"{slug(name)}-{classes}", partial(build, classes), train, 100)
                 subjects.append(Subject(f"{name} {data}", make, test, train))
         return subjects
     train, test = cifar10(root, "train", batch_size=100), cifar10(root, "test", batch_size=125, limit=250)
@@ -192,12 +192,7 @@ def _from_checkpoint(path: Path, test: Batches, calibration: Batches) -> Subject
 
 
 def _trained(name: str, build: Callable[[], nn.Module], train: Batches, epochs: int) -> nn.Module:
-    def seeded() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return build()
-
-    return cached(f"reproduce-{name}-1", seeded, lambda model: train_classifier(model, train, epochs=epochs))
+    return cached(f"reproduce-{name}-1", seeded(build), lambda model: train_classifier(model, train, epochs=epochs))
 
 
 def _hardened(
@@ -217,7 +212,7 @@ def _hardened(
             model,
             hardening,
             data=subject.calibration,
-            store=out / "stages" / f"{_slug(subject.name)}-{_slug(method)}",
+            store=out / "stages" / f"{slug(subject.name)}-{slug(method)}",
         )
     report = hardening_report(safe)
     rows.append(
@@ -237,9 +232,9 @@ def _tables(found: dict[str, dict[str, Assessment]], costs: pd.DataFrame, out: P
     for network, results in found.items():
         base = results["none"].golden["accuracy"]
         accuracy.append({"network": network.split(" ")[0], "data": network.split(" ")[-1], "accuracy": base})
-        table = compare(**{_slug(method): result for method, result in results.items()})
+        table = compare(**{slug(method): result for method, result in results.items()})
         for method, result in results.items():
-            part = table[table["campaign"] == _slug(method)].copy()
+            part = table[table["campaign"] == slug(method)].copy()
             part.insert(0, "network", network)
             part.insert(1, "method", method)
             part["clean_drop"] = base - result.golden["accuracy"]
@@ -299,8 +294,3 @@ def _difference(one: pd.DataFrame, other: pd.DataFrame) -> tuple[float, float, f
     below = sum((d - low) ** 2 for d, low, _ in parts) ** 0.5 / len(parts)
     above = sum((high - d) ** 2 for d, _, high in parts) ** 0.5 / len(parts)
     return mean, mean - below, mean + above
-
-
-def _slug(name: str) -> str:
-    kept = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name.lower())
-    return "-".join(part for part in kept.split("-") if part)
