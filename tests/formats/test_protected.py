@@ -1,3 +1,4 @@
+import copy
 from itertools import combinations
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 
 import flipproof as fp
 from flipproof.errors import FormatError
+from flipproof.formats.secded import _code
 from flipproof.specs import parse_format
 from flipproof.testing import FormatContract
 
@@ -29,6 +31,19 @@ class TestFortuneOfTwoBitsPerChannel(Repairs):
 
 class TestSECDEDAffine(Repairs):
     format = fp.SECDED(fp.Affine(bits=5))
+
+
+class TestSECDEDBlock(Repairs):
+    format = fp.SECDED(fp.Affine(bits=8), block=40)
+
+
+class TestSECDEDBlockWithPlacesOver(Repairs):
+    format = fp.SECDED(fp.Affine(bits=5, axis=0), block=32)
+
+
+class TestSECDEDBlockOfFloats(Repairs):
+    format = fp.SECDED(fp.Float16(), block=64)
+    stores_nan = stores_infinity = True
 
 
 class TestParityAffine(Repairs):
@@ -89,6 +104,138 @@ def test_secded_widths_are_the_textbooks():
         fp.SECDED(inner).width: inner for inner in (fp.Float32(), fp.Float16(), fp.Affine(bits=8), fp.Affine(bits=4))
     }
     assert sorted(widths) == [8, 13, 22, 39]
+
+
+@pytest.mark.parametrize(
+    ("bits", "block", "width"), [(8, 64, 9), (8, 32, 10), (16, 64, 18), (5, 64, 6), (4, 64, 5), (3, 5, 7)]
+)
+def test_blocks_share_their_check_bits(bits, block, width):
+    inner = fp.Float16() if bits == 16 else fp.Affine(bits=bits)
+    assert fp.SECDED(inner, block=block).width == width
+
+
+@pytest.mark.parametrize(("bits", "block"), [(2, 8), (3, 9), (8, 32), (8, 64), (5, 64)])
+def test_secded_blocks_correct_every_single_and_detect_every_double_error(bits, block):
+    format = fp.SECDED(fp.Affine(bits=bits), block=block)
+    k = format.together
+    assert k == block // bits
+    # all blocks where there are few, else some: the code is linear, so that every syndrome is seen on any of them
+    count = 2 ** (bits * k)
+    numbers = range(count) if count <= 512 else [0, count - 1, 0x5A5A5A5A5A5A5A5A % count]
+    data = torch.tensor([[number >> (bits * j) & (2**bits - 1) for j in range(k)] for number in numbers])
+    words = format.protect_words(data)
+    checks = _code(bits, k).checks
+    over = format.checks * k - checks
+    assert torch.equal(format.repair_words(words)[0], data)
+    places = [(j, bit) for j in range(k) for bit in range(format.width)]
+    unread = {(c // format.checks, bits + c % format.checks) for c in range(checks, format.checks * k)}
+    assert len(unread) == over
+
+    def hit(*where):
+        faulty = words.clone()
+        for word, bit in where:
+            faulty[:, word] ^= 1 << bit
+        return format.repair_words(faulty)
+
+    for place in places:
+        found, lost = hit(place)
+        assert torch.equal(found, data)
+        assert not bool(lost.any())
+    for one, two in combinations(places, 2):
+        found, lost = hit(one, two)
+        if unread & {one, two}:
+            assert torch.equal(found, data)
+            assert not bool(lost.any())
+        else:
+            assert bool(lost.all())
+
+
+@given(
+    st.lists(st.integers(0, 255), min_size=8, max_size=29),
+    st.sets(st.integers(0, 29 * 9 - 1), max_size=6),
+)
+def test_server_memory_reads_as_a_scalar_decoder(values, bits):
+    format = fp.SECDED(fp.Affine(bits=8), block=64)
+    words = format.protect_words(torch.tensor(values))
+    bits = {bit for bit in bits if bit < 9 * len(values)}
+    for bit in bits:
+        words[bit // 9] ^= 1 << (bit % 9)
+    found, lost = format.repair_words(words)
+    borders = [*range(0, len(values) - 7, 8)]
+    for first, last in zip(borders, [*borders[1:], len(values)], strict=True):
+        expected = _scalar_secded(words[first:last].tolist())
+        assert lost[first:last].tolist() == [expected is None] * (last - first)
+        assert expected is None or found[first:last].tolist() == expected
+        read = 8 if last - first == 8 else 9  # check bits of 64 and of 65 to 120 data bits, one a word
+        hits = sum(first * 9 <= bit < last * 9 and (bit % 9 < 8 or bit // 9 - first < read) for bit in bits)
+        if hits < 3:
+            assert expected == (None if hits == 2 else values[first:last])
+
+
+def _scalar_secded(words):
+    """As a textbook has it: positions from 1, check bits at powers of two, and the overall parity."""
+    line, position = {}, 0
+    data = [word >> bit & 1 for word in words for bit in range(8)]
+    checks = iter(word >> 8 & 1 for word in words)
+    while data:
+        position += 1
+        line[position] = next(checks) if position & (position - 1) == 0 else data.pop(0)
+    overall = next(checks)
+    syndrome = 0
+    for place, bit in line.items():
+        syndrome ^= place * bit
+    if (sum(line.values()) + overall) % 2:
+        if syndrome > position:
+            # the next power of two, where a check bit would be that covers nothing, is not stored either
+            return None
+        if syndrome:
+            line[syndrome] ^= 1
+    elif syndrome:
+        return None
+    out = iter(line[p] for p in line if p & (p - 1))
+    return [sum(next(out) << bit for bit in range(8)) for _ in words]
+
+
+def test_a_fault_that_is_one_too_many_takes_the_whole_block_in_a_campaign_as_in_memory():
+    torch.manual_seed(0)
+    net = torch.nn.Linear(14, 2, bias=False)  # blocks of 8, 8 and 12 words
+    format = fp.SECDED(fp.Affine(bits=8), block=64)
+    golden = format.encode(net.weight).decode().view(-1)
+    space = fp.FaultSpace(net, format=format)
+    packed = fp.store_(copy.deepcopy(net), format)
+    in_memory = fp.FaultSpace(packed)
+    assert in_memory.bits == space.bits == 28 * 9
+    with space.stored():
+        for places, last in ([[(17, 0), (27, 4)], 28], [[(17, 3)], 0], [[(0, 1), (7, 2), (8, 0)], 8]):
+            expected = golden.clone()
+            expected[16 if last == 28 else 0 : last] = 0
+            hits = [("weight", value, bit) for value, bit in places]
+            with space.corrupted(space.faults(hits)):
+                assert torch.equal(net.weight.view(-1), expected)
+            with in_memory.corrupted(in_memory.faults(hits)):
+                assert torch.equal(packed.weight.view(-1), expected)
+            assert torch.equal(net.weight.view(-1), golden)
+
+
+def test_tensors_smaller_than_a_block_are_refused_by_name():
+    net = torch.nn.Linear(3, 1)
+    with pytest.raises(FormatError, match=r"bias: a tensor of 1 values is smaller than a block of 2 words.*mapping"):
+        fp.store_(net, fp.SECDED(fp.Float32(), block=64))
+    assert "bias" in dict(net.named_parameters())
+
+
+def test_neurons_have_no_blocks():
+    net = torch.nn.Linear(3, 1)
+    data = [(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))]
+    with pytest.raises(FormatError, match="blocks of words"):
+        fp.assess(
+            net,
+            data=data,
+            where=fp.Neurons(),
+            format=fp.SECDED(fp.Float16(), block=64),
+            faults=fp.RandomBits(1),
+            trials=2,
+        )
 
 
 def test_code_words_of_secded_differ_in_at_least_four_bits():
@@ -161,7 +308,13 @@ def test_protected_three_bits_beat_unprotected_three():
 
 
 @pytest.mark.parametrize(
-    "text", ["TripleMSB(Affine(bits=3))", "SECDED(Float32())", "Parity(TripleMSB(BFloat16(), protect=2))"]
+    "text",
+    [
+        "TripleMSB(Affine(bits=3))",
+        "SECDED(Float32())",
+        "SECDED(Affine(bits=8), block=64)",
+        "Parity(TripleMSB(BFloat16(), protect=2))",
+    ],
 )
 def test_formats_within_formats_are_read_from_text(text):
     assert parse_format(repr(parse_format(text))) == parse_format(text)
@@ -175,6 +328,10 @@ def test_formats_within_formats_are_read_from_text(text):
         (lambda: fp.TripleMSB(fp.Affine(bits=2), protect=3), "has 2 bits"),
         (lambda: fp.TripleMSB(fp.Float32(), copies=2, protect=17), "at most 64"),
         (lambda: fp.SECDED(8), "Format"),
+        (lambda: fp.SECDED(fp.Float32(), block=16), "holds no word"),
+        (lambda: fp.SECDED(fp.Float32(), block=True), "number of data bits"),
+        (lambda: fp.Parity(fp.SECDED(fp.Affine(), block=64)), "inside"),
+        (lambda: fp.BitClipped(fp.SECDED(fp.Affine(), block=64), zeros=0), "inside"),
         (lambda: fp.Parity(fp.SECDED), "Format"),
     ],
 )

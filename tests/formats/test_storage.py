@@ -20,6 +20,8 @@ FORMATS = [
     fp.Affine(bits=3, axis=0),
     fp.SECDED(fp.Affine(bits=8)),
     fp.SECDED(fp.Float32()),
+    fp.SECDED(fp.Affine(bits=8), block=32),
+    fp.SECDED(fp.BFloat16(), block=64),
     fp.Float32(),
     fp.BFloat16(),
     fp.FixedPoint(),
@@ -203,3 +205,36 @@ def test_constants_survive_as_whole_numbers(one, other):
     constant = torch.where(constant.abs() < 2.0**-960, torch.zeros_like(constant), constant)
     assert torch.equal(_as_float(_as_integers(constant)), constant)
     assert torch.equal(_as_float(_as_integers(constant[0])), constant[0])
+
+
+@pytest.mark.parametrize("stuck", [None, 0, 1])
+def test_packed_words_outside_the_reach_of_compiled_code_are_hit_alike(stuck, monkeypatch):
+    torch.manual_seed(0)
+    net = fp.store_(nn.Linear(40, 30), fp.TripleMSB(fp.Affine(bits=3)))
+    packed = net.parametrizations.weight.original0
+    before = packed.clone()
+    space = fp.FaultSpace(net, where=fp.Parameters(include="weight"))
+    hits = [("weight", value, bit) for value in range(0, 1200, 3) for bit in (0, 2, 4)]
+    found = []
+    for reach in (True, False):  # on a CUDA device: words that a kernel for the CPU cannot see
+        if not reach:
+            monkeypatch.setattr(fp.FaultSpace, "_paths", lambda self: (None, [0]))
+        with space.corrupted(space.faults(hits, stuck=stuck)) as changed:
+            found.append((changed, packed.clone()))
+        assert torch.equal(packed, before)
+    assert found[0][0] == found[1][0] > 100
+    assert torch.equal(found[0][1], found[1][1])
+    assert not torch.equal(found[0][1], before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_faults_hit_packed_words_alike():
+    torch.manual_seed(0)
+    net = nn.Linear(40, 30)
+    x = torch.randn(50, 40)
+    data = [(x, net(x).argmax(dim=1))]
+    fp.store_(net, fp.TripleMSB(fp.Affine(bits=3)))
+    setup = {"faults": fp.BitErrorRate(1e-2), "trials": 10}
+    here = fp.assess(net, data=data, **setup)
+    there = fp.assess(net.cuda(), data=data, **setup)
+    assert (here.trials["accuracy"] - there.trials["accuracy"]).abs().max() < 0.03

@@ -39,12 +39,22 @@ def test_tables_figures_and_resuming(tmp_path, monkeypatch):
     timed = ["time_ratio", "rap"]
     pd.testing.assert_frame_equal(summary.drop(columns=timed), again.drop(columns=timed))
     assert {path: path.read_bytes() for path in tmp_path.glob("journals/*/*.jsonl")} == before
-    assert len([path for path in before if path.parent.name == "vgg11"]) == 8
-    types = ["8-bit", "P-3-bit", "P-4-bit", "P-5-bit", "5-bit", "4-bit", "3-bit", "SECDED(Affine(bits=8))"]
+    assert len([path for path in before if path.parent.name == "vgg11"]) == 9
+    types = [
+        "8-bit",
+        "P-3-bit",
+        "P-4-bit",
+        "P-5-bit",
+        "5-bit",
+        "4-bit",
+        "3-bit",
+        "SECDED(Affine(bits=8))",
+        "SECDED(Affine(bits=8), block=64)",
+    ]
     assert list(dict.fromkeys(summary["type"])) == types
     weights = 64 * 20 + 20 * 10
     memory = summary.drop_duplicates("type").set_index("type")["memory"]
-    assert memory.to_dict() == {t: weights * w for t, w in zip(types, (8, 5, 6, 7, 5, 4, 3, 13), strict=True)}
+    assert memory.to_dict() == {t: weights * w for t, w in zip(types, (8, 5, 6, 7, 5, 4, 3, 13, 9), strict=True)}
     alone = fp.assess(
         tiny(),
         data=subject.test,

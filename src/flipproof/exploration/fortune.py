@@ -170,7 +170,7 @@ def short_name(format: str) -> str:
     >>> short_name("TripleMSB(inner=Affine(bits=3, axis=None), copies=2, protect=1)")
     'TripleMSB(Affine(bits=3))'
     """
-    for default in ("inner=", ", axis=None", ", copies=2", ", protect=1)"):
+    for default in ("inner=", ", axis=None", ", block=None", ", copies=2", ", protect=1)"):
         format = format.replace(default, ")" if default.endswith(")") else "")
     return format
 

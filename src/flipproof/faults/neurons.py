@@ -378,8 +378,12 @@ class _Observer:
 
 def _choose(layer: str, dtype: torch.dtype, choice: FormatChoice) -> Format | None:
     if isinstance(choice, Mapping):
-        return next((fmt for pattern, fmt in choice.items() if _matches(layer, (pattern,))), None)
+        choice = next((fmt for pattern, fmt in choice.items() if _matches(layer, (pattern,))), None)
+        if choice is None:
+            return None
     if choice is not None:
+        if choice.together > 1:
+            raise FormatError(f"{layer}: {choice!r} codes blocks of words; a neuron's output is a word by itself")
         return choice
     if dtype not in _NATIVE:
         raise FaultSpaceError(f"{layer} gives {dtype}, which has no format of its own; pass format=")

@@ -17,7 +17,7 @@ from flipproof.faults.memory import CLEAR, FLIP, SET, DirectMemory, UndoLog
 from flipproof.faults.models import Faults
 from flipproof.faults.sampling import Positions
 from flipproof.faults.selection import KINDS, Candidate, FormatChoice, Kind, candidates, choose_format
-from flipproof.formats.base import Coding, Format, dense, sparse, word_dtype
+from flipproof.formats.base import Coding, Format, blocks, dense, sparse, word_dtype
 
 
 @dataclass(frozen=True)
@@ -341,11 +341,11 @@ class FaultSpace:
                 [self.sites[i].bits for i in direct],
             )
             coded = [i for i in range(len(self.sites)) if i not in set(direct)]
-            if away := [self.sites[i].name for i in coded if self._packed[i]]:
-                raise FaultSpaceError(
-                    f"{away[0]} is packed on {self._tensors[0].device}; faults hit packed words on a CPU"
-                )
-            moved = [self.sites[i].name for i in coded if self._tensors[i].dtype != self.sites[i].dtype]
+            moved = [
+                self.sites[i].name
+                for i in coded
+                if not self._packed[i] and self._tensors[i].dtype != self.sites[i].dtype
+            ]
             if moved:
                 raise FaultSpaceError(f"{moved[0]} changed its dtype since the fault space was made; make a new space")
             self._direct = (where, memory if direct else None, coded)
@@ -354,27 +354,36 @@ class FaultSpace:
     def _corrupt_words(
         self, i: int, positions: Positions, operation: int, undo: list[tuple[Tensor, Tensor, Tensor]]
     ) -> int:
-        """Re-encode the touched values of one site, change their words, decode them into the model."""
+        """Re-encode the touched values of one site, change their words, decode them into the model.
+
+        Where memory holds packed words, its bytes are the words, and stand for themselves.
+        """
         site, tensor = self.sites[i], self._tensors[i].data
         first, last = np.searchsorted(positions, (site.offset, site.offset + site.bits))
         if first == last:
             return 0
+        width = 8 if self._packed[i] else site.width
         local = positions[first:last] - site.offset
-        values, bits = np.divmod(local, site.width)
+        values, bits = np.divmod(local, width)
         starts = np.flatnonzero(np.diff(values, prepend=-1))
         masks = np.bitwise_or.reduceat(np.uint64(1) << bits.astype(np.uint64), starts)
         index = torch.from_numpy(values[starts]).to(tensor.device)
-        mask = _as_words(masks, site.width).to(tensor.device)
+        mask = _as_words(masks, width).to(tensor.device)
+        if not self._packed[i] and site.format.together > 1:
+            every = blocks(index, site.format.together, site.values)
+            mask = torch.zeros_like(every, dtype=mask.dtype).index_put_((torch.searchsorted(every, index),), mask)
+            index = every
         golden = _gather(tensor, index)
         source = self._originals.get(i) if self._originals else None
         coding = sparse(self._codings.get(i, ()), tensor.shape, index)
-        before = site.format.encode_values(golden if source is None else _gather(source, index), coding)
+        values_before = golden if source is None else _gather(source, index)
+        before = values_before if self._packed[i] else site.format.encode_values(values_before, coding)
         after = before ^ mask if operation == FLIP else before | mask if operation == SET else before & ~mask
         undo.append((tensor, index, golden))
-        _scatter(tensor, index, site.format.decode_words(after, coding, site.dtype))
+        _scatter(tensor, index, after if self._packed[i] else site.format.decode_words(after, coding, site.dtype))
         if operation == FLIP:
             return int(local.size)
-        differing = (before ^ after).cpu().numpy().view(f"u{word_dtype(site.width).itemsize}")
+        differing = (before ^ after).cpu().numpy().view(f"u{word_dtype(width).itemsize}")
         return int(sum(int(word).bit_count() for word in differing))
 
 

@@ -5,7 +5,8 @@ from flipproof.formats.base import Format, Stored
 from flipproof.formats.clipped import BitClipped
 from flipproof.formats.fixed import FixedPoint
 from flipproof.formats.floating import BFloat16, Float8E4M3, Float8E5M2, Float16, Float32
-from flipproof.formats.protected import SECDED, Parity, TripleMSB
+from flipproof.formats.protected import Parity, TripleMSB
+from flipproof.formats.secded import SECDED
 
 __all__ = [
     "SECDED",

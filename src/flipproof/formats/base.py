@@ -40,7 +40,16 @@ class Format(ABC):
 
     Whether encoding happens on a whole tensor or on a few of its elements, the same two methods run, so a campaign
     that re-decodes only touched words and one that decodes everything agree bit by bit.
+
+    A code over blocks sets `together`: its two methods then take whole blocks of so many consecutive words, row-major
+    (what is left over at the end of a tensor belongs to its last block, which is longer), and the values of a block
+    depend on all its words.
     """
+
+    @property
+    def together(self) -> int:
+        """How many consecutive words are decoded together; 1 where each word stands alone."""
+        return 1
 
     @property
     def weights_only(self) -> bool:
@@ -122,7 +131,29 @@ class Stored:
             index: flat (row-major) positions, int64, shape (n,).
             words: the words there, shape (n,), of the dtype of `.words`.
         """
+        if self.format.together > 1:
+            changed = self.words.reshape(-1).clone()
+            changed[index] = words
+            every = blocks(index, self.format.together, changed.numel())
+            values = self.format.decode_words(changed[every], sparse(self.coding, self.words.shape, every), self.dtype)
+            return values[torch.searchsorted(every, index)]
         return self.format.decode_words(words, sparse(self.coding, self.words.shape, index), self.dtype)
+
+
+def blocks(index: Tensor, together: int, total: int) -> Tensor:
+    """Flat positions, ascending, of all words that are decoded together with those at `index`.
+
+    >>> blocks(torch.tensor([5, 0]), together=2, total=7).tolist()  # the last block holds 4, 5 and 6
+    [0, 1, 4, 5, 6]
+    """
+    if together == 1:
+        return index
+    last = max(total // together - 1, 0)
+    first = torch.unique((index // together).clamp(max=last))
+    every: Tensor = (first[:, None] * together + torch.arange(together, device=index.device)).reshape(-1)
+    if bool((first == last).any()):
+        every = torch.cat([every, torch.arange((last + 1) * together, total, device=index.device)])
+    return every
 
 
 def dense(coding: Coding, shape: torch.Size) -> Coding:

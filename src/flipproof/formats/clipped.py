@@ -47,6 +47,8 @@ class BitClipped(Format):
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Format):
             raise FormatError(f"BitClipped clips the words of a Format, got {self.inner!r}")
+        if self.inner.together > 1:
+            raise FormatError(f"BitClipped clips words that stand alone; put it inside {type(self.inner).__name__}")
         for name in ("zeros", "ones"):
             given = getattr(self, name)
             bits = [given] if isinstance(given, int) else list(given)

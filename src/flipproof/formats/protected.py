@@ -1,4 +1,4 @@
-"""Stored words with redundant bits: FORTUNE's copied most significant bits, and the classical parity and SECDED.
+"""Stored words with redundant bits: FORTUNE's copied most significant bits, and parity.
 
 A protected word keeps the inner format's word in its low bits and its check bits above. Check bits are stored bits:
 they are in the fault space and are hit like any other.
@@ -7,7 +7,6 @@ they are in the fault space and are hit like any other.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from flipproof.formats.base import Coding, Format, word_dtype
 
 
 @dataclass(frozen=True)
-class _Protected(Format):
+class Protected(Format):
     """A format around a format: `checks` bits above the inner word."""
 
     inner: Format
@@ -25,6 +24,10 @@ class _Protected(Format):
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Format):
             raise FormatError(f"{type(self).__name__} protects the words of a Format, got {self.inner!r}")
+        if self.inner.together > 1:
+            raise FormatError(
+                f"{self.inner!r} codes blocks of words; {type(self).__name__} can be inside it, not around"
+            )
         if self.inner.width + self.checks > 64:
             raise FormatError(f"{self!r} would have {self.inner.width + self.checks} bits a word; at most 64 fit")
 
@@ -63,7 +66,7 @@ class _Protected(Format):
 
 
 @dataclass(frozen=True)
-class TripleMSB(_Protected):
+class TripleMSB(Protected):
     """The most significant bits stored several times; the majority counts (PAPERS: fortune, Step 2).
 
     With m inner bits, copy j of the k-th protected bit (k = 0 is the most significant) is bit m + k · copies + j. At
@@ -127,7 +130,7 @@ class TripleMSB(_Protected):
 
 
 @dataclass(frozen=True)
-class Parity(_Protected):
+class Parity(Protected):
     """One even parity bit a word; a word whose parity is odd reads as 0.0.
 
     Detects every odd number of faults and no even one.
@@ -151,70 +154,6 @@ class Parity(_Protected):
 
     def repair_words(self, words: Tensor) -> tuple[Tensor, Tensor | None]:
         return words & ((1 << self.inner.width) - 1), parity(words) == 1
-
-
-@dataclass(frozen=True)
-class SECDED(_Protected):
-    """Extended Hamming code a word: corrects one fault, detects two (single error correct, double error detect).
-
-    m data bits get r check bits with 2^r ≥ m + r + 1, and one bit of overall parity: (39, 32) for Float32, (13, 8) for
-    8-bit words. A word with two faults reads as 0.0. Three faults and more may be taken for one and miscorrected, as in
-    any SECDED memory.
-
-    Args:
-        inner: the format that is protected.
-
-    Raises:
-        FormatError: for words beyond 64 bits.
-
-    Example:
-        >>> import flipproof as fp, torch
-        >>> code = fp.SECDED(fp.Float32())
-        >>> stored = code.encode(torch.tensor([0.5]))
-        >>> code.width, stored.decode_at(torch.tensor([0]), stored.words ^ (1 << 30))
-        (39, tensor([0.5000]))
-        >>> stored.decode_at(torch.tensor([0]), stored.words ^ (1 << 30) ^ 1)  # two faults
-        tensor([0.])
-    """
-
-    @property
-    def checks(self) -> int:
-        r = 1
-        while 2**r < self.inner.width + r + 1:
-            r += 1
-        return r + 1
-
-    @cached_property
-    def _code(self) -> tuple[list[int], list[int], list[int]]:
-        """(data bits under each check bit, syndrome → data bit to flip as a mask, syndrome → 1 if no bit has it)."""
-        m, r = self.inner.width, self.checks - 1
-        places = [place for place in range(1, 2**r) if place & (place - 1)][:m]  # powers of two are the check bits
-        covered = [sum(1 << bit for bit, place in enumerate(places) if place >> i & 1) for i in range(r)]
-        flip, unknown = [0] * 2**r, [1] * 2**r
-        unknown[0] = 0
-        for i in range(r):
-            unknown[1 << i] = 0
-        for bit, place in enumerate(places):
-            flip[place], unknown[place] = 1 << bit, 0
-        return covered, flip, unknown
-
-    def protect_words(self, data: Tensor) -> Tensor:
-        words = data.clone()
-        for i, mask in enumerate(self._code[0]):
-            words |= parity(data & mask) << (self.inner.width + i)
-        return words | (parity(words) << (self.width - 1))
-
-    def repair_words(self, words: Tensor) -> tuple[Tensor, Tensor | None]:
-        m = self.inner.width
-        covered, flip, unknown = self._code
-        data = words & ((1 << m) - 1)
-        syndrome = torch.zeros_like(words)
-        for i, mask in enumerate(covered):
-            syndrome |= (parity(data & mask) ^ ((words >> (m + i)) & 1)) << i
-        odd = parity(words) == 1
-        table = torch.tensor(flip, device=words.device)[syndrome]
-        lost = torch.where(odd, torch.tensor(unknown, device=words.device)[syndrome] == 1, syndrome != 0)
-        return torch.where(odd, data ^ table, data), lost
 
 
 def unsigned(words: Tensor, width: int) -> Tensor:

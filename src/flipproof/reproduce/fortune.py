@@ -40,7 +40,7 @@ from flipproof.reproduce.published import beside, write_table
 SUMMARY = "FORTUNE: quantised weights with a tripled MSB, memory, time, P_drop and RAP, Tables I and II, figures 5-7"
 RATES = {"smoke": (*BERS, 1e-3), "paper": BERS}
 TRIALS = {"smoke": 60, "paper": 1000}
-MORE = (Affine(bits=5), Affine(bits=4), Affine(bits=3), SECDED(Affine(bits=8)))
+MORE = (Affine(bits=5), Affine(bits=4), Affine(bits=3), SECDED(Affine(bits=8)), SECDED(Affine(bits=8), block=64))
 """Beside P-3, P-4, P-5 and the 8-bit baseline: the same widths without protection, and the classical code."""
 FORTUNE = TripleMSB(Affine(bits=3))
 _NAMES = ("network", "widths", "memory", "golden")

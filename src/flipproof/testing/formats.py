@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import flipproof
 from flipproof.errors import FormatError
 from flipproof.faults import FaultSpace
-from flipproof.formats.base import Coding, Format, Stored, sparse, word_dtype
+from flipproof.formats.base import Coding, Format, Stored, blocks, sparse, word_dtype
 from flipproof.outcomes import bit_pattern
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -71,7 +71,12 @@ class FormatContract:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     def test_words_and_values_keep_shape_and_dtype(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        stored = self.format.encode(self.values(shape, dtype))
+        x = self.values(shape, dtype)
+        if 0 < x.numel() < self.format.together:
+            with pytest.raises(FormatError, match="smaller than a block"):
+                self.format.encode(x)
+            return
+        stored = self.format.encode(x)
         assert stored.words.shape == torch.Size(shape)
         assert stored.words.dtype == word_dtype(self.format.width)
         decoded = stored.decode()
@@ -120,13 +125,14 @@ class FormatContract:
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
     def test_special_values_are_stored_or_refused(self, bad: float) -> None:
-        x = self.values((5,))
+        count = max(5, self.format.together)
+        x = self.values((count,))
         x[3] = bad
         is_nan = bad != bad
         if self.stores_nan if is_nan else self.stores_infinity:
             decoded = self.format.encode(x).decode()
-            others = torch.arange(5) != 3
-            assert same_bits(decoded[others], self.format.encode(self.values((5,))).decode()[others])
+            others = torch.arange(count) != 3
+            assert same_bits(decoded[others], self.format.encode(self.values((count,))).decode()[others])
             assert not is_nan or bool(torch.isnan(decoded[3]))
         else:
             with pytest.raises(FormatError, match="NaN" if is_nan else "inf"):
@@ -139,6 +145,7 @@ class FormatContract:
             words = self.random_words(clean, seed)
             dense = Stored(clean.format, words, clean.coding, clean.dtype).decode().reshape(-1)
             index = torch.randperm(300, generator=torch.Generator().manual_seed(seed))[:70]
+            index = blocks(index, self.format.together, 300)
             few = clean.decode_at(index, words.reshape(-1)[index])
             assert few.dtype == dtype
             assert same_bits(few, dense[index])
@@ -148,6 +155,7 @@ class FormatContract:
         x = self.values((6, 50), dtype)
         stored = self.format.encode(x)
         index = torch.tensor([0, 1, 49, 50, 149, 299, 298])
+        index = blocks(index, self.format.together, 300)
         few = self.format.encode_values(x.reshape(-1)[index], sparse(stored.coding, x.shape, index))
         assert torch.equal(few, stored.words.reshape(-1)[index])
 
@@ -163,14 +171,15 @@ class FormatContract:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_every_bit_of_a_model_can_be_hit_and_comes_back(self, dtype: torch.dtype) -> None:
-        model = nn.Linear(3, 2)
+        rows = max(2, self.format.together)  # the bias is one block, or two values
+        model = nn.Linear(3, rows)
         with torch.no_grad():
             for seed, parameter in enumerate(model.parameters()):
                 parameter.copy_(self.values(tuple(parameter.shape), seed=seed))
         model = model.to(dtype)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         space = FaultSpace(model, format={"*": self.format})
-        assert space.bits == 8 * self.format.width
+        assert space.bits == 4 * rows * self.format.width
         with space.stored():
             golden = {name: p.detach().clone() for name, p in model.named_parameters()}
             for site in space.sites:
