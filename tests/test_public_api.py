@@ -54,6 +54,8 @@ def test_public_names_are_exactly_these():
         "overhead",
         "p_drop",
         "propagation",
+        "protected_formats",
+        "protection",
         "rap",
         "report",
         "sample_size",

@@ -10,6 +10,8 @@ from flipproof.analysis import (
     clip_bits,
     clip_tensors,
     propagation,
+    protected_formats,
+    protection,
     select,
 )
 from flipproof.campaigns import Assessment, assess, sample_size
@@ -98,6 +100,8 @@ __all__ = [
     "overhead",
     "p_drop",
     "propagation",
+    "protected_formats",
+    "protection",
     "rap",
     "report",
     "sample_size",

@@ -29,6 +29,11 @@ class TestFortuneOfTwoBitsPerChannel(Repairs):
     format = fp.TripleMSB(fp.Affine(bits=4, axis=0), copies=4, protect=2)
 
 
+class TestChosenBits(Repairs):
+    format = fp.TripleMSB(fp.Float32(), protect=(30, 26))
+    stores_nan = stores_infinity = True
+
+
 class TestSECDEDAffine(Repairs):
     format = fp.SECDED(fp.Affine(bits=5))
 
@@ -280,6 +285,16 @@ def test_a_single_fault_in_a_protected_bit_or_its_copies_does_nothing():
         assert read(format, [word ^ (1 << bit) for word in words])[0] == [value ^ (1 << bit) for value in data]
 
 
+def test_a_single_fault_in_a_chosen_bit_or_its_copies_does_nothing():
+    format = fp.TripleMSB(fp.Affine(bits=4), protect=[1, 3])
+    assert (format.width, format.protect) == (8, (1, 3))
+    assert format == parse_format("TripleMSB(Affine(bits=4), protect=(1, 3))")
+    data, words = all_words(format)
+    for bit in range(8):
+        found = read(format, [word ^ (1 << bit) for word in words])[0]
+        assert found == ([value ^ (1 << bit) for value in data] if bit in (0, 2) else data)
+
+
 def test_parity_detects_odd_and_misses_even_errors():
     format = fp.Parity(fp.Affine(bits=4))
     _, words = all_words(format)
@@ -327,6 +342,9 @@ def test_formats_within_formats_are_read_from_text(text):
         (lambda: fp.TripleMSB(fp.Affine(), copies=0), "from 1"),
         (lambda: fp.TripleMSB(fp.Affine(bits=2), protect=3), "has 2 bits"),
         (lambda: fp.TripleMSB(fp.Float32(), copies=2, protect=17), "at most 64"),
+        (lambda: fp.TripleMSB(fp.Affine(bits=3), protect=(3,)), "has 3 bits"),
+        (lambda: fp.TripleMSB(fp.Affine(bits=3), protect=(2, 2)), "each once"),
+        (lambda: fp.TripleMSB(fp.Affine(bits=3), protect=()), "from 1"),
         (lambda: fp.SECDED(8), "Format"),
         (lambda: fp.SECDED(fp.Float32(), block=16), "holds no word"),
         (lambda: fp.SECDED(fp.Float32(), block=True), "number of data bits"),

@@ -4,7 +4,8 @@ from flipproof.analysis.bits import bit_criticality, bit_profile, clip_bits, cli
 from flipproof.analysis.deepvigor import DeepVigor, analyze
 from flipproof.analysis.propagation import Propagation, propagation
 from flipproof.analysis.protection import protection
-from flipproof.analysis.vulnerability import VulnerabilityMap, select
+from flipproof.analysis.selection import protected_formats, select
+from flipproof.analysis.vulnerability import VulnerabilityMap
 
 __all__ = [
     "DeepVigor",
@@ -16,6 +17,7 @@ __all__ = [
     "clip_bits",
     "clip_tensors",
     "propagation",
+    "protected_formats",
     "protection",
     "select",
 ]

@@ -7,6 +7,7 @@ model cannot be traced, or its suffix does not give back the golden outputs bit 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 from flipproof.campaigns.batches import Batches, Output, call, pick
 from flipproof.campaigns.suffix import Suffixes
 from flipproof.faults.neurons import NeuronSite, NeuronSpace
+from flipproof.faults.space import Site
 from flipproof.outcomes import Decision, bit_pattern
 
 ROWS = 512
@@ -24,6 +26,10 @@ ROWS = 512
 
 _RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_)
 _POOL_FUNCTIONS = (F.max_pool2d, torch.max_pool2d)
+
+
+Change = Callable[[Tensor], None]
+"""Changes a layer's output in place; its rows are those that are asked about."""
 
 
 class Prober:
@@ -47,7 +53,7 @@ class Prober:
         max_bytes: int,
     ) -> None:
         self.model, self.space, self.batches = model, space, batches
-        self._output, self._decision = output, decision
+        self._output, self.decision = output, decision
         self.classes = decision.classes_of(golden)
         """Golden class of every sample."""
         self._golden = golden
@@ -59,24 +65,39 @@ class Prober:
         """Whether probes run only what lies behind their layer."""
         self.probes = 0
         """Rows that were run through a network so far."""
+        self.recorded = (0, 0)
+        """Rows of whole forwards and of suffixes that prepared and checked the suffixes so far."""
+
+    @property
+    def sites(self) -> tuple[NeuronSite, ...]:
+        """The layers that can be asked about."""
+        return self.space.sites
+
+    def cuts(self, site: NeuronSite | Site) -> bool:
+        """Whether questions about this layer run only what lies behind it."""
+        return self.traced
 
     def at(self, site: NeuronSite, batch: int) -> Layer:
         """The questions one can ask of this layer about this batch."""
         first = sum(self.batches.sizes[:batch])
         size = self.batches.sizes[batch]
-        golden = self._golden[first : first + size]
-        suffix = self._suffix(site, batch, golden)
+        suffix = self.suffix(site, batch)
         values = suffix.values if suffix is not None else self._values(site, batch)
         return Layer(self, site, batch, values, self.classes[first : first + size], suffix)
 
-    def _suffix(self, site: NeuronSite, batch: int, golden: Tensor) -> _Suffix | None:
+    def suffix(self, site: NeuronSite, batch: int) -> Suffix | None:
+        """What runs behind this layer, or None where that does not reproduce the golden outputs."""
+        first = sum(self.batches.sizes[:batch])
+        golden = self._golden[first : first + self.batches.sizes[batch]]
         if self._suffixes is None or site.axis != 0:
             return None
         try:
-            suffix = _Suffix(self._suffixes, site, self.batches.inputs[batch], self.batches.sizes[batch])
+            size = self.batches.sizes[batch]
+            suffix = Suffix(self._suffixes, site, self.batches.inputs[batch], size)
+            self.recorded = (self.recorded[0] + size, self.recorded[1] + 3 * size)
             rows = torch.arange(golden.shape[0], device=suffix.values.device)
-            whole = pick(suffix.run(rows, None, None, site), self._output).cpu()
-            turned = pick(suffix.run(rows.flip(0).repeat(2), None, None, site), self._output).cpu()
+            whole = pick(suffix.run(rows), self._output).cpu()
+            turned = pick(suffix.run(rows.flip(0).repeat(2)), self._output).cpu()
         except Exception:  # what was traced cannot run like the model, in whatever way that shows: run the model
             return None
         same = whole.shape == golden.shape and torch.equal(bit_pattern(whole), bit_pattern(golden))
@@ -85,7 +106,7 @@ class Prober:
 
     def classes_of(self, outputs: Tensor) -> Tensor:
         """The class of each row; −1 where the output holds a NaN."""
-        return self._decision.classes_of(outputs)
+        return self.decision.classes_of(outputs)
 
     def _values(self, site: NeuronSite, batch: int) -> Tensor:
         found: list[Tensor] = []
@@ -99,20 +120,20 @@ class Prober:
             call(self.model, self.batches.inputs[batch])
         return found[0]
 
-    def whole(self, site: NeuronSite, batch: int, rows: Tensor, neurons: Tensor, values: Tensor) -> Tensor:
-        """Outputs of whole forwards on these rows of the batch with these neurons changed."""
+    def whole(self, site: NeuronSite, batch: int, rows: Tensor, change: Change) -> Tensor:
+        """Outputs of whole forwards on these rows of the batch with the layer's output changed."""
         size = self.batches.sizes[batch]
-        inputs = pytree.tree_map(lambda leaf: _rows(leaf, rows, size), self.batches.inputs[batch])
+        inputs = pytree.tree_map(lambda leaf: rows_of(leaf, rows, size), self.batches.inputs[batch])
 
-        def change(seen: NeuronSite, output: Tensor) -> Tensor | None:
+        def put(seen: NeuronSite, output: Tensor) -> Tensor | None:
             if seen.name != site.name:
                 return None
             changed = output.clone()
-            changed[site.index(torch.arange(rows.numel(), device=rows.device), neurons)] = values
+            change(changed)
             return changed
 
         self.space.begin(batch)
-        with self.space.changed(change):
+        with self.space.changed(put):
             return pick(call(self.model, inputs), self._output)
 
     def outputs(self, raw: Any) -> Tensor:
@@ -130,7 +151,7 @@ class Layer:
     """
 
     def __init__(
-        self, prober: Prober, site: NeuronSite, batch: int, values: Tensor, classes: Tensor, suffix: _Suffix | None
+        self, prober: Prober, site: NeuronSite, batch: int, values: Tensor, classes: Tensor, suffix: Suffix | None
     ) -> None:
         self._prober, self._site, self._batch, self._suffix = prober, site, batch, suffix
         self.values, self.classes = values, classes
@@ -168,13 +189,21 @@ class Layer:
             self._prober.probes += 0 if self.last else part.numel()
         return result
 
+    def flips(self, rows: Tensor, neurons: Tensor) -> Tensor:
+        """What each neuron would hold with each bit of its word flipped; (n, bits)."""
+        golden = self.values[rows, neurons][:, None].expand(-1, self._site.width).contiguous()
+        return self._site.flipped(golden, torch.arange(self._site.width, device=golden.device))
+
     def _run(self, rows: Tensor, neurons: Tensor, values: Tensor) -> Any:
+        def change(output: Tensor) -> None:
+            output[self._site.index(torch.arange(rows.numel(), device=rows.device), neurons)] = values
+
         if self._suffix is not None:
-            return self._suffix.run(rows, neurons, values, self._site)
-        return self._prober.whole(self._site, self._batch, rows, neurons, values)
+            return self._suffix.run(rows, change)
+        return self._prober.whole(self._site, self._batch, rows, change)
 
 
-class _Suffix:
+class Suffix:
     """What runs behind a layer, and the golden activations of a batch there."""
 
     def __init__(self, suffixes: Suffixes, site: NeuronSite, inputs: Any, size: int) -> None:
@@ -186,15 +215,25 @@ class _Suffix:
         self._place = suffixes._live(cut).index(self._node)
         self._graph = suffixes._part(cut)
         self.last = all(node.op in ("placeholder", "output") for node in self._graph.graph.nodes)
-        self._shape = self._live[self._place].shape
+        self.shape = self._live[self._place].shape
+        """Of the layer's output."""
         self.values: Tensor = self._live[self._place].reshape(size, -1)
         self._modules = dict(suffixes._traced.named_modules())
 
-    def run(self, rows: Tensor, neurons: Tensor | None, values: Tensor | None, site: NeuronSite) -> Any:
-        live = [pytree.tree_map(lambda leaf: _rows(leaf, rows, self._size), value) for value in self._live]
-        if neurons is not None and values is not None:
-            live[self._place][site.index(torch.arange(rows.numel(), device=rows.device), neurons)] = values
+    def run(self, rows: Tensor, change: Change | None = None) -> Any:
+        live = [pytree.tree_map(lambda leaf: rows_of(leaf, rows, self._size), value) for value in self._live]
+        if change is not None:
+            change(live[self._place])
         return self._graph(*live)
+
+    def at(self, rows: Tensor) -> Tensor:
+        """The golden output of the layer for these rows."""
+        return self.values.reshape(self.shape).index_select(0, rows)
+
+    @property
+    def relu_behind(self) -> bool:
+        """Whether a ReLU right behind the layer is all that reads it."""
+        return self._only_user(self._node, nn.ReLU, _RELU_FUNCTIONS, "relu") is not None
 
     def floor(self) -> Tensor | None:
         """For each golden value, how high it may go unseen by the pool behind its ReLU; −inf without a pool, None
@@ -205,20 +244,20 @@ class _Suffix:
             return None
         floor = torch.full_like(self.values, float("-inf"))
         kernel = self._pool_behind(relu)
-        if kernel is None or len(self._shape) != 4:
+        if kernel is None or len(self.shape) != 4:
             return floor
-        samples, channels, height, width = self._shape
+        samples, channels, height, width = self.shape
         tall, wide = height // kernel, width // kernel
         if not tall or not wide:
             return floor
-        seen = self.values.reshape(self._shape)[:, :, : tall * kernel, : wide * kernel].clamp(min=0)
+        seen = self.values.reshape(self.shape)[:, :, : tall * kernel, : wide * kernel].clamp(min=0)
         windows = seen.reshape(samples, channels, tall, kernel, wide, kernel).transpose(3, 4)
         flat = windows.reshape(samples, channels, tall, wide, kernel * kernel)
         top = flat.topk(2, dim=-1).values
         # of two equal largest values each sees the other: the second is then as high as the first
         others = torch.where(flat == top[..., :1], top[..., 1:], top[..., :1])
         back = others.reshape(samples, channels, tall, wide, kernel, kernel).transpose(3, 4)
-        result = torch.full(self._shape, float("inf"), dtype=floor.dtype, device=floor.device)  # in no window at all
+        result = torch.full(self.shape, float("inf"), dtype=floor.dtype, device=floor.device)  # in no window at all
         result[:, :, : tall * kernel, : wide * kernel] = back.reshape(seen.shape)
         return result.reshape(samples, -1)
 
@@ -261,7 +300,8 @@ def _one(size: Any) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _rows(leaf: Any, rows: Tensor, size: int) -> Any:
+def rows_of(leaf: Any, rows: Tensor, size: int) -> Any:
+    """These samples of a tensor of a batch of `size`; anything else as it is."""
     if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size:
         return leaf.index_select(0, rows)
     return leaf

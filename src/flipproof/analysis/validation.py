@@ -11,15 +11,16 @@ import pandas as pd
 import torch
 from torch import nn
 
+from flipproof.analysis.layer import verdict
+from flipproof.analysis.opening import opened
 from flipproof.analysis.probing import Prober
-from flipproof.campaigns.batches import Data, read_batches
-from flipproof.campaigns.evaluation import eval_mode, golden_run, one_thread
-from flipproof.campaigns.neuron_trial import neuron_space
+from flipproof.analysis.weights import WeightProber
+from flipproof.campaigns.batches import Data
 from flipproof.campaigns.statistics import sample_size, wilson_interval
 from flipproof.errors import ConfigError
-from flipproof.faults.neurons import Neurons
+from flipproof.faults.neurons import Neurons, NeuronSite
 from flipproof.faults.sampling import TrialGenerator
-from flipproof.outcomes import Decision
+from flipproof.faults.space import Parameters, Site
 
 if TYPE_CHECKING:
     from flipproof.analysis.vulnerability import VulnerabilityMap
@@ -57,7 +58,7 @@ def validate(
         ConfigError: if the map has no model, or its layers are not those of the model.
     """
     rows = []
-    with opened(found, data, model) as prober:
+    with reopened(found, data, model) as (prober, sites):
         for layer in found.layers_found:
             population = layer.neurons.numel() * layer.width * prober.batches.samples
             count = injections or sample_size(population, margin=margin, confidence=confidence)
@@ -65,13 +66,15 @@ def validate(
             hit = torch.from_numpy(draw.below(population, count)).sort().values
             sample = hit // (layer.neurons.numel() * layer.width)
             place = hit // layer.width % layer.neurons.numel()
-            rows.append(_row(found, prober, layer.name, sample, place, hit % layer.width, confidence))
+            rows.append(_row(found, prober, sites[layer.name], sample, place, hit % layer.width, confidence))
     return pd.DataFrame(rows)
 
 
 @contextmanager
-def opened(found: VulnerabilityMap, data: Data, model: nn.Module | None) -> Iterator[Prober]:
-    """Probes of the map's model on these data, in the map's formats.
+def reopened(
+    found: VulnerabilityMap, data: Data, model: nn.Module | None
+) -> Iterator[tuple[Prober | WeightProber, dict[str, NeuronSite | Site]]]:
+    """Probes of the map's model on these data, in the map's formats, and its layers by name.
 
     Raises:
         ConfigError: if the map has no model, or its layers are not those of the model.
@@ -80,35 +83,38 @@ def opened(found: VulnerabilityMap, data: Data, model: nn.Module | None) -> Iter
     if net is None:
         raise ConfigError("this map was loaded from a file and has no model: pass model=")
     formats = {layer.name.partition("[")[0] or "*": _format(layer.format) for layer in found.layers_found}
-    device = next((tensor.device for tensor in (*net.parameters(), *net.buffers())), torch.device("cpu"))
-    with eval_mode(net), one_thread(device):
-        batches = read_batches(data, device)
-        space = neuron_space(net, batches, Neurons(include=tuple(formats)), formats)
+    kind = Neurons if found.of == "neurons" else Parameters
+    with opened(net, data, kind(include=tuple(formats)), formats, found.output, 2**28) as prober:
+        sites = {site.name: site for site in prober.sites}
         for layer in found.layers_found:
-            values = space.site(layer.name).values
-            if values != layer.total:
-                raise ConfigError(f"{layer.name} has {values} neurons, but {layer.total} were analysed")
-        with space.stored():
-            golden = golden_run(net, batches, found.output)
-            yield Prober(net, space, batches, found.output, golden, Decision.from_golden(golden), 2**28)
+            if layer.name not in sites or sites[layer.name].values != layer.total:
+                has = sites[layer.name].values if layer.name in sites else "no"
+                raise ConfigError(
+                    f"{layer.name}: the model has {has} {found.of} there, but {layer.total} were analysed"
+                )
+        yield prober, dict(sites)
 
 
 def injected(
-    prober: Prober, name: str, sample: torch.Tensor, neuron: torch.Tensor, bit: torch.Tensor
+    prober: Prober | WeightProber,
+    site: NeuronSite | Site,
+    sample: torch.Tensor,
+    neuron: torch.Tensor,
+    bit: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Errors of these flips and whether they were critical, each run through the rest of the network."""
-    site = prober.space.site(name)
     delta = torch.zeros(sample.numel(), dtype=torch.float64)
     critical = torch.zeros(sample.numel(), dtype=torch.bool)
     first = 0
     for batch, size in enumerate(prober.batches.sizes):
         here = ((sample >= first) & (sample < first + size)).nonzero()[:, 0]
         if here.numel():
-            probes = prober.at(site, batch)
+            probes = prober.at(site, batch)  # type: ignore[arg-type]
             device = probes.values.device
             row, place = (sample[here] - first).to(device), neuron[here].to(device)
             before = probes.values[row, place]
-            after = site.flipped(before, bit[here].to(device))
+            flips = probes.flips(row, place)
+            after = flips[torch.arange(row.numel(), device=device), bit[here].to(device)]
             delta[here] = (after.double() - before.double()).cpu()
             critical[here] = probes.critical(row, place, after, shortcuts=False).cpu()
         first += size
@@ -117,21 +123,19 @@ def injected(
 
 def _row(
     found: VulnerabilityMap,
-    prober: Prober,
-    name: str,
+    prober: Prober | WeightProber,
+    site: NeuronSite | Site,
     sample: torch.Tensor,
     place: torch.Tensor,
     bit: torch.Tensor,
     confidence: float,
 ) -> dict[str, object]:
-    from flipproof.analysis.vulnerability import verdict
-
-    layer = found.layer(name)
-    delta, critical = injected(prober, name, sample, layer.neurons[place], bit)
+    layer = found.layer(site.name)
+    delta, critical = injected(prober, site, sample, layer.neurons[place], bit)
     called = verdict(layer.overall()[place], delta, layer.nans[place])
     counts = torch.bincount(called, minlength=3).tolist()
     right = (int((~critical[called == 0]).sum()), int(critical[called == 2].sum()))
-    result: dict[str, object] = {"layer": name, "injections": sample.numel()}
+    result: dict[str, object] = {"layer": site.name, "injections": sample.numel()}
     for column, hits, total in zip(("true_non_critical", "true_critical"), right, (counts[0], counts[2]), strict=True):
         low, high = wilson_interval(hits, total, confidence=confidence)
         result |= {column: hits / total if total else np.nan, f"{column}_low": low, f"{column}_high": high}

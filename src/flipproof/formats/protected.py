@@ -6,6 +6,7 @@ they are in the fault space and are hit like any other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,10 +77,11 @@ class TripleMSB(Protected):
     Args:
         inner: the format that is protected.
         copies: of each protected bit; even, so that there always is a majority.
-        protect: how many bits, from the most significant down.
+        protect: how many bits, from the most significant down; or which ones, if others matter more (bit 30 of
+            Float32): then the k-th of them is the k-th protected bit.
 
     Raises:
-        FormatError: for an odd number of copies, more protected bits than there are, or words beyond 64 bits.
+        FormatError: for an odd number of copies, bits that are not there or named twice, or words beyond 64 bits.
 
     Example:
         >>> import flipproof as fp, torch
@@ -92,40 +94,51 @@ class TripleMSB(Protected):
     """
 
     copies: int = 2
-    protect: int = 1
+    protect: int | Sequence[int] = 1
 
     def __post_init__(self) -> None:
-        for name in ("copies", "protect"):
-            value = getattr(self, name)
+        if isinstance(self.protect, Sequence):
+            object.__setattr__(self, "protect", tuple(self.protect))
+        named = self.protect if isinstance(self.protect, tuple) else ()
+        for name, value in (("copies", self.copies), ("protect", len(named) if named else self.protect)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise FormatError(f"TripleMSB: {name} must be a whole number from 1, got {value!r}")
         if self.copies % 2:
             raise FormatError(f"TripleMSB: an even number of copies gives a majority, got copies={self.copies}")
+        if any(not isinstance(bit, int) or isinstance(bit, bool) for bit in named) or len(set(named)) < len(named):
+            raise FormatError(f"TripleMSB: protect names bits, each once, got {named}")
         super().__post_init__()
-        if self.protect > self.inner.width:
+        if not all(0 <= bit < self.inner.width for bit in self._bits):
             raise FormatError(f"TripleMSB: {self.inner!r} has {self.inner.width} bits, got protect={self.protect}")
 
     @property
+    def _bits(self) -> tuple[int, ...]:
+        """The protected bits of the inner word."""
+        if isinstance(self.protect, int):
+            return tuple(self.inner.width - 1 - k for k in range(self.protect))
+        return tuple(self.protect)
+
+    @property
     def checks(self) -> int:
-        return self.copies * self.protect
+        return self.copies * (self.protect if isinstance(self.protect, int) else len(self.protect))
 
     def protect_words(self, data: Tensor) -> Tensor:
         m = self.inner.width
         words = data.clone()
-        for k in range(self.protect):
-            bit = (data >> (m - 1 - k)) & 1
+        for k, place in enumerate(self._bits):
+            bit = (data >> place) & 1
             words |= (bit * ((1 << self.copies) - 1)) << (m + k * self.copies)
         return words
 
     def repair_words(self, words: Tensor) -> tuple[Tensor, Tensor | None]:
         m = self.inner.width
         data = words & ((1 << m) - 1)
-        for k in range(self.protect):
-            votes = (words >> (m - 1 - k)) & 1
+        for k, place in enumerate(self._bits):
+            votes = (words >> place) & 1
             for j in range(self.copies):
                 votes = votes + ((words >> (m + k * self.copies + j)) & 1)
             voted = (votes > self.copies // 2).to(torch.int64)
-            data = (data & ~(1 << (m - 1 - k))) | (voted << (m - 1 - k))
+            data = (data & ~(1 << place)) | (voted << place)
         return data, None
 
 

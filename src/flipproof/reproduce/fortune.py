@@ -223,13 +223,15 @@ def _bars(table: pd.DataFrame, column: str, label: str) -> Figure:
     for i, name in enumerate(types):
         own = table[table["type"] == name]
         places = [place + (i - len(types) / 2) * 0.1 for place in range(len(own))]
-        axes.bar(places, own[column], width=0.1, color=SERIES[i % len(SERIES)], label=str(name))
+        short = str(name).replace("Affine(bits=8)", "8")
+        hatch = "////" if i >= len(SERIES) else ""  # a colour that comes again
+        axes.bar(places, own[column], width=0.09, color=SERIES[i % len(SERIES)], label=short, hatch=hatch, ec="w", lw=0)
     first = table[table["type"] == types[0]]
     axes.set_xticks(range(len(first)), [f"{ber:g}" for ber in first["ber"]])
     axes.set_xlabel("bit error rate (flips per stored bit)")
     axes.set_ylabel(label)
     axes.set_yscale("symlog", linthresh=max(float(table[column].abs().max()) * 1e-4, 1e-12))
-    axes.legend(fontsize=5, frameon=False, ncols=2)
+    figure.legend(loc="outside upper center", fontsize=5.5, frameon=False, ncols=4)
     return figure
 
 

@@ -1,0 +1,138 @@
+"""What DeepVigor found about one layer: sums over the inputs, and what they say of an error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import inf
+
+import torch
+from torch import Tensor
+
+from flipproof.errors import ConfigError
+from flipproof.faults.neurons import NeuronSite
+from flipproof.faults.space import Site
+
+VERDICTS = ("non_vulnerable", "semi_vulnerable", "vulnerable")
+
+_EMPTY = torch.tensor([-inf, inf, inf, -inf], dtype=torch.float64)
+"""Over no input at all every error is harmless to all inputs, and critical to all."""
+
+
+@dataclass
+class LayerVulnerability:
+    """One layer's sums over the inputs seen so far: sizes do not grow with their number.
+
+    Attributes:
+        name: the layer's qualified name; `format` and `width` say how a neuron is stored.
+        total: neurons in the layer; `neurons` are the flat indices of those analysed, ascending.
+        critical: how many inputs each bit flip is critical for, int64 (neurons, width).
+        ranges: by golden class, float64 (classes, neurons, 4): errors from [0] to [2] are harmless for all inputs of
+            the class, errors ≤ [1] or ≥ [3] critical for all of them.
+        inputs: inputs by golden class, int64 (classes,).
+        nans: flips that made a NaN, and those of them that were critical, int64 (neurons, 2).
+        tried, holes: injections of flips that the search decided untried, and those it had wrong.
+        probes: rows run through the rest of the network; `forwards`: the same in forwards of the whole network.
+        closed_form: nothing is computed behind the layer.
+    """
+
+    name: str
+    format: str
+    width: int
+    total: int
+    neurons: Tensor
+    critical: Tensor
+    ranges: Tensor
+    inputs: Tensor
+    nans: Tensor
+    tried: int = 0
+    holes: int = 0
+    probes: int = 0
+    forwards: float = 0.0
+    closed_form: bool = False
+
+    @classmethod
+    def empty(cls, site: NeuronSite | Site, neurons: Tensor, classes: int) -> LayerVulnerability:
+        """Nothing seen yet."""
+        count = neurons.numel()
+        return cls(
+            site.name,
+            repr(site.format),
+            site.width,
+            site.values,
+            neurons,
+            torch.zeros(count, site.width, dtype=torch.int64),
+            _EMPTY.repeat(classes, count, 1),
+            torch.zeros(classes, dtype=torch.int64),
+            torch.zeros(count, 2, dtype=torch.int64),
+        )
+
+    def count(self, classes: Tensor) -> None:
+        """Take note of some inputs' golden classes."""
+        self.inputs += torch.bincount(classes[classes >= 0], minlength=self.inputs.numel())
+
+    def add(self, classes: Tensor, part: Tensor, critical: Tensor, ranges: Tensor, nans: Tensor) -> None:
+        """Take in some samples for some of the neurons.
+
+        Args:
+            classes: golden class of each sample, (n,).
+            part: which entries of `neurons`, (p,).
+            critical: bits that are critical, (n, p, width).
+            ranges: of each sample and neuron, (n, p, 4).
+            nans: flips that make a NaN, and those that are critical, (n, p, 2).
+        """
+        self.critical[part] += critical.sum(dim=0)
+        self.nans[part] += nans.sum(dim=0)
+        for label in sorted(set(classes.tolist())):
+            own = ranges[classes == label]
+            self.ranges[label, part] = narrowed(torch.cat([self.ranges[label, part][None], own]))
+
+    def add_holes(self, tried: int, wrong: int) -> None:
+        """Take in injections that looked for holes."""
+        self.tried += tried
+        self.holes += wrong
+
+    def overall(self, label: int | None = None) -> Tensor:
+        """Ranges over all classes, or of one; float64 (neurons, 4)."""
+        return narrowed(self.ranges) if label is None else self.ranges[label]
+
+    def merged(self, other: LayerVulnerability) -> LayerVulnerability:
+        """The sums over both."""
+        same = self.name == other.name and self.format == other.format and torch.equal(self.neurons, other.neurons)
+        if not same or self.ranges.shape != other.ranges.shape:
+            raise ConfigError(
+                f"{self.name!r} and {other.name!r} are not the same layer with the same neurons and format "
+                f"({self.format}, {other.format}): analyse both shards with the same model, method and seed"
+            )
+        return replace(
+            self,
+            critical=self.critical + other.critical,
+            ranges=narrowed(torch.stack([self.ranges, other.ranges])),
+            inputs=self.inputs + other.inputs,
+            nans=self.nans + other.nans,
+            tried=self.tried + other.tried,
+            holes=self.holes + other.holes,
+            probes=self.probes + other.probes,
+            forwards=self.forwards + other.forwards,
+        )
+
+
+def narrowed(ranges: Tensor) -> Tensor:
+    """Over the first dimension: what is harmless for all, and critical for all."""
+    safe_low, critical_low, safe_high, critical_high = ranges.unbind(dim=-1)
+    return torch.stack(
+        [safe_low.amax(dim=0), critical_low.amin(dim=0), safe_high.amin(dim=0), critical_high.amax(dim=0)], dim=-1
+    )
+
+
+def verdict(ranges: Tensor, delta: Tensor, nans: Tensor) -> Tensor:
+    """Indices into `VERDICTS` of errors against ranges (…, 4).
+
+    A NaN is vulnerable, unless NaNs were tried in this neuron (`nans`, (…, 2)) and did not change the class: one that
+    nothing reads, or whose NaN is clamped away.
+    """
+    safe_low, critical_low, safe_high, critical_high = ranges.unbind(dim=-1)
+    tried, hit = nans.unbind(dim=-1)
+    harmless = (delta >= safe_low) & (delta <= safe_high)
+    critical = (delta <= critical_low) | (delta >= critical_high)
+    of_nan = torch.where(hit == tried, 2, torch.where(hit == 0, 0, 1))
+    return torch.where(torch.isnan(delta), of_nan, torch.where(harmless, 0, torch.where(critical, 2, 1)))

@@ -1,0 +1,80 @@
+"""A model opened for questions: stored in its formats, with its golden run, and what a question costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from flipproof.analysis.probing import Prober
+from flipproof.analysis.weights import WeightProber
+from flipproof.campaigns.batches import Data, Output, call, read_batches
+from flipproof.campaigns.evaluation import eval_mode, golden_run, one_thread
+from flipproof.campaigns.neuron_trial import neuron_space
+from flipproof.errors import DataError
+from flipproof.faults.neurons import Neurons
+from flipproof.faults.selection import FormatChoice
+from flipproof.faults.space import FaultSpace, Parameters
+from flipproof.outcomes import Decision
+
+
+@contextmanager
+def opened(
+    model: nn.Module, data: Data, where: Neurons | Parameters, format: FormatChoice, output: Output, max_bytes: int
+) -> Iterator[Prober | WeightProber]:
+    """Probes of a model's neurons or parameters, while it is stored in their formats; it comes back as it was.
+
+    Raises:
+        DataError: if fault-free outputs hold NaN, or the data are no batches.
+        FaultSpaceError: if nothing can be asked about.
+    """
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    with eval_mode(model), one_thread(device):
+        batches = read_batches(data, device)
+        space = (
+            FaultSpace(model, where=where, format=format)
+            if isinstance(where, Parameters)
+            else neuron_space(model, batches, where, format)
+        )
+        with space.stored():
+            golden = golden_run(model, batches, output)
+            decision = Decision.from_golden(golden)
+            if broken := int((decision.classes_of(golden) < 0).sum()):
+                raise DataError(
+                    f"the fault-free outputs of {broken} inputs hold NaN: they have no class that a fault could change"
+                )
+            if isinstance(space, FaultSpace):
+                yield WeightProber(model, space, batches, output, golden, decision, max_bytes)
+            else:
+                yield Prober(model, space, batches, output, golden, decision, max_bytes)
+
+
+def suffix_shares(model: nn.Module, prober: Prober | WeightProber) -> dict[str, float]:
+    """Multiplications behind each layer ÷ those of a forward: what a probe of it costs in forwards."""
+    order: list[tuple[str, float]] = []
+    handles = []
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() > 1:
+
+            def hook(
+                module: nn.Module, args: object, result: object, name: str = name, weight: Tensor = weight
+            ) -> None:
+                if isinstance(result, Tensor):
+                    order.append((name, result.numel() * weight[0].numel()))
+
+            handles.append(module.register_forward_hook(hook))
+    try:
+        call(model, prober.batches.inputs[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    total = sum(cost for _, cost in order)
+    shares = {}
+    for site in prober.sites:
+        place = next((i for i, (name, _) in enumerate(order) if name == site.layer), None)
+        behind = sum(cost for _, cost in order[place + 1 :]) if place is not None else total
+        shares[site.name] = behind / total if total and prober.cuts(site) else 1.0
+    return shares

@@ -1,0 +1,168 @@
+"""Searching the smallest critical error (PAPERS: deepvigor): gallop, bisect, narrow, and look for holes."""
+
+from __future__ import annotations
+
+from math import inf, nan
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flipproof.faults.sampling import TrialGenerator
+
+
+class Questions(Protocol):
+    """What a search asks about one layer and one batch.
+
+    Attributes:
+        values: golden values (samples, places); classes: the golden class of each sample.
+        last: nothing is computed behind the layer, so that a question costs a comparison and no network.
+    """
+
+    values: Tensor
+    classes: Tensor
+    last: bool
+
+    def flips(self, rows: Tensor, places: Tensor) -> Tensor:
+        """What each place would hold with each bit flipped; (n, bits)."""
+
+    def critical(self, rows: Tensor, places: Tensor, values: Tensor, *, shortcuts: bool = True) -> Tensor:
+        """Whether each change gives another class, or a NaN; bool (n,)."""
+
+
+class Search:
+    """The searches of some pairs of a sample and a place, in lockstep: every round asks one question of each.
+
+    Args:
+        layer: who answers.
+        rows: samples of the batch, int64 (pairs,).
+        places: neurons or weights, int64 (pairs,).
+        exhaustive: try every bit.
+        tolerance: of `ranges`.
+
+    Attributes:
+        critical: which bits of which pairs are critical, bool (pairs, bits).
+        nans: flips that make a NaN, and those of them that are critical, bool (pairs, bits, 2).
+    """
+
+    def __init__(
+        self, layer: Questions, rows: Tensor, places: Tensor, *, exhaustive: bool = False, tolerance: float = 0.05
+    ) -> None:
+        device = layer.values.device
+        self._layer, self._tolerance = layer, tolerance
+        self._rows, self._places = rows.to(device), places.to(device)
+        self._golden = layer.values[self._rows, self._places]
+        self._faulty = layer.flips(self._rows, self._places)
+        self._delta = self._faulty.double() - self._golden.double()[:, None]
+        self._flags = torch.zeros(self._faulty.shape, dtype=torch.bool, device=device)
+        self._tried = torch.zeros_like(self._flags)
+        everything = exhaustive or layer.last
+        # NaN and a changed sign of zero have no place in an order of errors: they are tried themselves
+        self._try(torch.ones_like(self._flags) if everything else ~((self._delta > 0) | (self._delta < 0)))
+        self._sides = [self._side(sign, everything) for sign in (1, -1)]
+
+    @property
+    def critical(self) -> Tensor:
+        return self._flags.cpu()
+
+    @property
+    def nans(self) -> Tensor:
+        made = torch.isnan(self._faulty)
+        return torch.stack([made, made & self._flags], dim=2).cpu()
+
+    def _try(self, which: Tensor) -> None:
+        pair, bit = which.nonzero(as_tuple=True)
+        self._flags[pair, bit] = self._ask(pair, self._faulty[pair, bit])
+        self._tried |= which
+
+    def _ask(self, pairs: Tensor, values: Tensor) -> Tensor:
+        return self._layer.critical(self._rows[pairs], self._places[pairs], values)
+
+    def _side(self, sign: int, everything: bool) -> tuple[Tensor, Tensor]:
+        """Largest harmless and smallest critical error of this sign among the bit flips, as magnitudes; 0 and inf where
+        there is none.
+        """
+        size = self._delta * sign
+        member = size > 0
+        order = torch.where(member, size, nan).sort(dim=1, stable=True)  # NaN sorts behind an error of +inf
+        count = member.sum(dim=1)
+        index = torch.arange(self._flags.shape[1], device=count.device)
+        if everything:
+            flags = self._flags.gather(1, order.indices) & (index < count[:, None])
+            first = torch.where(flags.any(dim=1), flags.int().argmax(dim=1), count)
+        else:
+            first = self._first_critical(order.indices, count)
+            flags = (index >= first[:, None]) & (index < count[:, None])
+            self._flags |= torch.zeros_like(self._flags).scatter_(1, order.indices, flags)
+        sizes = order.values
+        harmless = torch.where(first > 0, sizes.gather(1, (first - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+        last = sizes.shape[1] - 1
+        critical = torch.where(first < count, sizes.gather(1, first.clamp(max=last)[:, None])[:, 0], inf)
+        return harmless, critical
+
+    def _first_critical(self, order: Tensor, count: Tensor) -> Tensor:
+        """Index of the first critical flip in each row of `order`: gallop down from the largest, then bisect."""
+        low, high = torch.zeros_like(count), count.clone()
+        jump, galloping = torch.ones_like(count), torch.ones_like(count, dtype=torch.bool)
+        while bool((active := (low < high).nonzero()[:, 0]).numel()):
+            lo, hi = low[active], high[active]
+            probe = torch.where(galloping[active], (hi - jump[active]).clamp(min=lo), (lo + hi) // 2)
+            bit = order[active, probe]
+            hit = self._ask(active, self._faulty[active, bit])
+            self._tried[active, bit] = True
+            high[active], low[active] = torch.where(hit, probe, hi), torch.where(hit, lo, probe + 1)
+            jump[active] *= 2
+            galloping[active] &= hit
+        return high
+
+    def ranges(self, *, narrow: bool = True) -> Tensor:
+        """Per pair: harmless down to, critical from there down, harmless up to, critical from there up, as errors;
+        float64 (pairs, 4). `narrow` asks between the bit flips that were tried.
+        """
+        parts = []
+        for sign, (harmless, critical) in zip((-1, 1), self._sides[::-1], strict=True):
+            near, far = self._narrowed(sign, harmless, critical) if narrow else (harmless, critical)
+            parts += [sign * near, sign * far]
+        return torch.stack(parts, dim=1).cpu()
+
+    def _narrowed(self, sign: int, harmless: Tensor, critical: Tensor) -> tuple[Tensor, Tensor]:
+        harmless, critical = harmless.clone(), critical.clone()
+        top = torch.finfo(self._golden.dtype).max
+        everyone = torch.arange(harmless.numel(), device=harmless.device)
+        open_ended = everyone[torch.isinf(critical)]  # no finite error was critical yet: ask for the largest there is
+        self._move(sign, open_ended, torch.full_like(harmless[open_ended], top), harmless, critical)
+        for _ in range(40):
+            wide = torch.isfinite(critical) & (critical > harmless.clamp(min=1e-30) * (1 + self._tolerance))
+            active = everyone[wide]
+            if not active.numel():
+                break
+            near, far = harmless[active], critical[active]
+            middle = (near.clamp(min=1e-30).sqrt() * far.sqrt()).clamp(max=2 * top)
+            # errors below the last place of the value are no errors: there is nothing between the two ends
+            moved = self._move(sign, active, middle, harmless, critical)
+            if not bool(moved.any()):
+                break
+        return harmless, critical
+
+    def _move(self, sign: int, pairs: Tensor, middle: Tensor, harmless: Tensor, critical: Tensor) -> Tensor:
+        """Ask for errors of about `middle`, and move one end of each range to what was really asked."""
+        top = torch.finfo(self._golden.dtype).max
+        golden = self._golden[pairs].double()
+        values = (golden + sign * middle).clamp(-top, top).to(self._golden.dtype)
+        asked = (values.double() - golden) * sign
+        new = (asked > harmless[pairs]) & (asked < critical[pairs])
+        pairs, values, asked = pairs[new], values[new], asked[new]
+        hit = self._ask(pairs, values)
+        critical[pairs[hit]] = asked[hit]
+        harmless[pairs[~hit]] = asked[~hit]
+        return new
+
+    def holes(self, draw: TrialGenerator, wanted: int) -> tuple[int, int]:
+        """Injections of flips that the search decided without trying: how many, and how many it had wrong."""
+        pair, bit = (~self._tried).nonzero(as_tuple=True)
+        if not pair.numel():
+            return 0, 0
+        some = torch.from_numpy(draw.below(pair.numel(), wanted)).to(pair.device)
+        pair, bit = pair[some], bit[some]
+        truth = self._layer.critical(self._rows[pair], self._places[pair], self._faulty[pair, bit], shortcuts=False)
+        return wanted, int((truth != self._flags[pair, bit]).sum())

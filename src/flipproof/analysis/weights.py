@@ -1,0 +1,274 @@
+"""Asking a network what one changed weight does: DeepVigor's questions, with weights in the place of neurons.
+
+A weight w of a Conv or Linear layer moves one output channel along a line: with v in its place the channel is
+y + (v − w) · P, where P is what the weight sees of the layer's input (zeros where it sees the padding). So each row of
+a batch can have a weight of its own, and only what lies behind the layer runs, as for neurons. Every other parameter,
+and weights of layers that cannot be cut out, are changed in memory, with whole forwards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
+
+from flipproof.analysis.probing import Prober, Suffix, rows_of
+from flipproof.campaigns.batches import Batches, Output, call, pick
+from flipproof.campaigns.neuron_trial import neuron_space
+from flipproof.errors import FaultSpaceError
+from flipproof.faults.neurons import Neurons, NeuronSite
+from flipproof.faults.space import FaultSpace, Site
+from flipproof.formats.base import Stored, dense, word_dtype
+from flipproof.outcomes import Decision
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class WeightProber:
+    """Probes of a model's parameters on given batches; the space has to be `stored()` while it is used.
+
+    Args:
+        space: the parameters, with their formats.
+        batches: the inputs.
+        golden: fault-free outputs of all samples, on the CPU.
+        max_bytes: bound on the activations of a probing batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        space: FaultSpace,
+        batches: Batches,
+        output: Output,
+        golden: Tensor,
+        decision: Decision,
+        max_bytes: int,
+    ) -> None:
+        self.model, self.space, self.batches, self.output = model, space, batches, output
+        self.decision = decision
+        self.classes = decision.classes_of(golden)
+        """Golden class of every sample."""
+        modules = dict(model.named_modules())
+        self._lines = {site.name: modules[site.layer] for site in space.sites if _moves_on_a_line(modules, site)}
+        layers = tuple(dict.fromkeys(site.layer or "*" for site in space.sites if site.name in self._lines))
+        self._prober: Prober | None = None
+        if layers:
+            try:
+                neurons = neuron_space(model, batches, Neurons(include=layers), None)
+            except FaultSpaceError:  # no layer gives one row a sample
+                neurons = None
+            if neurons is not None:
+                self._prober = Prober(model, neurons, batches, output, golden, decision, max_bytes)
+        self.traced = self._prober is not None and self._prober.traced
+        self.whole = 0
+        """Rows run through the whole network so far."""
+
+    @property
+    def probes(self) -> int:
+        """Rows run through a network, or what lies behind a layer of it, so far."""
+        return self.whole + (self._prober.probes if self._prober is not None else 0)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The parameters that can be asked about."""
+        return self.space.sites
+
+    @property
+    def recorded(self) -> tuple[int, int]:
+        """Rows of whole forwards and of suffixes that prepared and checked the suffixes."""
+        return self._prober.recorded if self._prober is not None else (0, 0)
+
+    def at(self, site: Site, batch: int) -> WeightLayer:
+        """The questions one can ask of this parameter about this batch."""
+        found = None
+        neurons = self._site(site)
+        if self._prober is not None and neurons is not None:
+            suffix = self._prober.suffix(neurons, batch)
+            if suffix is not None:
+                seen = _input_of(self.model, self._lines[site.name], self.batches.inputs[batch])
+                found = _Line(self._lines[site.name], site, suffix, seen, self._prober)
+        return WeightLayer(self, site, batch, found)
+
+    def cuts(self, site: NeuronSite | Site) -> bool:
+        """Whether questions about this parameter run only what lies behind its layer."""
+        return self.traced and isinstance(site, Site) and self._site(site) is not None
+
+    def _site(self, site: Site) -> NeuronSite | None:
+        if site.name not in self._lines or self._prober is None:
+            return None
+        return next((found for found in self._prober.space.sites if found.name == site.layer), None)
+
+
+class WeightLayer:
+    """Probes of one parameter on one batch: what `Search` asks.
+
+    Attributes:
+        values: the parameter as its format stores it, the same for every sample: (samples, values).
+        classes: golden class of each sample.
+        last: True if nothing is computed behind the layer.
+    """
+
+    def __init__(self, prober: WeightProber, site: Site, batch: int, line: _Line | None) -> None:
+        self._prober, self._site, self._batch, self._line = prober, site, batch, line
+        first = sum(prober.batches.sizes[:batch])
+        self._size = prober.batches.sizes[batch]
+        self.classes = prober.classes[first : first + self._size]
+        self._tensor = prober.space.tensors[site.name].data
+        original = prober.space.originals().get(site.name, self._tensor)
+        coding = site.format.fit(original)
+        words = site.format.encode_values(original, dense(coding, original.shape))
+        self._stored = Stored(site.format, words.contiguous(), coding, site.dtype)
+        self.values = self._stored.decode().reshape(1, -1).expand(self._size, -1)
+        self.last = line is not None and line.last
+
+    def flips(self, rows: Tensor, places: Tensor) -> Tensor:
+        """What each value would be with each bit of its word flipped; (n, bits)."""
+        golden = self._stored.words.reshape(-1)[places]
+        found = []
+        for bit in range(self._site.width):
+            mask = torch.ones_like(places).bitwise_left_shift(bit).to(word_dtype(self._site.width))
+            found.append(self._stored.decode_at(places, golden ^ mask))
+        return torch.stack(found, dim=1)
+
+    def critical(self, rows: Tensor, places: Tensor, values: Tensor, *, shortcuts: bool = True) -> Tensor:
+        """Whether each change gives another class, or a NaN.
+
+        Args:
+            rows: samples of the batch, int64 (n,).
+            places: flat indices into the parameter, int64 (n,).
+            values: what it holds there instead, (n,).
+            shortcuts: for what moves on a line, run only what lies behind it, and skip what provably computes the same;
+                False changes the parameter in memory and runs everything.
+        """
+        if shortcuts and self._line is not None:
+            return self._line.critical(rows, places, values, self.classes)
+        result = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
+        pairs, which = torch.unique(torch.stack([places, _as_bits(values)]), dim=1, return_inverse=True)
+        for i in range(pairs.shape[1]):
+            here = (which == i).nonzero()[:, 0]
+            result[here] = self._in_memory(rows[here], int(places[here[0]]), values[here[0]])
+        return result
+
+    def _in_memory(self, rows: Tensor, place: int, value: Tensor) -> Tensor:
+        """The same value for these rows, in the parameter itself."""
+        prober = self._prober
+        inputs = pytree.tree_map(lambda leaf: rows_of(leaf, rows, self._size), prober.batches.inputs[self._batch])
+        spot = torch.unravel_index(torch.tensor(place, device=self._tensor.device), self._tensor.shape)
+        before = self._tensor[spot].clone()
+        try:
+            self._tensor[spot] = value
+            outputs = pick(call(prober.model, inputs), prober.output).cpu()
+        finally:
+            self._tensor[spot] = before
+        prober.whole += rows.numel()
+        return (prober.decision.classes_of(outputs) != self.classes[rows.cpu()]).to(value.device)
+
+
+class _Line:
+    """A Conv or Linear layer whose output a changed weight moves along a line."""
+
+    def __init__(self, module: Any, site: Site, suffix: Suffix, seen: Tensor, prober: Prober) -> None:
+        self._module, self._suffix, self._prober = module, suffix, prober
+        self._bias = site.name.rpartition(".")[2] == "bias"
+        self._conv = isinstance(module, _CONVOLUTIONS)
+        self._shape = site.shape
+        self.last = suffix.last
+        self._relu = suffix.relu_behind
+        if self._conv:  # as the layer itself pads
+            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+            seen = F.pad(seen, module._reversed_padding_repeated_twice, mode=mode)
+        self._seen = seen
+
+    def critical(self, rows: Tensor, places: Tensor, values: Tensor, classes: Tensor) -> Tensor:
+        """As `WeightLayer.critical`."""
+        result = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
+        golden = self._weight()[places]
+        for part in torch.split(torch.arange(values.numel(), device=values.device), self._prober.rows):
+            kept, moved = self._moved(rows[part], places[part], values[part] - golden[part])
+            if not kept.numel():
+                continue
+            asked = part[kept]
+            channels = self._channels(places[asked])
+
+            def change(output: Tensor, channels: Tensor = channels, moved: Tensor = moved) -> None:
+                self._by_channel(output)[torch.arange(channels.numel(), device=channels.device), channels] = moved
+
+            outputs = self._prober.outputs(self._suffix.run(rows[asked], change))
+            found = self._prober.classes_of(outputs)
+            result[asked] = (found != classes[rows[asked].cpu()]).to(result.device)
+            self._prober.probes += 0 if self.last else asked.numel()
+        return result
+
+    def _moved(self, rows: Tensor, places: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+        """Which rows get another channel that the layers behind can tell from the golden one, and those channels."""
+        golden = self._by_channel(self._suffix.at(rows))
+        golden = golden[torch.arange(rows.numel(), device=rows.device), self._channels(places)]
+        pattern = self._pattern(rows, places)
+        moved = golden + change.reshape(-1, *[1] * (golden.dim() - 1)) * pattern
+        same = (moved == golden) | (self._relu & (moved.clamp(min=0) == golden.clamp(min=0)))  # NaN equals nothing
+        kept = (~same.reshape(rows.numel(), -1).all(dim=1)).nonzero()[:, 0]
+        return kept, moved[kept]
+
+    def _weight(self) -> Tensor:
+        tensor: Tensor = (self._module.bias if self._bias else self._module.weight).data
+        return tensor.reshape(-1)
+
+    def _channels(self, places: Tensor) -> Tensor:
+        """The output channel that each weight belongs to."""
+        return places if self._bias else torch.unravel_index(places, self._shape)[0]
+
+    def _by_channel(self, output: Tensor) -> Tensor:
+        """A view of an output as (rows, channels, everything else)."""
+        return output if self._conv else output.movedim(-1, 1)
+
+    def _pattern(self, rows: Tensor, places: Tensor) -> Tensor:
+        """What each weight sees of each row, in the place of every element of its channel; (n, …) that broadcasts."""
+        if self._bias:
+            return torch.ones((), dtype=self._seen.dtype, device=self._seen.device)
+        where = torch.unravel_index(places, self._shape)
+        if not self._conv:
+            return self._seen[rows].movedim(-1, 1)[torch.arange(rows.numel(), device=rows.device), where[1]]
+        module, dims = self._module, len(self._shape) - 2
+        first = where[0] // (self._shape[0] // module.groups) * self._shape[1]  # its group's first input channel
+        index = [t.reshape(-1, *[1] * dims) for t in (rows, first + where[1])]
+        for d in range(dims):
+            steps = torch.arange(self._suffix.shape[2 + d], device=rows.device) * module.stride[d]
+            taps = where[2 + d].reshape(-1, *[1] * dims) * module.dilation[d]
+            index.append(taps + steps.reshape([-1 if e == d else 1 for e in range(-1, dims)]))
+        return self._seen[tuple(index)]
+
+
+def _moves_on_a_line(modules: dict[str, nn.Module], site: Site) -> bool:
+    """Whether the site is the weight or bias of a plain Conv or Linear layer, and of nothing else."""
+    module, attribute = modules[site.layer], site.name.rpartition(".")[2]
+    return (
+        type(module) in (*_CONVOLUTIONS, nn.Linear)
+        and attribute in ("weight", "bias")
+        and not site.aliases
+        and not parametrize.is_parametrized(module)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+    )
+
+
+def _input_of(model: nn.Module, module: nn.Module, inputs: Any) -> Tensor:
+    found: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((*args, *kwargs.values())[0].clone())
+
+    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        call(model, inputs)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def _as_bits(values: Tensor) -> Tensor:
+    """A number for each value that differs where values do, also for NaNs and zeros of both signs."""
+    whole = {8: torch.int64, 4: torch.int32, 2: torch.int16}[values.element_size()]
+    return values.contiguous().view(whole).to(torch.int64)
