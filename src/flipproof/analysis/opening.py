@@ -13,7 +13,6 @@ from flipproof.analysis.weights import WeightProber
 from flipproof.campaigns.batches import Data, Output, call, read_batches
 from flipproof.campaigns.evaluation import eval_mode, golden_run, one_thread
 from flipproof.campaigns.neuron_trial import neuron_space
-from flipproof.errors import DataError
 from flipproof.faults.neurons import Neurons
 from flipproof.faults.selection import FormatChoice
 from flipproof.faults.space import FaultSpace, Parameters
@@ -27,7 +26,7 @@ def opened(
     """Probes of a model's neurons or parameters, while it is stored in their formats; it comes back as it was.
 
     Raises:
-        DataError: if fault-free outputs hold NaN, or the data are no batches.
+        FlipproofError: as `assess` does, if the model rejects the data or its fault-free outputs hold NaN.
         FaultSpaceError: if nothing can be asked about.
     """
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
@@ -41,10 +40,6 @@ def opened(
         with space.stored():
             golden = golden_run(model, batches, output)
             decision = Decision.from_golden(golden)
-            if broken := int((decision.classes_of(golden) < 0).sum()):
-                raise DataError(
-                    f"the fault-free outputs of {broken} inputs hold NaN: they have no class that a fault could change"
-                )
             if isinstance(space, FaultSpace):
                 yield WeightProber(model, space, batches, output, golden, decision, max_bytes)
             else:

@@ -210,7 +210,8 @@ class _Line:
         pattern = self._pattern(rows, places)
         moved = golden + change.reshape(-1, *[1] * (golden.dim() - 1)) * pattern
         same = (moved == golden) | (self._relu & (moved.clamp(min=0) == golden.clamp(min=0)))  # NaN equals nothing
-        kept = (~same.reshape(rows.numel(), -1).all(dim=1)).nonzero()[:, 0]
+        same = same.flatten(1).all(dim=1) if same.dim() > 1 else same
+        kept = (~same).nonzero()[:, 0]
         return kept, moved[kept]
 
     def _weight(self) -> Tensor:
