@@ -46,6 +46,7 @@ def test_public_names_are_exactly_these():
         "clip_bits",
         "clip_tensors",
         "compare",
+        "estimate_factors",
         "explore",
         "harden",
         "hardening_report",

@@ -62,7 +62,8 @@ def test_reproduce_runs_on_made_up_images(tmp_path: Path, monkeypatch: pytest.Mo
         return list(zip(x.split(batch_size), (torch.arange(limit) % 10).split(batch_size), strict=True))
 
     study = Study("LeNet-mnist", partial(lenet5), images, train=20, epochs=1, inputs=3, neurons=4)
-    maps = run([study], data_root=tmp_path, out=tmp_path / "out", workers=1, console=Console(quiet=True), trials=3)
+    made = {"data_root": tmp_path, "workers": 1, "console": Console(quiet=True), "trials": 3}
+    maps = run([study], out=tmp_path / "out", **made)
     assert list(maps) == ["LeNet-mnist"]
     table = pd.read_csv(tmp_path / "out" / "tables-1-2-true_non_critical.csv")
     assert len(table) == len(PUBLISHED)
@@ -71,6 +72,36 @@ def test_reproduce_runs_on_made_up_images(tmp_path: Path, monkeypatch: pytest.Mo
     assert ours["published"].tolist() == [99.992, 99.992]
     for name in ("fig5-LeNet-mnist.png", "fig6.png", "cost.md", "fig5.csv", "validation.md"):
         assert (tmp_path / "out" / name).stat().st_size > 100
+
+
+def test_reproduce_holds_factors_against_injection_and_shows_what_they_buy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def images(root: Path, split: str, *, limit: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
+        x = torch.randn(limit, 6, generator=torch.Generator().manual_seed(int(split == "test")))
+        return list(zip(x.split(batch_size), x[:, :3].argmax(dim=1).split(batch_size), strict=True))
+
+    def build() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.ReLU(), torch.nn.Linear(9, 3))
+
+    study = Study("tiny", build, images, train=400, epochs=5, inputs=16)
+    console = Console(quiet=True)
+    few = {"trials": 2, "injections": 800, "bers": (1e-3, 1e-2)}
+    run([study], out=tmp_path, data_root=tmp_path, workers=1, console=console, **few)
+    factors = pd.read_csv(tmp_path / "factors.csv")
+    assert factors["layer"].astype(str).tolist() == ["0", "2", "0.weight", "0.bias", "2.weight", "2.bias"]
+    assert factors["error"].max() < 0.03
+    evidence = pd.read_csv(tmp_path / "evidence.csv")
+    assert evidence["campaign"].unique().tolist() == ["nothing", "selected", "random", "everything"]
+    memory = evidence.drop_duplicates("campaign").set_index("campaign")["memory"]
+    assert memory["nothing"] == 1
+    assert memory["everything"] == pytest.approx(39 / 32)
+    assert 1 < memory["random"] <= memory["selected"] <= 1.1
+    critical = evidence[evidence["ber"] == 1e-2].set_index("campaign")["critical_total"]
+    assert critical["selected"] <= critical["nothing"]
+    assert (tmp_path / "fig4-tiny.png").stat().st_size > 1000
 
 
 def test_the_paper_scale_holds_the_papers_networks():

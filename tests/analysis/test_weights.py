@@ -127,7 +127,7 @@ def test_search_finds_what_exhaustive_asking_finds_and_validation_agrees():
     assert held["layer"].tolist() == ["a.weight", "a.bias", "b.weight", "b.bias", "c.weight", "fc.weight", "fc.bias"]
     asked = found.layers.set_index("layer")
     assert asked.loc["fc.weight", "forwards"] == 0
-    assert asked.loc["a.weight", "forwards_per_neuron"] < 10
+    assert asked.loc["a.weight", "forwards_per_neuron"] < 20
 
 
 def test_ranges_say_what_an_error_of_a_weight_does():

@@ -2,6 +2,7 @@
 
 from flipproof.analysis.bits import bit_criticality, bit_profile, clip_bits, clip_tensors
 from flipproof.analysis.deepvigor import DeepVigor, analyze
+from flipproof.analysis.factors import estimate_factors
 from flipproof.analysis.propagation import Propagation, propagation
 from flipproof.analysis.protection import protection
 from flipproof.analysis.selection import protected_formats, select
@@ -16,6 +17,7 @@ __all__ = [
     "bit_profile",
     "clip_bits",
     "clip_tensors",
+    "estimate_factors",
     "propagation",
     "protected_formats",
     "protection",

@@ -15,7 +15,7 @@ from torch import nn
 
 from flipproof.analysis.layer import LayerVulnerability
 from flipproof.analysis.opening import opened, suffix_shares
-from flipproof.analysis.probing import Prober
+from flipproof.analysis.probing import Layer, Prober
 from flipproof.analysis.search import Search
 from flipproof.analysis.vulnerability import VulnerabilityMap
 from flipproof.analysis.weights import WeightProber
@@ -37,6 +37,9 @@ class DeepVigor:
         ranges: also narrow the ranges between bit flips; without, they end at the flips that were tried.
         tolerance: relative width of the gap that may be left between harmless and critical errors.
         neurons: analyse at most so many neurons a layer, drawn without replacement; None takes all.
+        gradient: the paper's step 1: a neuron with ∂L/∂a = 0, L = Σ_j σ(E_c − E_j), is called non-vulnerable for that
+            input without asking. A heuristic (a neuron that a ReLU silences has no gradient, and may wake up), off by
+            default; `holes` shows what it costs. For neurons of networks that can be traced.
         holes: random injections a layer (of what the search decided without trying) that look for holes; 0 for none.
         max_bytes: bound on working memory, approximately.
         seed: of the neurons and the injections that are drawn.
@@ -53,6 +56,7 @@ class DeepVigor:
     ranges: bool = True
     tolerance: float = 0.05
     neurons: int | None = None
+    gradient: bool = False
     holes: int = 256
     max_bytes: int = 2**28
     seed: int = 0
@@ -64,6 +68,8 @@ class DeepVigor:
                 f"DeepVigor takes factors 'search' or 'exhaustive', tolerance > 0, neurons ≥ 1 or None, holes ≥ 0, "
                 f"seed ≥ 0 and max_bytes ≥ 2**20, got {self!r}"
             )
+        if self.gradient and self.factors == "exhaustive":
+            raise ConfigError("gradient=True skips neurons, factors='exhaustive' tries every bit: choose one of them")
 
 
 def analyze(
@@ -103,6 +109,8 @@ def analyze(
     if not isinstance(model, nn.Module) or not isinstance(method, DeepVigor):
         raise ConfigError(f"analyze takes a torch.nn.Module, data and fp.DeepVigor(), got {model!r} and {method!r}")
     where = where or Neurons()
+    if method.gradient and isinstance(where, Parameters):
+        raise ConfigError("gradient=True is about neurons; analyse parameters without it")
     of = "parameters" if isinstance(where, Parameters) else "neurons"
     with opened(model, data, where, format, output, method.max_bytes) as prober:
         share = suffix_shares(model, prober)
@@ -124,14 +132,17 @@ def _analyse(
     pairs = max(1, method.max_bytes // (100 * site.width))
     for batch, size in enumerate(prober.batches.sizes):
         layer = prober.at(site, batch)  # type: ignore[arg-type]
+        silent = layer.gradient() == 0 if method.gradient and isinstance(layer, Layer) else None
         found.count(layer.classes)
         for part in torch.split(torch.arange(chosen.numel()), pairs):
             for samples in torch.split(torch.arange(size), max(1, pairs // part.numel())):
                 grid = (samples.numel(), part.numel())
+                rows, places = samples.repeat_interleave(grid[1]), chosen[part].repeat(grid[0])
                 search = Search(
                     layer,
-                    samples.repeat_interleave(grid[1]),
-                    chosen[part].repeat(grid[0]),
+                    rows,
+                    places,
+                    skip=None if silent is None else silent[rows, places],
                     exhaustive=method.factors == "exhaustive",
                     tolerance=method.tolerance,
                 )

@@ -189,6 +189,28 @@ class Layer:
             self._prober.probes += 0 if self.last else part.numel()
         return result
 
+    def gradient(self) -> Tensor:
+        """∂L/∂a of every neuron for every sample, with L = Σ_j σ(E_c − E_j) (PAPERS: deepvigor, Eq. 1); NaN where the
+        rest of the network cannot be differentiated; (samples, neurons).
+        """
+        unknown = torch.full_like(self.values, float("nan"))
+        if self._suffix is None:
+            return unknown
+        held: list[Tensor] = []
+
+        def hold(output: Tensor) -> None:
+            held.append(output.detach().clone().requires_grad_())
+            output.copy_(held[0])
+
+        rows = torch.arange(self.values.shape[0], device=self.values.device)
+        with torch.enable_grad():
+            scores = self._prober.outputs(self._suffix.run(rows, hold)).double()
+            if scores.dim() != 2 or scores.shape[1] < 2 or not scores.requires_grad:
+                return unknown
+            margins = scores.gather(1, self.classes[:, None]) - scores
+            (gradient,) = torch.autograd.grad(margins.sigmoid().sum(), held[0])
+        return gradient.reshape(self.values.shape)
+
     def flips(self, rows: Tensor, neurons: Tensor) -> Tensor:
         """What each neuron would hold with each bit of its word flipped; (n, bits)."""
         golden = self.values[rows, neurons][:, None].expand(-1, self._site.width).contiguous()

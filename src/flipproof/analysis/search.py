@@ -37,6 +37,7 @@ class Search:
         layer: who answers.
         rows: samples of the batch, int64 (pairs,).
         places: neurons or weights, int64 (pairs,).
+        skip: pairs that are asked about NaNs and changed signs of zero only, and else taken as harmless, bool (pairs,).
         exhaustive: try every bit.
         tolerance: of `ranges`.
 
@@ -46,12 +47,20 @@ class Search:
     """
 
     def __init__(
-        self, layer: Questions, rows: Tensor, places: Tensor, *, exhaustive: bool = False, tolerance: float = 0.05
+        self,
+        layer: Questions,
+        rows: Tensor,
+        places: Tensor,
+        *,
+        skip: Tensor | None = None,
+        exhaustive: bool = False,
+        tolerance: float = 0.05,
     ) -> None:
         device = layer.values.device
         self._layer, self._tolerance = layer, tolerance
         self._rows, self._places = rows.to(device), places.to(device)
         self._golden = layer.values[self._rows, self._places]
+        self._skip = torch.zeros_like(self._rows, dtype=torch.bool) if skip is None else skip.to(device)
         self._faulty = layer.flips(self._rows, self._places)
         self._delta = self._faulty.double() - self._golden.double()[:, None]
         self._flags = torch.zeros(self._faulty.shape, dtype=torch.bool, device=device)
@@ -102,7 +111,7 @@ class Search:
 
     def _first_critical(self, order: Tensor, count: Tensor) -> Tensor:
         """Index of the first critical flip in each row of `order`: gallop down from the largest, then bisect."""
-        low, high = torch.zeros_like(count), count.clone()
+        low, high = torch.where(self._skip, count, 0), count.clone()
         jump, galloping = torch.ones_like(count), torch.ones_like(count, dtype=torch.bool)
         while bool((active := (low < high).nonzero()[:, 0]).numel()):
             lo, hi = low[active], high[active]
@@ -128,12 +137,16 @@ class Search:
     def _narrowed(self, sign: int, harmless: Tensor, critical: Tensor) -> tuple[Tensor, Tensor]:
         harmless, critical = harmless.clone(), critical.clone()
         top = torch.finfo(self._golden.dtype).max
-        everyone = torch.arange(harmless.numel(), device=harmless.device)
-        open_ended = everyone[torch.isinf(critical)]  # no finite error was critical yet: ask for the largest there is
+        everyone = (~self._skip).nonzero()[:, 0]
+        open_ended = everyone[
+            torch.isinf(critical[everyone])
+        ]  # no finite error was critical yet: ask for the largest there is
         self._move(sign, open_ended, torch.full_like(harmless[open_ended], top), harmless, critical)
         for _ in range(40):
-            wide = torch.isfinite(critical) & (critical > harmless.clamp(min=1e-30) * (1 + self._tolerance))
-            active = everyone[wide]
+            wide = (
+                torch.isfinite(critical) & ~self._skip & (critical > harmless.clamp(min=1e-30) * (1 + self._tolerance))
+            )
+            active = wide.nonzero()[:, 0]
             if not active.numel():
                 break
             near, far = harmless[active], critical[active]
