@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -51,6 +52,43 @@ def test_analyze_writes_what_the_function_finds(tmp_path: Path):
     assert fp.VulnerabilityMap.load(out / "map.safetensors").bits.equals(expected.bits)
     assert (out / "bits.png").stat().st_size > 1000
     assert set(pd.read_csv(out / "validation.csv")["layer"]) == {0, 2}
+
+
+def test_weights_from_the_command_line_to_a_protected_campaign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("given.py").write_text(
+        "import torch\n"
+        "def net():\n"
+        "    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.Linear(4, 9), torch.nn.ReLU(), torch.nn.Linear(9, 3))\n"
+        "def data():\n"
+        "    torch.manual_seed(1)\n"
+        "    x = torch.randn(64, 4)\n"
+        "    return [(x, net()(x).argmax(dim=1))]\n"
+    )
+    given = ["given.py:net", "--data", "given.py:data"]
+
+    def run(*arguments: str) -> str:
+        result = CliRunner().invoke(app, list(arguments))
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    shown = run("analyze", *given, "--of", "parameters", "--out", "found")
+    assert "0.weight" in shown
+    assert "of the bits of parameters hold" in shown
+    formats = json.loads(Path("found/formats.json").read_text())
+    assert list(formats) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    campaign = ["--faults", "BitErrorRate([1e-2])", "--trials", "40"]
+    run("assess", *given, *campaign, "--out", "plain")
+    run("assess", *given, *campaign, "--format", "found/formats.json", "--out", "safe")
+    critical = [pd.read_csv(f"{name}/summary.csv")["critical_total"][0] for name in ("safe", "plain")]
+    assert critical[0] < 0.8 * critical[1]
+    run("analyze", *given, "--estimate", "--margin", "0.03", "--out", "found")
+    table = pd.read_csv("found/factors.csv")
+    assert (table["factor_high"] - table["factor_low"] <= 0.06).all()
+    for wrong in (["analyze", *given, "--of", "bits"], ["assess", *given, *campaign, "--format", "missing.json"]):
+        result = CliRunner().invoke(app, wrong)
+        assert result.exit_code != 0
 
 
 def test_reproduce_runs_on_made_up_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

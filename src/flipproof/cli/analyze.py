@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flipproof.analysis import DeepVigor, select
+from flipproof.analysis import DeepVigor, estimate_factors, protected_formats, select
 from flipproof.analysis import analyze as analyze_model
 from flipproof.cli.console import out
 from flipproof.config import called, load_model
 from flipproof.errors import ConfigError
+from flipproof.faults import Parameters
 from flipproof.faults.neurons import Neurons
 from flipproof.reports import save
 from flipproof.reports.vulnerability import bit_layer_figure
@@ -24,27 +26,41 @@ def analyze(
     weights: Annotated[
         Path | None, typer.Option(help="State dict to load: .safetensors, or .pt/.pth (never unpickled).")
     ] = None,
-    format: Annotated[str | None, typer.Option(help="How neuron outputs are stored, e.g. `Float16`.")] = None,
-    include: Annotated[list[str] | None, typer.Option(help="Layers: glob or module name. Repeatable.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Layers left out; wins. Repeatable.")] = None,
+    of: Annotated[str, typer.Option(help="neurons (layer outputs), or parameters (weights and biases).")] = "neurons",
+    format: Annotated[str | None, typer.Option(help="How they are stored, e.g. `Float16`.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Layers or parameters: glob or name. Repeatable.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="What is left out; wins. Repeatable.")] = None,
     batches: Annotated[int | None, typer.Option(min=1, help="Use only the first so many batches.")] = None,
-    neurons: Annotated[int | None, typer.Option(min=1, help="Analyse at most so many neurons a layer.")] = None,
+    neurons: Annotated[int | None, typer.Option(min=1, help="Analyse at most so many values a layer.")] = None,
     exhaustive: Annotated[bool, typer.Option(help="Exact factors: try every bit.")] = False,
+    estimate: Annotated[
+        bool, typer.Option(help="Only the factors, to --margin, from as few forwards as that takes.")
+    ] = False,
+    margin: Annotated[float, typer.Option(help="Half-width of the intervals of --estimate.")] = 0.01,
     validate: Annotated[bool, typer.Option(help="Hold the ranges against injection on the same data.")] = False,
-    budget: Annotated[float, typer.Option(min=0, max=1, help="Share of neuron bits that could be protected.")] = 0.05,
+    budget: Annotated[float, typer.Option(min=0, max=1, help="Share of the bits that could be protected.")] = 0.05,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the map, tables and figures.")] = Path(
         "flipproof-analysis"
     ),
 ) -> None:
-    """Which errors in which neurons change the class: DeepVigor's ranges and vulnerability factors."""
+    """Which errors in which neurons or weights change the class: DeepVigor's ranges and vulnerability factors."""
     net = load_model(model, weights)
     given = list(called(load_object(data)))[:batches]
     if not given:
         raise ConfigError(f"{data} gives no batches")
     method = DeepVigor(factors="exhaustive" if exhaustive else "search", neurons=neurons)
-    where = Neurons(include=include or "*", exclude=exclude or ())
-    found = analyze_model(net, given, method, format=parse_format(format) if format else None, where=where)
+    if of not in ("neurons", "parameters"):
+        raise ConfigError(f"--of is neurons or parameters, got {of!r}")
+    where = (Neurons if of == "neurons" else Parameters)(include=include or "*", exclude=exclude or ())
+    stored = parse_format(format) if format else None
     folder.mkdir(parents=True, exist_ok=True)
+    if estimate:
+        table = estimate_factors(net, given, where=where, format=stored, margin=margin)
+        table.to_csv(folder / "factors.csv", index=False)
+        _show(table.to_string(index=False, float_format="{:.4g}".format))
+        _show(f"Written to {folder}/")
+        return
+    found = analyze_model(net, given, method, format=stored, where=where)
     found.save(folder / "map.safetensors")
     for name in ("layers", "neurons", "bits", "ranges"):
         getattr(found, name).to_csv(folder / f"{name}.csv", index=False)
@@ -53,9 +69,13 @@ def analyze(
     _show(found.layers[columns].to_string(index=False))
     chosen = select(found, budget=budget)
     chosen.to_csv(folder / "selected.csv", index=False)
+    formats = {name: repr(format) for name, format in protected_formats(found, chosen).items()}
+    (folder / "formats.json").write_text(json.dumps(formats, indent=2) + "\n")
     if len(chosen):
         share = chosen["bits"].sum() / sum(x.total * x.width for x in found.layers_found)
-        _show(f"{100 * share:.2g} % of the neuron bits hold {100 * chosen['covered'].iloc[-1]:.1f} % of critical flips")
+        _show(
+            f"{100 * share:.2g} % of the bits of {of} hold {100 * chosen['covered'].iloc[-1]:.1f} % of critical flips"
+        )
     if validate:
         table = found.validate(given)
         table.to_csv(folder / "validation.csv", index=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +35,7 @@ def assess(
         list[str] | None,
         typer.Option(
             help="How parameters are stored: `Float16`, `Affine(bits=4)`; or PATTERN=FORMAT, repeated, first match "
-            "wins. Default: each parameter's own float type."
+            "wins; or the formats.json that `analyze` writes. Default: each parameter's own float type."
         ),
     ] = None,
     weights: Annotated[
@@ -131,12 +132,25 @@ def assess(
 def _formats(given: list[str] | None) -> str | dict[str, str] | None:
     if not given:
         return None
+    if len(given) == 1 and given[0].endswith(".json"):
+        return _formats_of(Path(given[0]))
     pairs = [_pattern_of(text) for text in given]
     if len(pairs) == 1 and pairs[0][0] is None:
         return pairs[0][1]
     if any(pattern is None for pattern, _ in pairs):
         raise ConfigError(f"--format is either one format or PATTERN=FORMAT each time, got {given}")
     return {str(pattern): text for pattern, text in pairs}
+
+
+def _formats_of(path: Path) -> dict[str, str]:
+    """What `analyze` writes: {pattern: format}."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--format {path}: cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise ConfigError(f'--format {path}: expected {{"pattern": "format", …}}')
+    return found
 
 
 def _pattern_of(text: str) -> tuple[str | None, str]:
