@@ -1,7 +1,8 @@
-"""Neuron faults: a campaign of single upsets beside one hooked forward a fault and pytorchfi, on the same faults."""
+"""Neuron faults: a campaign of single upsets beside hooked forwards, pytorchfi and MRFI, on the same faults."""
 
 from __future__ import annotations
 
+import copy
 import time
 from typing import Any
 
@@ -29,7 +30,7 @@ def run(size: Size) -> list[Row]:
     images = torch.randn(32, 3, 32, 32)
     rows = []
     for name, net in (("ResNet-18", resnet18()), ("VGG-16", vgg16())):
-        rows += _rows(f"{name}, 32 images", net.eval(), images, size.choose(60, 30, 1), 4, size.choose(5, 3, 1))
+        rows += _rows(f"{name}, 32 images", net.eval(), images, size.choose(300, 100, 1), 4, size.choose(5, 3, 1))
     return rows
 
 
@@ -74,6 +75,22 @@ def _rows(name: str, net: nn.Module, images: Tensor, trials: int, ones: int, rou
             return spent / ones
 
         rivals["pytorchfi 0.6.0"] = pytorchfi
+    try:
+        batched = _MRFI(net, images)
+    except Missing as missing:
+        notes["MRFI 2.1.0"] = str(missing)
+    else:
+
+        def mrfi(turn: int) -> float:
+            chosen = faults(turn)
+            began = time.perf_counter()
+            classes = batched(chosen)
+            spent = time.perf_counter() - began
+            if classes[:ones] != [_hooked(net, images, space, fault) for fault in chosen[:ones]]:
+                raise AssertionError("MRFI and the hook disagree about the same faults")
+            return spent / len(images)
+
+        rivals["MRFI 2.1.0, a batch a forward"] = mrfi
     with one_thread():
         found = interleaved({"ours": ours, **rivals}, rounds)
     rows = [
@@ -101,6 +118,46 @@ def _hooked(net: nn.Module, images: Tensor, space: NeuronSpace, fault: Fault) ->
         return int(net(images[sample : sample + 1]).argmax())
     finally:
         handle.remove()
+
+
+class _MRFI:
+    """MRFI 2.1.0 with a fixed position and bit in each image of the batch: all faults of a layer in one forward."""
+
+    def __init__(self, net: nn.Module, images: Tensor) -> None:
+        mrfi = _imported("mrfi", "python -m pip install MRFI==2.1.0")
+        self._images = images
+        self._sizes: dict[str, int] = {}
+        self._net = copy.deepcopy(net)  # it keeps its hooks
+        injector = {
+            "type": "activation_out",
+            "enabled": False,
+            "selector": {"method": "FixPositions", "positions": [0]},
+            "error_mode": {"method": "FloatFixedBitFlip", "bit": [0]},
+            "module_type": ["Conv2d"],
+        }
+        self._injected: Any = mrfi.MRFI(self._net, mrfi.EasyConfig({"faultinject": [injector]}))
+        for name, module in self._net.named_modules():
+            if isinstance(module, nn.Conv2d):
+                handle = module.register_forward_hook(self._watch(name))
+                self._injected(images[:1])
+                handle.remove()
+
+    def _watch(self, name: str) -> Any:
+        def hook(module: nn.Module, args: object, output: Tensor) -> None:
+            self._sizes[name] = output[0].numel()
+
+        return hook
+
+    def __call__(self, faults: list[Fault]) -> list[int]:
+        layer = faults[0][1]
+        config: Any = self._net.get_submodule(layer).FI_config.activation_out[0]
+        config.enabled = True
+        config.selector.args["positions"] = [i * self._sizes[layer] + neuron for i, _, neuron, _ in faults]
+        config.error_mode.args["bit"] = [bit for *_, bit in faults]
+        try:
+            return [int(label) for label in self._injected(self._images).argmax(dim=1)]
+        finally:
+            config.enabled = False
 
 
 class _PyTorchFI:

@@ -32,8 +32,6 @@ from flipproof.faults.space import FaultSpace, Parameters
 from flipproof.metrics import Metrics, resolve
 from flipproof.outcomes import Decision
 
-_SMALLEST_CACHE = 16 * 2**20
-
 
 def assess(
     model: nn.Module,
@@ -189,20 +187,11 @@ def _fill(
 
 def _prepare_suffixes(runner: TrialRunner, cache_bytes: int | None) -> Suffixes | None:
     """Cached prefixes, if this campaign's faults leave enough of a prefix to be worth it."""
-    parameters = sum(parameter.nbytes for parameter in runner.model.parameters())
-    copied = sum(original.nbytes for original in runner.space.originals().values())
-    budget = max(parameters - copied, _SMALLEST_CACHE) if cache_bytes is None else cache_bytes
+    budget = runner.cache_bytes if cache_bytes is None else cache_bytes
     if budget <= 0:
         return None
     suffixes = Suffixes.trace(runner.model, runner.batches.inputs)
-    if suffixes is None:
-        return None
-    draws = [runner.draw(p, t) for p in range(len(runner.points)) for t in range(4)]
-    saved = [suffixes.position_of(runner.space.touched_names(faults)) for faults in draws if len(faults)]
-    if not saved or sum(saved) / len(saved) < 0.05:
-        return None
-    suffixes.prepare(runner.model, runner.batches.inputs, runner.batches.sizes, runner.output, budget)
-    return suffixes
+    return suffixes if suffixes is not None and runner.prepare(suffixes, budget) else None
 
 
 def _header(

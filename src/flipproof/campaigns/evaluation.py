@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from flipproof.campaigns.batches import Batches, Output, call, pick
-from flipproof.campaigns.suffix import Suffixes
 from flipproof.errors import DataError, InfrastructureError, ModelError
 from flipproof.outcomes import bit_pattern
 
@@ -52,15 +51,13 @@ def run(
     model: nn.Module,
     batches: Batches,
     output: Output,
-    suffixes: Suffixes | None = None,
-    start: int = 0,
-    looks: Sequence[int] = (),
+    resume: Callable[[int], Any] | None = None,
     begin: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Outputs of all samples of a faulty model, on the CPU; from cached activations if `suffixes` has them for `start`.
+    """Outputs of all samples of a faulty model, on the CPU.
 
-    At the cuts `looks` a batch whose activations are golden again takes the golden outputs. `begin` is told the number
-    of each batch before it runs.
+    `resume` gives what the model returns on a batch, by its number, without running all of it. `begin` is told the
+    number of each batch before it runs.
 
     Raises:
         FaultyRunError: if the model, or `output` on what it returns, raises on its own account.
@@ -71,7 +68,7 @@ def run(
         if begin is not None:
             begin(i)
         try:
-            raw = suffixes.resume(start, i, looks) if suffixes is not None and start else call(model, inputs)
+            raw = resume(i) if resume is not None else call(model, inputs)
             outputs.append(pick(raw, output).detach().cpu())
         except Exception as error:
             if is_infrastructure(error):

@@ -1,18 +1,21 @@
 """Trials with a single upset in each sample's inference (`where=fp.Neurons()`).
 
-All samples of a batch keep their places, so a trial has the golden run's batch shapes and *masked* can mean
-bit-identical; each row has a fault of its own; the trial starts before the faulted layer where the model can be traced.
+Each row of a batch has a fault of its own; a trial starts right behind the faulted layer where the model can be traced,
+and goes on with the rows that are not golden again. *Masked* means bit-identical to the golden run of the same batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from flipproof.campaigns.batches import Batches, call
+from flipproof.campaigns.rows import resume_rows
+from flipproof.campaigns.suffix import Suffixes
 from flipproof.campaigns.trial import TrialRunner
 from flipproof.errors import DataError
 from flipproof.faults.models import FaultModel, Faults
@@ -62,6 +65,33 @@ class NeuronTrialRunner(TrialRunner):
     def _begin(self, batch: int) -> None:
         self._neurons.begin(batch)
 
-    def _shortcut(self, faults: Faults) -> tuple[int, Sequence[int]]:
-        # a layer that is called again is counted from the start of the forward
-        return (0, ()) if self._neurons.repeated else super()._shortcut(faults)
+    def prepare(self, suffixes: Suffixes, budget: int) -> bool:
+        """Keep cuts right behind the layers: worth the share of trials that start there × how far in they lie."""
+        if self._neurons.repeated:  # calls are counted from the start of the forward
+            return False
+        worth: dict[int, float] = {}
+        for site in self._neurons.sites:
+            cut = suffixes.behind(site.layer)
+            if cut is not None and site.axis == 0:
+                worth[cut] = site.bits * cut
+        suffixes.prepare(self.model, self.batches.inputs, self.batches.sizes, self.output, budget, worth)
+        return True
+
+    @property
+    def cache_bytes(self) -> int:
+        """Activations are what neuron campaigns start from: as much as an analysis may take by default."""
+        return max(super().cache_bytes, 2**28)
+
+    def _resume(self, faults: Faults) -> Callable[[int], Any] | None:
+        if self.suffixes is None:
+            return None
+        suffixes, space = self.suffixes, self._neurons
+        site = space.site(space.places(faults)[0][0])
+        cut = suffixes.behind(site.layer)
+        if cut is None or not suffixes.cached(cut):
+            return None
+
+        def change(output: Any) -> Any:
+            return (space.hit(site, output[0]), *output[1:]) if isinstance(output, tuple) else space.hit(site, output)
+
+        return lambda batch: resume_rows(suffixes, cut, batch, self.batches.sizes[batch], change)

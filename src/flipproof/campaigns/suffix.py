@@ -49,6 +49,8 @@ class Suffixes:
         self._golden: list[Any] = []
         self._caches: dict[int, list[list[Any]]] = {}
         self._cuts: list[int] = []
+        self.row_wise: dict[tuple[int, int, int], bool] = {}
+        """(cut, rows, batch size) → whether that many rows alone give what they give in the batch; see `rows`."""
 
     @classmethod
     def trace(cls, model: nn.Module, inputs: Sequence[Any]) -> Suffixes | None:
@@ -96,33 +98,58 @@ class Suffixes:
         latest = max((self._last_use.get(name, len(self._nodes)) for name in names), default=len(self._nodes))
         return tuple(cut for cut in self._cuts if cut > latest)[:_LOOKS]
 
+    def behind(self, layer: str) -> int | None:
+        """The cut right behind the only call of a module; None if there is not one, or nothing reads what it gives."""
+        calls = [i for i, node in enumerate(self._nodes) if node.op == "call_module" and str(node.target) == layer]
+        return calls[0] + 1 if len(calls) == 1 and self._nodes[calls[0]].users else None
+
+    def place(self, cut: int) -> int:
+        """Where among the live values at this cut the output of the node right before it is."""
+        return self._live(cut).index(self._nodes[cut - 1])
+
+    def next_use(self, cut: int) -> int | None:
+        """The next node behind a cut that uses parameters."""
+        return min((index for index in self._first_use.values() if index > cut), default=None)
+
     def position_of(self, names: Sequence[str]) -> float:
         """How far into the graph the first use lies, 0 to 1: what a cut there would save, roughly."""
         return min((self._first_use.get(name, 0) for name in names), default=0) / max(len(self._nodes), 1)
 
     def prepare(
-        self, model: nn.Module, inputs: Sequence[Any], sizes: Sequence[int], output: Output, budget: int
+        self,
+        model: nn.Module,
+        inputs: Sequence[Any],
+        sizes: Sequence[int],
+        output: Output,
+        budget: int,
+        worth: Mapping[int, float] | None = None,
     ) -> None:
-        """Record activations at as many cuts as `budget` bytes allow, and keep only cuts that prove faithful."""
+        """Record activations at as many cuts as `budget` bytes allow, and keep only cuts that prove faithful.
+
+        Cuts are those before the first use of a parameter, evenly; or those of `worth`, the most worth a byte first.
+        """
         try:
-            self._prepare(model, inputs, sizes, output, budget)
+            self._prepare(model, inputs, sizes, output, budget, worth)
         except Exception:  # what was traced cannot run like the model, in whatever way that shows: run the model
             self._caches, self._graphs, self._cuts = {}, {}, []
 
     def _prepare(
-        self, model: nn.Module, inputs: Sequence[Any], sizes: Sequence[int], output: Output, budget: int
+        self,
+        model: nn.Module,
+        inputs: Sequence[Any],
+        sizes: Sequence[int],
+        output: Output,
+        budget: int,
+        worth: Mapping[int, float] | None,
     ) -> None:
-        cuts = sorted({index for index in self._first_use.values() if index > 0})
+        cuts = sorted(worth if worth is not None else {index for index in self._first_use.values() if index > 0})
         measured = self._visit(inputs[0], cuts, _bytes)
         cost = {cut: size * sum(sizes) / sizes[0] for cut, size in measured.items()}
         usable = [cut for cut in cuts if cut in cost and cost[cut] <= budget]
-        for stride in range(1, len(usable) + 1):
-            chosen = usable[stride - 1 :: stride]
-            if sum(cost[cut] for cut in chosen) <= budget:
-                break
-        else:
+        chosen = _evenly(usable, cost, budget) if worth is None else _by_worth(usable, cost, budget, worth)
+        if not chosen:
             return
-        self._golden = [_copy(call(model, batch)) for batch in inputs]
+        self._golden = [copied(call(model, batch)) for batch in inputs]
         whole = {i: pick(self._golden[i], output).clone() for i in (0, len(inputs) - 1)}
         self._caches = {cut: [] for cut in chosen}
         for batch in inputs:
@@ -134,21 +161,40 @@ class Suffixes:
                     del self._caches[cut]
         for cut in list(self._caches):
             self._graphs[cut] = self._part(cut)
-            if not all(_same(expected, pick(self.resume(cut, i), output)) for i, expected in whole.items()):
+            if not all(same(expected, pick(self.resume(cut, i), output)) for i, expected in whole.items()):
                 del self._caches[cut], self._graphs[cut]
         self._cuts = sorted(self._caches)
 
     def resume(self, cut: int, batch: int, looks: Sequence[int] = ()) -> Any:
         """What the model returns on a batch, computed from `cut` on, or up to one of `looks` if all is golden there."""
-        live = _copy(self._caches[cut][batch])
+        live = copied(self._caches[cut][batch])
         for look in looks:
-            live = self._step(cut, look)(*live)
-            if _same(live, self._caches[look][batch]):
-                return _copy(self._golden[batch])
+            live = self.step(cut, look)(*live)
+            if same(live, self._caches[look][batch]):
+                return copied(self._golden[batch])
             cut = look
         return self._graphs[cut](*live)
 
-    def _step(self, cut: int, end: int) -> fx.GraphModule:
+    def cached(self, cut: int) -> bool:
+        """Whether golden values are kept at this cut."""
+        return cut in self._caches
+
+    def cache(self, cut: int, batch: int) -> list[Any]:
+        """Golden values that are live at a prepared cut; not to be changed."""
+        return self._caches[cut][batch]
+
+    def golden(self, batch: int) -> Any:
+        """What the fault-free model returned; not to be changed."""
+        return self._golden[batch]
+
+    def graph(self, cut: int) -> fx.GraphModule:
+        """From what is live at a cut to what the model returns."""
+        if cut not in self._graphs:
+            self._graphs[cut] = self._part(cut)
+        return self._graphs[cut]
+
+    def step(self, cut: int, end: int) -> fx.GraphModule:
+        """From what is live at a cut to what is live at a later one."""
         if (cut, end) not in self._steps:
             self._steps[cut, end] = self._part(cut, end)
         return self._steps[cut, end]
@@ -161,13 +207,13 @@ class Suffixes:
     def _part(self, cut: int, end: int | None = None) -> fx.GraphModule:
         """From what is live at `cut` to what the model returns, or to what is live at `end`."""
         graph = fx.Graph()
-        copied: dict[fx.Node, fx.Node] = {
+        placed: dict[fx.Node, fx.Node] = {
             node: graph.placeholder(f"live_{i}") for i, node in enumerate(self._live(cut))
         }
         for node in self._nodes[cut:end]:
-            copied[node] = graph.node_copy(node, lambda source: copied[source])
+            placed[node] = graph.node_copy(node, lambda source: placed[source])
         if end is not None:
-            graph.output([copied[node] for node in self._live(end)])
+            graph.output([placed[node] for node in self._live(end)])
         return fx.GraphModule(self._traced, graph)
 
     def _record(self, inputs: Any, cuts: Sequence[int]) -> dict[int, list[Any]]:
@@ -175,11 +221,11 @@ class Suffixes:
         copies: Copies = {}
 
         def copy(live: list[Any]) -> list[Any]:
-            copied = [_copy(value, copies) for value in live]
+            taken = [copied(value, copies) for value in live]
             here = {id(leaf) for leaf in pytree.tree_leaves(live)}
             for gone in copies.keys() - here:  # what has died stays dead: let its memory go
                 del copies[gone]
-            return copied
+            return taken
 
         return self._visit(inputs, cuts, copy)
 
@@ -208,6 +254,19 @@ class Suffixes:
             for dead in interpreter.user_to_last_uses.get(node, ()):
                 del env[dead]
         return taken
+
+
+def _evenly(usable: list[int], cost: Mapping[int, float], budget: int) -> list[int]:
+    strides = (usable[stride - 1 :: stride] for stride in range(1, len(usable) + 1))
+    return next((chosen for chosen in strides if sum(cost[cut] for cut in chosen) <= budget), [])
+
+
+def _by_worth(usable: list[int], cost: Mapping[int, float], budget: int, worth: Mapping[int, float]) -> list[int]:
+    chosen: list[int] = []
+    for cut in sorted(usable, key=lambda cut: worth[cut] / max(cost[cut], 1), reverse=True):
+        if sum(cost[c] for c in chosen) + cost[cut] <= budget:
+            chosen.append(cut)
+    return sorted(chosen)
 
 
 class _Tracer(fx.Tracer):
@@ -254,7 +313,7 @@ Copies = dict[int, tuple[int, Tensor, Tensor]]
 """Identity of a tensor → (version copied, copy, the tensor itself, so that its identity stays taken)."""
 
 
-def _copy(value: Any, known: Copies | None = None) -> Any:
+def copied(value: Any, known: Copies | None = None) -> Any:
     """Copies of all tensors in `value`; through `known`, one copy serves all cuts until the original changes."""
 
     def copy(leaf: Any) -> Any:
@@ -270,7 +329,7 @@ def _copy(value: Any, known: Copies | None = None) -> Any:
     return pytree.tree_map(copy, value)
 
 
-def _same(left: Any, right: Any) -> bool:
+def same(left: Any, right: Any) -> bool:
     """Whether both hold the same bits: −0.0 is not 0.0, a NaN is itself, and what is not known to be equal is not."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         if left.dtype != right.dtype or left.shape != right.shape or left.is_complex():
@@ -281,9 +340,9 @@ def _same(left: Any, right: Any) -> bool:
     if type(left) is not type(right):
         return False
     if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(_same, left, right))
+        return len(left) == len(right) and all(map(same, left, right))
     if isinstance(left, Mapping):
-        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
     return isinstance(left, _PLAIN) and bool(left == right)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
@@ -24,6 +24,8 @@ from flipproof.faults.sampling import TrialGenerator
 from flipproof.faults.space import FaultSpace
 from flipproof.metrics import Metric
 from flipproof.outcomes import OUTCOMES, Decision, classify
+
+_SMALLEST_CACHE = 16 * 2**20
 
 NAMED_FAULTS = 16
 """A record names up to this many faults; larger draws are told apart by their digest and can be drawn again."""
@@ -137,10 +139,10 @@ class TrialRunner:
         faults = self.draw(point, trial)
         error = None
         with eval_mode(self.model), one_thread(self.device):
-            start, looks = self._shortcut(faults)
+            resume = self._resume(faults)
             with self._corrupted(faults) as flips:
                 try:
-                    outputs = run(self.model, self.batches, self.output, self.suffixes, start, looks, self._begin)
+                    outputs = run(self.model, self.batches, self.output, resume, self._begin)
                 except FaultyRunError as failure:
                     error = str(failure)[:500]
                 else:
@@ -182,12 +184,32 @@ class TrialRunner:
     def _begin(self, batch: int) -> None:
         """Called before each batch of a trial; stored faults are the same in all of them."""
 
-    def _shortcut(self, faults: Faults) -> tuple[int, Sequence[int]]:
-        """The latest cached cut before anything that these faults touch, and the cuts where they may be gone."""
+    def _resume(self, faults: Faults) -> Callable[[int], Any] | None:
+        """How to run a batch from the latest cached cut before anything that these faults touch; None for whole runs.
+
+        It also looks whether the faults are gone a little behind the layers that they touch.
+        """
         if self.suffixes is None or not len(faults):
-            return 0, ()
-        touched = self.space.touched_names(faults)
-        return self.suffixes.cut_of(touched), self.suffixes.looks_after(touched)
+            return None
+        suffixes, touched = self.suffixes, self.fault_space.touched_names(faults)
+        start, looks = suffixes.cut_of(touched), suffixes.looks_after(touched)
+        return (lambda batch: suffixes.resume(start, batch, looks)) if start else None
+
+    def prepare(self, suffixes: Suffixes, budget: int) -> bool:
+        """Let `suffixes` keep the golden activations that trials start from; False if that would save too little."""
+        draws = [self.draw(p, t) for p in range(len(self.points)) for t in range(4)]
+        saved = [suffixes.position_of(self.fault_space.touched_names(faults)) for faults in draws if len(faults)]
+        if not saved or sum(saved) / len(saved) < 0.05:
+            return False
+        suffixes.prepare(self.model, self.batches.inputs, self.batches.sizes, self.output, budget)
+        return True
+
+    @property
+    def cache_bytes(self) -> int:
+        """How much may be kept by default: with what storing took, as much again as the parameters."""
+        parameters = sum(parameter.nbytes for parameter in self.model.parameters())
+        copied = sum(original.nbytes for original in self.space.originals().values())
+        return max(parameters - copied, _SMALLEST_CACHE)
 
     def _where(self, faults: Faults) -> list[tuple[str, int, int]]:
         if len(faults) > NAMED_FAULTS:

@@ -10,7 +10,6 @@ import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -183,7 +182,7 @@ class NeuronSpace:
         self._by_call = {(s.layer, s.call): s for s in sites}
         self._counts: dict[str, int] = {}
         self._change: Change | None = None
-        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._faults: tuple[Positions, Positions, Positions, Positions] | None = None
         self._batch = 0
 
     def site(self, name: str) -> NeuronSite:
@@ -238,12 +237,6 @@ class NeuronSpace:
         value, bit = np.divmod(positions - self._firsts[which], widths[which])
         return which, value, bit
 
-    def touched_names(self, faults: Faults) -> list[str]:
-        """The parameters of the faulted layers, which is how suffixes know where they are."""
-        layers = {self.sites[i].layer for i in np.unique(self._located(faults.positions)[0]).tolist()}
-        modules = dict(self.model.named_modules(remove_duplicate=False))
-        return [f"{layer}.{name}" for layer in sorted(layers) for name, _ in modules[layer].named_parameters()]
-
     def originals(self) -> dict[str, Tensor]:
         """No parameter is replaced."""
         return {}
@@ -281,23 +274,30 @@ class NeuronSpace:
         Yields:
             How many bits change: one a sample.
         """
-        which, neuron, bit = self._located(faults.positions)
-        borders = np.cumsum([0, *sizes])
-        split = [slice(int(a), int(b)) for a, b in pairwise(borders)]
+        self._faults = (*self._located(faults.positions), np.cumsum([0, *sizes]))
+        try:
+            with self.changed(self._hit):
+                yield len(faults)
+        finally:
+            self._faults = None
 
-        def change(site: NeuronSite, output: Tensor) -> Tensor | None:
-            part = split[self._batch]
-            rows = np.flatnonzero(which[part] == self.sites.index(site))
-            if not rows.size:
-                return None
-            place, which_bit = (torch.from_numpy(a[part][rows]).to(output.device) for a in (neuron, bit))
-            index = site.index(torch.from_numpy(rows).to(output.device), place)
-            faulty = output.clone()
-            faulty[index] = site.flipped(output[index], which_bit)
-            return faulty
+    def hit(self, site: NeuronSite, output: Tensor) -> Tensor:
+        """While `corrupted`: a stored output of a layer with the faults of the batch that runs in it."""
+        faulty = self._hit(site, output)
+        return output if faulty is None else faulty
 
-        with self.changed(change):
-            yield len(faults)
+    def _hit(self, site: NeuronSite, output: Tensor) -> Tensor | None:
+        assert self._faults is not None
+        which, neuron, bit, borders = self._faults
+        part = slice(int(borders[self._batch]), int(borders[self._batch + 1]))
+        rows = np.flatnonzero(which[part] == self.sites.index(site))
+        if not rows.size:
+            return None
+        place, which_bit = (torch.from_numpy(a[part][rows]).to(output.device) for a in (neuron, bit))
+        index = site.index(torch.from_numpy(rows).to(output.device), place)
+        faulty = output.clone()
+        faulty[index] = site.flipped(output[index], which_bit)
+        return faulty
 
     def _hook(self, layer: str) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, args: Any, result: Any) -> Any:
