@@ -78,8 +78,8 @@ def studies(scale: str) -> list[Study]:
     if small:
         narrow = partial(vgg16, batch_norm=True, width=0.25)
         found += [
-            Study("AlexNet-cifar10", alex, cifar10, train, epochs, 8, 50),
-            Study("VGG16-quarter-cifar10", narrow, cifar10, train, 2 * epochs, 8, 50),
+            Study("AlexNet-cifar10", alex, cifar10, train, epochs, 32, 50),
+            Study("VGG16-quarter-cifar10", narrow, cifar10, train, 2 * epochs, 32, 50),
         ]
     else:
         found += [
