@@ -19,7 +19,7 @@ from flipproof.campaigns import Assessment, assess, sample_size
 from flipproof.errors import FlipproofError, FlipproofWarning
 from flipproof.exploration import Exploration, explore, mixed_widths, p_drop, rap
 from flipproof.faults import BitErrorRate, BitPosition, FaultSpace, Parameters, RandomBits, StuckAt
-from flipproof.faults.neurons import Neurons
+from flipproof.faults.neuron_sites import Neurons
 from flipproof.formats import (
     SECDED,
     Affine,

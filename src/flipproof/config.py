@@ -15,7 +15,7 @@ from torch import nn
 from flipproof.campaigns import Assessment, assess
 from flipproof.errors import ConfigError, FlipproofError
 from flipproof.faults import Parameters
-from flipproof.faults.neurons import Neurons
+from flipproof.faults.neuron_sites import Neurons
 from flipproof.faults.selection import FormatChoice
 from flipproof.hardening import load_hardened
 from flipproof.metrics import METRIC_NAMES

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import signal
 import sys
 import threading
 import time
@@ -54,7 +53,6 @@ def campaign(store: str | None, workers: int = 1, trials: int = 20, sleep: float
 
 def child(limit: int | None, **wanted: object) -> int:
     os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background ignores it
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:

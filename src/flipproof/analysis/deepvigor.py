@@ -21,10 +21,10 @@ from flipproof.analysis.vulnerability import VulnerabilityMap
 from flipproof.analysis.weights import WeightProber
 from flipproof.campaigns.batches import Data, Output
 from flipproof.errors import ConfigError
-from flipproof.faults.neurons import Neurons, NeuronSite
+from flipproof.faults.neuron_sites import Neurons, NeuronSite
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.faults.selection import FormatChoice
-from flipproof.faults.space import Parameters, Site
+from flipproof.faults.sites import Parameters, Site
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from flipproof.analysis.weights import WeightProber
 from flipproof.campaigns.batches import Data, Output
 from flipproof.campaigns.statistics import half_width, mean_interval, sample_size
 from flipproof.errors import ConfigError
-from flipproof.faults.neurons import Neurons, NeuronSite
+from flipproof.faults.neuron_sites import Neurons, NeuronSite
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.faults.selection import FormatChoice
-from flipproof.faults.space import Parameters, Site
+from flipproof.faults.sites import Parameters, Site
 
 FIRST = 128
 """Pairs of a place and an input to begin with."""

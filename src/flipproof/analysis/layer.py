@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from flipproof.errors import ConfigError
-from flipproof.faults.neurons import NeuronSite
-from flipproof.faults.space import Site
+from flipproof.faults.neuron_sites import NeuronSite
+from flipproof.faults.sites import Site
 
 VERDICTS = ("non_vulnerable", "semi_vulnerable", "vulnerable")
 

@@ -13,9 +13,10 @@ from flipproof.analysis.weights import WeightProber
 from flipproof.campaigns.batches import Data, Output, call, read_batches
 from flipproof.campaigns.evaluation import eval_mode, golden_run, one_thread
 from flipproof.campaigns.neuron_trial import neuron_space
-from flipproof.faults.neurons import Neurons
+from flipproof.faults.neuron_sites import Neurons
 from flipproof.faults.selection import FormatChoice
-from flipproof.faults.space import FaultSpace, Parameters
+from flipproof.faults.sites import Parameters
+from flipproof.faults.space import FaultSpace
 from flipproof.outcomes import Decision
 
 

@@ -7,29 +7,22 @@ model cannot be traced, or its suffix does not give back the golden outputs bit 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from flipproof.analysis.behind import Change, Suffix, rows_of
 from flipproof.campaigns.batches import Batches, Output, call, pick
 from flipproof.campaigns.suffix import Suffixes
-from flipproof.faults.neurons import NeuronSite, NeuronSpace
-from flipproof.faults.space import Site
+from flipproof.faults.neuron_sites import NeuronSite
+from flipproof.faults.neurons import NeuronSpace
+from flipproof.faults.sites import Site
 from flipproof.outcomes import Decision, bit_pattern
 
 ROWS = 512
 """Most rows of a probing batch: more does not run faster on a CPU."""
-
-_RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_)
-_POOL_FUNCTIONS = (F.max_pool2d, torch.max_pool2d)
-
-
-Change = Callable[[Tensor], None]
-"""Changes a layer's output in place; its rows are those that are asked about."""
 
 
 class Prober:
@@ -223,107 +216,3 @@ class Layer:
         if self._suffix is not None:
             return self._suffix.run(rows, change)
         return self._prober.whole(self._site, self._batch, rows, change)
-
-
-class Suffix:
-    """What runs behind a layer, and the golden activations of a batch there."""
-
-    def __init__(self, suffixes: Suffixes, site: NeuronSite, inputs: Any, size: int) -> None:
-        nodes = suffixes._nodes
-        self._node = next(n for n in nodes if n.op == "call_module" and str(n.target) == site.layer)
-        cut = nodes.index(self._node) + 1
-        self._live = suffixes._record(inputs, [cut])[cut]
-        self._size = size
-        self._place = suffixes._live(cut).index(self._node)
-        self._graph = suffixes._part(cut)
-        self.last = all(node.op in ("placeholder", "output") for node in self._graph.graph.nodes)
-        self.shape = self._live[self._place].shape
-        """Of the layer's output."""
-        self.values: Tensor = self._live[self._place].reshape(size, -1)
-        self._modules = dict(suffixes._traced.named_modules())
-
-    def run(self, rows: Tensor, change: Change | None = None) -> Any:
-        live = [pytree.tree_map(lambda leaf: rows_of(leaf, rows, self._size), value) for value in self._live]
-        if change is not None:
-            change(live[self._place])
-        return self._graph(*live)
-
-    def at(self, rows: Tensor) -> Tensor:
-        """The golden output of the layer for these rows."""
-        return self.values.reshape(self.shape).index_select(0, rows)
-
-    @property
-    def relu_behind(self) -> bool:
-        """Whether a ReLU right behind the layer is all that reads it."""
-        return self._only_user(self._node, nn.ReLU, _RELU_FUNCTIONS, "relu") is not None
-
-    def floor(self) -> Tensor | None:
-        """For each golden value, how high it may go unseen by the pool behind its ReLU; −inf without a pool, None
-        without a ReLU right behind the layer.
-        """
-        relu = self._only_user(self._node, nn.ReLU, _RELU_FUNCTIONS, "relu")
-        if relu is None:
-            return None
-        floor = torch.full_like(self.values, float("-inf"))
-        kernel = self._pool_behind(relu)
-        if kernel is None or len(self.shape) != 4:
-            return floor
-        samples, channels, height, width = self.shape
-        tall, wide = height // kernel, width // kernel
-        if not tall or not wide:
-            return floor
-        seen = self.values.reshape(self.shape)[:, :, : tall * kernel, : wide * kernel].clamp(min=0)
-        windows = seen.reshape(samples, channels, tall, kernel, wide, kernel).transpose(3, 4)
-        flat = windows.reshape(samples, channels, tall, wide, kernel * kernel)
-        top = flat.topk(2, dim=-1).values
-        # of two equal largest values each sees the other: the second is then as high as the first
-        others = torch.where(flat == top[..., :1], top[..., 1:], top[..., :1])
-        back = others.reshape(samples, channels, tall, wide, kernel, kernel).transpose(3, 4)
-        result = torch.full(self.shape, float("inf"), dtype=floor.dtype, device=floor.device)  # in no window at all
-        result[:, :, : tall * kernel, : wide * kernel] = back.reshape(seen.shape)
-        return result.reshape(samples, -1)
-
-    def _only_user(
-        self, node: fx.Node, kind: type[nn.Module], functions: tuple[Any, ...], method: str
-    ) -> fx.Node | None:
-        if len(node.users) != 1:
-            return None
-        user = next(iter(node.users))
-        if user.args[:1] != (node,):
-            return None
-        if user.op == "call_module":
-            module = self._modules[str(user.target)]
-            return user if type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks) else None
-        known = user.target in functions if user.op == "call_function" else user.target == method
-        return user if known else None
-
-    def _pool_behind(self, relu: fx.Node) -> int | None:
-        """Kernel of a max pool with square windows side by side, without padding or dilation."""
-        pool = self._only_user(relu, nn.MaxPool2d, _POOL_FUNCTIONS, "max_pool2d")
-        if pool is None:
-            return None
-        if pool.op == "call_module":
-            module: Any = self._modules[str(pool.target)]
-            options = {name: getattr(module, name) for name in ("kernel_size", "stride", "padding", "dilation")}
-            options |= {"ceil_mode": module.ceil_mode, "return_indices": module.return_indices}
-        else:
-            names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-            options = {**dict(zip(names, pool.args[1:], strict=False)), **pool.kwargs}
-        kernel = _one(options.pop("kernel_size", None))
-        stride = _one(options.pop("stride", None) or kernel)
-        plain = _one(options.pop("padding", 0)) == 0 and _one(options.pop("dilation", 1)) == 1
-        return kernel if kernel and kernel > 1 and kernel == stride and plain and not any(options.values()) else None
-
-
-def _one(size: Any) -> int | None:
-    """A square size as one number."""
-    if isinstance(size, (tuple, list)):
-        return size[0] if len(set(size)) == 1 and isinstance(size[0], int) else None
-    return size if isinstance(size, int) else None
-
-
-def rows_of(leaf: Any, rows: Tensor, size: int) -> Any:
-    """These samples of a tensor of a batch of `size`; anything else as it is."""
-    if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size:
-        return leaf.index_select(0, rows)
-    return leaf

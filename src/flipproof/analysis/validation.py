@@ -18,9 +18,9 @@ from flipproof.analysis.weights import WeightProber
 from flipproof.campaigns.batches import Data
 from flipproof.campaigns.statistics import sample_size, wilson_interval
 from flipproof.errors import ConfigError
-from flipproof.faults.neurons import Neurons, NeuronSite
+from flipproof.faults.neuron_sites import Neurons, NeuronSite
 from flipproof.faults.sampling import TrialGenerator
-from flipproof.faults.space import Parameters, Site
+from flipproof.faults.sites import Parameters, Site
 
 if TYPE_CHECKING:
     from flipproof.analysis.vulnerability import VulnerabilityMap

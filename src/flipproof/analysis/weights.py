@@ -16,12 +16,14 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from flipproof.analysis.probing import Prober, Suffix, rows_of
+from flipproof.analysis.behind import Suffix, rows_of
+from flipproof.analysis.probing import Prober
 from flipproof.campaigns.batches import Batches, Output, call, pick
 from flipproof.campaigns.neuron_trial import neuron_space
 from flipproof.errors import FaultSpaceError
-from flipproof.faults.neurons import Neurons, NeuronSite
-from flipproof.faults.space import FaultSpace, Site
+from flipproof.faults.neuron_sites import Neurons, NeuronSite
+from flipproof.faults.sites import Site
+from flipproof.faults.space import FaultSpace
 from flipproof.formats.base import Stored, dense, word_dtype
 from flipproof.outcomes import Decision
 

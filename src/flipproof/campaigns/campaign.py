@@ -26,9 +26,11 @@ from flipproof.campaigns.suffix import Suffixes
 from flipproof.campaigns.trial import Trial, TrialRunner, versions
 from flipproof.errors import ConfigError, DataError, FaultModelError
 from flipproof.faults.models import FaultModel
-from flipproof.faults.neurons import Neurons, NeuronSpace
+from flipproof.faults.neuron_sites import Neurons
+from flipproof.faults.neurons import NeuronSpace
 from flipproof.faults.selection import FormatChoice
-from flipproof.faults.space import FaultSpace, Parameters
+from flipproof.faults.sites import Parameters
+from flipproof.faults.space import FaultSpace
 from flipproof.metrics import Metrics, resolve
 from flipproof.outcomes import Decision
 

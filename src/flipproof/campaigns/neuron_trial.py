@@ -19,7 +19,8 @@ from flipproof.campaigns.suffix import Suffixes
 from flipproof.campaigns.trial import TrialRunner
 from flipproof.errors import DataError
 from flipproof.faults.models import FaultModel, Faults
-from flipproof.faults.neurons import Neurons, NeuronSpace
+from flipproof.faults.neuron_sites import Neurons
+from flipproof.faults.neurons import NeuronSpace
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.faults.selection import FormatChoice
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from flipproof.campaigns.suffix import Suffixes, copied, same
+from flipproof.campaigns.live import copied, same
+from flipproof.campaigns.suffix import Suffixes
 from flipproof.outcomes import bit_pattern
 
 _STEPS = 8

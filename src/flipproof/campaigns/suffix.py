@@ -14,20 +14,17 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from flipproof.campaigns.batches import Output, call, own, pick
-from flipproof.outcomes import bit_pattern
+from flipproof.campaigns.live import PLAIN, Copies, bytes_of, copied, same, separate
 
 T = TypeVar("T")
 
 _LOOKS = 2
 """How many cuts behind the last faulted layer to look at: its own output, and what its activation made of that."""
-
-_PLAIN = (int, float, bool, str, type(None), torch.Size, torch.dtype, torch.device)
 
 
 class Suffixes:
@@ -143,7 +140,7 @@ class Suffixes:
         worth: Mapping[int, float] | None,
     ) -> None:
         cuts = sorted(worth if worth is not None else {index for index in self._first_use.values() if index > 0})
-        measured = self._visit(inputs[0], cuts, _bytes)
+        measured = self._visit(inputs[0], cuts, bytes_of)
         cost = {cut: size * sum(sizes) / sizes[0] for cut, size in measured.items()}
         usable = [cut for cut in cuts if cut in cost and cost[cut] <= budget]
         chosen = _evenly(usable, cost, budget) if worth is None else _by_worth(usable, cost, budget, worth)
@@ -242,7 +239,7 @@ class Suffixes:
         for index, node in enumerate(self._nodes):
             if index in wanted:
                 live = [env[source] for source in self._live(index)]
-                if _separate(live):
+                if separate(live):
                     taken[index] = take(live)
                 del live
             if node.op == "placeholder":
@@ -293,58 +290,9 @@ def _arguments(model: nn.Module, inputs: Any) -> dict[str, Any]:
 def _fixed(model: nn.Module, inputs: Sequence[Any]) -> dict[str, Any]:
     """Arguments that are plain values, the same in every batch: `if mask is None` has to go the way it really goes."""
     every = [
-        {name: value for name, value in _arguments(model, batch).items() if isinstance(value, _PLAIN)}
+        {name: value for name, value in _arguments(model, batch).items() if isinstance(value, PLAIN)}
         for batch in inputs
     ]
     if any(fixed != every[0] for fixed in every):
         raise TypeError("arguments that are not tensors differ between batches")
     return every[0]
-
-
-def _separate(live: list[Any]) -> bool:
-    leaves = pytree.tree_leaves(live)
-    if not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
-        return False
-    storages = [leaf.untyped_storage().data_ptr() for leaf in leaves if isinstance(leaf, Tensor) and leaf.numel()]
-    return len(set(storages)) == len(storages)
-
-
-Copies = dict[int, tuple[int, Tensor, Tensor]]
-"""Identity of a tensor → (version copied, copy, the tensor itself, so that its identity stays taken)."""
-
-
-def copied(value: Any, known: Copies | None = None) -> Any:
-    """Copies of all tensors in `value`; through `known`, one copy serves all cuts until the original changes."""
-
-    def copy(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        if known is None:
-            return leaf.clone()
-        entry = known.get(id(leaf))
-        if entry is None or entry[0] != leaf._version:
-            entry = known[id(leaf)] = (leaf._version, leaf.clone(), leaf)
-        return entry[1]
-
-    return pytree.tree_map(copy, value)
-
-
-def same(left: Any, right: Any) -> bool:
-    """Whether both hold the same bits: −0.0 is not 0.0, a NaN is itself, and what is not known to be equal is not."""
-    if isinstance(left, Tensor) and isinstance(right, Tensor):
-        if left.dtype != right.dtype or left.shape != right.shape or left.is_complex():
-            return False
-        if left.is_floating_point():
-            return torch.equal(bit_pattern(left), bit_pattern(right))
-        return torch.equal(left, right)
-    if type(left) is not type(right):
-        return False
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(same, left, right))
-    if isinstance(left, Mapping):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
-    return isinstance(left, _PLAIN) and bool(left == right)
-
-
-def _bytes(values: list[Any]) -> int:
-    return sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))

@@ -14,7 +14,7 @@ from flipproof.cli.console import out
 from flipproof.config import called, load_model
 from flipproof.errors import ConfigError
 from flipproof.faults import Parameters
-from flipproof.faults.neurons import Neurons
+from flipproof.faults.neuron_sites import Neurons
 from flipproof.reports import save
 from flipproof.reports.vulnerability import bit_layer_figure
 from flipproof.specs import load_object, parse_format

@@ -2,7 +2,8 @@
 
 from flipproof.faults.models import BitErrorRate, BitPosition, FaultModel, Faults, RandomBits, StuckAt
 from flipproof.faults.sampling import TrialGenerator
-from flipproof.faults.space import FaultSpace, Parameters, Site
+from flipproof.faults.sites import Parameters, Site
+from flipproof.faults.space import FaultSpace
 
 __all__ = [
     "BitErrorRate",

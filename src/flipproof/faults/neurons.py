@@ -6,119 +6,20 @@ model's parameters are never touched; forward hooks, removed again, change the o
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils.rnn import PackedSequence
 
 from flipproof.errors import FaultModelError, FaultSpaceError, FormatError
 from flipproof.faults.models import BitPosition, FaultModel, Faults, RandomBits
+from flipproof.faults.neuron_sites import Neurons, NeuronSite, choose_neuron_format
+from flipproof.faults.observing import Observer
 from flipproof.faults.sampling import Positions, TrialGenerator
-from flipproof.faults.selection import _NATIVE, FormatChoice
-from flipproof.formats.base import Coding, Format, word_dtype
-
-_LAYERS = (_ConvNd, nn.Linear, nn.LSTM, nn.GRU)
-
-
-@dataclass(frozen=True)
-class Neurons:
-    """Fault space over neurons: elements of a Conv, Linear, LSTM or GRU output, before any activation function.
-
-    Args:
-        include: glob patterns over qualified names; a module's name takes all it holds. "*" is everything.
-        exclude: the same; it wins over `include`.
-
-    Example:
-        >>> import flipproof as fp, torch
-        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
-        >>> data = [(torch.randn(5, 4), torch.tensor([0, 1, 1, 0, 1]))]
-        >>> found = fp.assess(net, data=data, faults=fp.RandomBits(1), where=fp.Neurons(), trials=3)
-        >>> found.bits, found.trials["flips"].tolist()  # (3 + 2) neurons of 32 bits; one upset a sample
-        (160, [5, 5, 5])
-    """
-
-    include: str | Sequence[str] = "*"
-    exclude: str | Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        for field in ("include", "exclude"):
-            value = getattr(self, field)
-            object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
-
-    def selects(self, name: str) -> bool:
-        """Whether this layer belongs to the space."""
-        return _matches(name, tuple(self.include)) and not _matches(name, tuple(self.exclude))
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    parts = name.split(".")
-    held_by = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-    return any(fnmatch.fnmatchcase(outer, pattern) for outer in held_by for pattern in patterns)
-
-
-@dataclass(frozen=True)
-class NeuronSite:
-    """The output of one call of one layer, for one sample.
-
-    Attributes:
-        layer: the module's qualified name; `name` is the same, with `[k]` for its second and later calls.
-        call: which call of the module in a forward.
-        shape: of one sample's output; neurons are its flat (channel-major) indices.
-        axis: where samples are counted in the layer's output.
-        offset: number of its first bit in the space. Bit b of neuron n is `offset + n · width + b`.
-    """
-
-    name: str
-    layer: str
-    call: int
-    shape: tuple[int, ...]
-    axis: int
-    dtype: torch.dtype
-    format: Format
-    coding: Coding
-    offset: int
-    kind: str = "neuron"
-
-    @property
-    def values(self) -> int:
-        """Neurons."""
-        return int(np.prod(self.shape, dtype=np.int64))
-
-    @property
-    def width(self) -> int:
-        """Bits a neuron."""
-        return self.format.width
-
-    @property
-    def bits(self) -> int:
-        """Bits in all."""
-        return self.values * self.width
-
-    def stored(self, values: Tensor) -> Tensor:
-        """Values as they read after being stored in the site's format."""
-        if self.format.is_native(values.dtype):
-            return values
-        words = self.format.encode_values(values, self.coding)
-        return self.format.decode_words(words, self.coding, values.dtype)
-
-    def flipped(self, values: Tensor, bits: Tensor) -> Tensor:
-        """Each value with the given bit of its word flipped; `bits` (int64) broadcasts against `values`."""
-        words = self.format.encode_values(values, self.coding)
-        masks = torch.ones_like(bits).bitwise_left_shift(bits).to(word_dtype(self.width))
-        return self.format.decode_words(words ^ masks, self.coding, values.dtype)
-
-    def index(self, rows: Tensor, neurons: Tensor) -> tuple[Tensor, ...]:
-        """Index of these neurons of these samples into the layer's output."""
-        inside = list(torch.unravel_index(neurons, self.shape))
-        return (*inside[: self.axis], rows, *inside[self.axis :])
-
+from flipproof.faults.selection import FormatChoice
 
 Change = Callable[[NeuronSite, Tensor], Tensor | None]
 """Given a site and its stored output: the output to go on with, or None for the same."""
@@ -151,12 +52,12 @@ class NeuronSpace:
         self.model = model
         self.left_out: dict[str, str] = {}
         """Layers that are not in the space, and why."""
-        seen = _Observer(model, where, self.left_out)
+        seen = Observer(model, where, self.left_out)
         seen.watch(forwards)
         sites: list[NeuronSite] = []
         offset = 0
         for (layer, call), (shape, axis, dtype, low, high) in seen.found.items():
-            chosen = _choose(layer, dtype, format)
+            chosen = choose_neuron_format(layer, dtype, format)
             if chosen is None:
                 self.left_out[layer] = "no pattern of format= fits it"
                 continue
@@ -316,75 +217,3 @@ class NeuronSpace:
             return (found, *result[1:]) if isinstance(result, tuple) else found
 
         return hook
-
-
-class _Observer:
-    """What every layer gives, over all batches: shape, type, extremes."""
-
-    def __init__(self, model: nn.Module, where: Neurons, left_out: dict[str, str]) -> None:
-        self._model, self._left_out = model, left_out
-        self.found: dict[tuple[str, int], tuple[tuple[int, ...], int, torch.dtype, Tensor, Tensor]] = {}
-        self._counts: dict[str, int] = {}
-        self._size = 0
-        self._layers = {}
-        for name, module in model.named_modules():
-            if not isinstance(module, _LAYERS):
-                continue
-            if where.selects(name or "*"):
-                self._layers[name] = module
-            else:
-                left_out[name] = "not selected by where="
-
-    def watch(self, forwards: Sequence[tuple[Callable[[], object], int]]) -> None:
-        """Run every batch once."""
-        handles = [module.register_forward_hook(self._hook(name)) for name, module in self._layers.items()]
-        try:
-            for forward, self._size in forwards:
-                self._counts = {}
-                forward()
-        finally:
-            for handle in handles:
-                handle.remove()
-        for name in self._layers:
-            if (name, 0) not in self.found and name not in self._left_out:
-                self._left_out[name] = "the forward never calls it as a module"
-        self.found = {key: value for key, value in self.found.items() if key[0] not in self._left_out}
-
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, result: Any) -> None:
-            output = result[0] if isinstance(result, tuple) else result
-            call = self._counts.get(name, 0)
-            self._counts[name] = call + 1
-            if not isinstance(output, Tensor) or isinstance(output, PackedSequence):
-                self._left_out[name] = f"its output is a {type(output).__name__}"
-                return
-            axis = int(isinstance(module, nn.RNNBase) and not module.batch_first)
-            if output.dim() <= axis or output.shape[axis] != self._size:
-                self._left_out[name] = (
-                    f"its output {tuple(output.shape)} does not count {self._size} samples along axis {axis}"
-                )
-                return
-            shape = tuple(size for i, size in enumerate(output.shape) if i != axis)
-            low, high = output.min(), output.max()
-            before = self.found.get((name, call))
-            if before is not None:
-                if before[0] != shape:
-                    self._left_out[name] = f"its output changes shape between batches: {before[0]}, {shape}"
-                low, high = torch.minimum(low, before[3]), torch.maximum(high, before[4])
-            self.found[name, call] = (shape, axis, output.dtype, low, high)
-
-        return hook
-
-
-def _choose(layer: str, dtype: torch.dtype, choice: FormatChoice) -> Format | None:
-    if isinstance(choice, Mapping):
-        choice = next((fmt for pattern, fmt in choice.items() if _matches(layer, (pattern,))), None)
-        if choice is None:
-            return None
-    if choice is not None:
-        if choice.together > 1:
-            raise FormatError(f"{layer}: {choice!r} codes blocks of words; a neuron's output is a word by itself")
-        return choice
-    if dtype not in _NATIVE:
-        raise FaultSpaceError(f"{layer} gives {dtype}, which has no format of its own; pass format=")
-    return _NATIVE[dtype]

@@ -2,97 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flipproof.errors import FaultSpaceError, FormatError
 from flipproof.faults.memory import CLEAR, FLIP, SET, DirectMemory, UndoLog
 from flipproof.faults.models import Faults
 from flipproof.faults.sampling import Positions
-from flipproof.faults.selection import KINDS, Candidate, FormatChoice, Kind, candidates, choose_format
-from flipproof.formats.base import Coding, Format, blocks, dense, sparse, word_dtype
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Fault space over a model's parameters: weights, biases, normalisation, thresholds, whatever it registers.
-
-    Args:
-        include: glob patterns over qualified names; a module's name takes all it holds. "*" is everything.
-        exclude: the same; it wins over `include`.
-        buffers: also hit floating-point buffers (BatchNorm's running statistics).
-        kinds: keep only these of "weight", "bias", "norm", "buffer", "other"; () keeps all.
-
-    Example:
-        >>> import flipproof as fp, torch
-        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
-        >>> fp.FaultSpace(net, where=fp.Parameters(exclude="*.bias")).bits
-        576
-    """
-
-    include: str | Sequence[str] = "*"
-    exclude: str | Sequence[str] = ()
-    buffers: bool = False
-    kinds: Sequence[Kind] = ()
-
-    def __post_init__(self) -> None:
-        for field in ("include", "exclude", "kinds"):
-            value = getattr(self, field)
-            object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
-        unknown = [kind for kind in self.kinds if kind not in KINDS]
-        if unknown:
-            raise FaultSpaceError(f"Parameters: kinds must be among {list(KINDS)}, got {unknown}")
-
-    def selects(self, candidate: Candidate) -> bool:
-        """Whether this tensor belongs to the space."""
-        return (
-            candidate.matches(tuple(self.include))
-            and not candidate.matches(tuple(self.exclude))
-            and (not self.kinds or candidate.kind in self.kinds)
-        )
-
-
-@dataclass(frozen=True)
-class Site:
-    """One stored tensor of the space.
-
-    Attributes:
-        name: qualified name; `aliases` are its other names if it is tied.
-        layer: qualified name of the module that owns it.
-        kind: "weight", "bias", "norm", "buffer" or "other".
-        offset: number of its first bit in the space. Bit b of value v is `offset + v · width + b`.
-    """
-
-    name: str
-    aliases: tuple[str, ...]
-    layer: str
-    kind: Kind
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    format: Format
-    offset: int
-
-    @property
-    def values(self) -> int:
-        """Number of values stored here."""
-        return int(np.prod(self.shape, dtype=np.int64))
-
-    @property
-    def width(self) -> int:
-        """Stored bits a value."""
-        return self.format.width
-
-    @property
-    def bits(self) -> int:
-        """Stored bits in all."""
-        return self.values * self.width
+from flipproof.faults.selection import FormatChoice, candidates, choose_format
+from flipproof.faults.sites import Parameters, Site
+from flipproof.faults.words import Undo, corrupt_words, scatter
+from flipproof.formats.base import Coding, dense
 
 
 class FaultSpace:
@@ -315,11 +240,23 @@ class FaultSpace:
         operation = FLIP if faults.stuck is None else SET if faults.stuck else CLEAR
         direct, coded = self._paths()
         log = UndoLog()
-        undo: list[tuple[Tensor, Tensor, Tensor]] = []
+        undo: Undo = []
         try:
             changed = direct.apply(positions, operation, log) if direct is not None and positions.size else 0
             for i in coded:
-                changed += self._corrupt_words(i, positions, operation, undo)
+                site = self.sites[i]
+                first, last = np.searchsorted(positions, (site.offset, site.offset + site.bits))
+                if first < last:
+                    changed += corrupt_words(
+                        site,
+                        self._tensors[i].data,
+                        positions[first:last] - site.offset,
+                        operation,
+                        undo,
+                        source=self._originals.get(i) if self._originals else None,
+                        coding=self._codings.get(i, ()),
+                        packed=self._packed[i],
+                    )
             yield changed
         finally:
             _to_the_end(lambda: _restore(log, undo))
@@ -351,45 +288,10 @@ class FaultSpace:
             self._direct = (where, memory if direct else None, coded)
         return self._direct[1], self._direct[2]
 
-    def _corrupt_words(
-        self, i: int, positions: Positions, operation: int, undo: list[tuple[Tensor, Tensor, Tensor]]
-    ) -> int:
-        """Re-encode the touched values of one site, change their words, decode them into the model.
 
-        Where memory holds packed words, its bytes are the words, and stand for themselves.
-        """
-        site, tensor = self.sites[i], self._tensors[i].data
-        first, last = np.searchsorted(positions, (site.offset, site.offset + site.bits))
-        if first == last:
-            return 0
-        width = 8 if self._packed[i] else site.width
-        local = positions[first:last] - site.offset
-        values, bits = np.divmod(local, width)
-        starts = np.flatnonzero(np.diff(values, prepend=-1))
-        masks = np.bitwise_or.reduceat(np.uint64(1) << bits.astype(np.uint64), starts)
-        index = torch.from_numpy(values[starts]).to(tensor.device)
-        mask = _as_words(masks, width).to(tensor.device)
-        if not self._packed[i] and site.format.together > 1:
-            every = blocks(index, site.format.together, site.values)
-            mask = torch.zeros_like(every, dtype=mask.dtype).index_put_((torch.searchsorted(every, index),), mask)
-            index = every
-        golden = _gather(tensor, index)
-        source = self._originals.get(i) if self._originals else None
-        coding = sparse(self._codings.get(i, ()), tensor.shape, index)
-        values_before = golden if source is None else _gather(source, index)
-        before = values_before if self._packed[i] else site.format.encode_values(values_before, coding)
-        after = before ^ mask if operation == FLIP else before | mask if operation == SET else before & ~mask
-        undo.append((tensor, index, golden))
-        _scatter(tensor, index, after if self._packed[i] else site.format.decode_words(after, coding, site.dtype))
-        if operation == FLIP:
-            return int(local.size)
-        differing = (before ^ after).cpu().numpy().view(f"u{word_dtype(width).itemsize}")
-        return int(sum(int(word).bit_count() for word in differing))
-
-
-def _restore(log: UndoLog, undo: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+def _restore(log: UndoLog, undo: Undo) -> None:
     while undo:
-        _scatter(*undo[-1])
+        scatter(*undo[-1])
         undo.pop()
     log.undo()
 
@@ -405,22 +307,3 @@ def _to_the_end(restore: Callable[[], None]) -> None:
             interrupted = signal
     if interrupted is not None:
         raise interrupted
-
-
-def _as_words(masks: NDArray[np.uint64], width: int) -> Tensor:
-    dtype = word_dtype(width)
-    words = masks.astype(f"u{dtype.itemsize}")
-    return torch.from_numpy(words if dtype == torch.uint8 else words.view(f"i{dtype.itemsize}"))
-
-
-def _gather(tensor: Tensor, index: Tensor) -> Tensor:
-    if tensor.is_contiguous():
-        return tensor.view(-1)[index]
-    return tensor[torch.unravel_index(index, tensor.shape)]
-
-
-def _scatter(tensor: Tensor, index: Tensor, values: Tensor) -> None:
-    if tensor.is_contiguous():
-        tensor.view(-1)[index] = values
-    else:
-        tensor[torch.unravel_index(index, tensor.shape)] = values

@@ -7,7 +7,7 @@ from torch.nn.utils import parametrize
 
 from flipproof.errors import FormatError
 from flipproof.faults.selection import FormatChoice, candidates, choose_format
-from flipproof.faults.space import Parameters
+from flipproof.faults.sites import Parameters
 from flipproof.formats.base import Format
 from flipproof.formats.packing import Packed
 

@@ -18,7 +18,7 @@ from flipproof.campaigns import assess
 from flipproof.datasets import cifar10, mnist
 from flipproof.errors import ConfigError
 from flipproof.faults import RandomBits
-from flipproof.faults.neurons import Neurons
+from flipproof.faults.neuron_sites import Neurons
 from flipproof.models import alexnet, lenet5, mlp, vgg16
 from flipproof.models.training import cached, train_classifier
 from flipproof.reports import save
@@ -98,7 +98,7 @@ def reproduce(*, scale: str, data_root: Path, out: Path, workers: int, console: 
     """
     if scale not in ("smoke", "paper"):
         raise ConfigError(f"scale must be 'smoke' or 'paper', got {scale!r}")
-    run(studies(scale), data_root=data_root, out=out, workers=workers, console=console, trials=20)
+    run(studies(scale), data_root=data_root, out=out, workers=workers, console=console, trials=100)
 
 
 def run(
@@ -142,7 +142,7 @@ def run(
             factors.append(factors_table(study.name, net, seen[:1], injections=injections))
             test = study.images(data_root, "test", limit=10 * study.inputs, batch_size=320)
             store = out / "journals"
-            bought = evidence_table(study.name, net, seen, test, bers, trials=10 * trials, workers=workers, store=store)
+            bought = evidence_table(study.name, net, seen, test, bers, trials=2 * trials, workers=workers, store=store)
             evidence.append(bought)
     everything = pd.concat(tables, ignore_index=True)
     lowest = everything.groupby(["network", "data"], sort=False)[["true_non_critical", "true_critical"]].min() * 100
@@ -217,9 +217,8 @@ def _losses(
             progress=False,
         )
         row = campaign.summary.iloc[0]
-        names = ("accuracy_drop", "accuracy_drop_low", "accuracy_drop_high")
+        names = [f"{name}{end}" for name in ("accuracy_drop", "critical_total") for end in ("", "_low", "_high")]
         rows.append({"network": study.name, "layer": layer, "lvf": lvf, **{name: row[name] for name in names}})
-        rows[-1]["critical_total"] = row["critical_total"]
     return pd.DataFrame(rows)
 
 

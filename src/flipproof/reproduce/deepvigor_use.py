@@ -16,9 +16,9 @@ from flipproof.analysis.validation import injected
 from flipproof.campaigns import assess
 from flipproof.campaigns.statistics import wilson_interval
 from flipproof.faults import BitErrorRate, Parameters
-from flipproof.faults.neurons import Neurons, NeuronSite
+from flipproof.faults.neuron_sites import Neurons, NeuronSite
 from flipproof.faults.sampling import TrialGenerator
-from flipproof.faults.space import Site
+from flipproof.faults.sites import Site
 from flipproof.formats import Format
 from flipproof.reports.tables import compare
 
