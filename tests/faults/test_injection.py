@@ -88,13 +88,13 @@ def test_whatever_is_raised_inside(format, error):
     assert same(memory(net), before)
 
 
-@pytest.mark.parametrize("step", ["_scatter", "_take_back"])
+@pytest.mark.parametrize("step", ["scatter", "_take_back"])
 def test_an_interrupt_in_the_middle_of_restoring_is_let_through_after_it(monkeypatch, step):
     net = network()
     before = memory(net)
     space = FaultSpace(net, format=fp.FixedPoint())
     faults = fp.RandomBits(50).draw(space, fp.faults.TrialGenerator(0, "p", 0))
-    owner = space_module if step == "_scatter" else FaultSpace
+    owner = space_module if step == "scatter" else FaultSpace
     original, calls = getattr(owner, step), []
 
     def interrupted(*arguments):
