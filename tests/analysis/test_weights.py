@@ -197,3 +197,10 @@ def test_a_selection_of_neuron_bits_becomes_formats_too():
     setup = {"data": data, "faults": fp.RandomBits(1), "trials": 40, "where": fp.Neurons()}
     plain, safe = fp.assess(net, **setup), fp.assess(net, format=formats, **setup)
     assert safe.summary["critical_total"][0] < plain.summary["critical_total"][0]
+
+
+def test_packed_models_are_refused_by_name():
+    net, data = made(Tokens)
+    packed = fp.store_(net, {"conv.weight": fp.Affine(bits=4)})
+    with pytest.raises(fp.FlipproofError, match=r"conv\.weight is stored as packed words"):
+        fp.analyze(packed, data, where=fp.Parameters(), output="logits")

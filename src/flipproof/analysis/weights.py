@@ -52,6 +52,11 @@ class WeightProber:
     ) -> None:
         self.model, self.space, self.batches, self.output = model, space, batches, output
         self.decision = decision
+        if packed := [name for name, tensor in space.tensors.items() if not tensor.is_floating_point()]:
+            raise FaultSpaceError(
+                f"{packed[0]} is stored as packed words: analyse the model before fp.store_, with format= for what it "
+                f"will be stored as"
+            )
         self.classes = decision.classes_of(golden)
         """Golden class of every sample."""
         modules = dict(model.named_modules())
