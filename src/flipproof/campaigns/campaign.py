@@ -84,7 +84,8 @@ def assess(
         output: picks the tensor to judge out of what the model returns: function, dict key or tuple index.
         cache_bytes: memory for golden activations, with which a trial starts at the first faulted layer; 0 runs every
             trial whole. None allows the size of the model's parameters, less what `format` keeps of them (a campaign
-            then holds the model and one copy), but at least 16 MiB, and 256 MiB for neurons. Records do not depend on it.
+            then holds the model and one copy), but at least 16 MiB, and 256 MiB for neurons. Records do not depend on
+            it.
         progress: show a progress bar; None shows it on a terminal.
 
     Returns:
