@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from flipproof.hardening.activations import Activation
+from flipproof.hardening.clamping import bounded_relu
 
 
 class Bounded(Activation, ABC):
@@ -103,7 +104,10 @@ class Saturate(Bounded):
     """
 
     def bound(self, x: Tensor, *, overwrite: bool = False) -> Tensor:
-        if self.rectifies:  # the order matters: a NaN threshold gives NaN first, a negative one a negative number
+        if self.rectifies:
+            if (done := bounded_relu(x, self.threshold, zero=False, overwrite=overwrite)) is not None:
+                return done
+            # the order matters: a NaN threshold gives NaN first, a negative one a negative number
             capped = x.clamp_max_(self.threshold) if overwrite else torch.clamp_max(x, self.threshold)
             return capped.nan_to_num_(0.0).relu_()
         capped = torch.clamp_max(self.activate(x), self.threshold)
@@ -119,6 +123,10 @@ class ZeroAbove(Bounded):
     """
 
     def bound(self, x: Tensor, *, overwrite: bool = False) -> Tensor:
+        if self.rectifies:
+            done = bounded_relu(x, self.threshold, zero=True, overwrite=overwrite)
+            if done is not None:
+                return done
         value = self._finite(x, below=0.0, overwrite=overwrite)
         # the comparison is written as a number: mixing bytes and floats costs three times as much
         inside = value.detach().clone().le_(self.threshold)

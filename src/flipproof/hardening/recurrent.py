@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from flipproof.hardening.bounded import ClampInput
+from flipproof.hardening.clamping import is_plain
 from flipproof.hardening.gates import gru_sequence, gru_step, lstm_sequence, lstm_step
 
 State = tuple[Tensor, ...]
@@ -152,7 +153,7 @@ class _Layers(nn.RNNBase, Opened):
         w_ih, w_hh = getattr(self, f"weight_ih{suffix}"), getattr(self, f"weight_hh{suffix}")
         b_ih, b_hh = (getattr(self, f"bias_{which}{suffix}") if self.bias else None for which in ("ih", "hh"))
         w_hr = getattr(self, f"weight_hr{suffix}") if self.proj_size else None
-        limits = _limits(act) if self.kernel is not None and w_hr is None and _is_plain(x) else None
+        limits = _limits(act) if self.kernel is not None and w_hr is None and is_plain(x) else None
         a = F.linear(x, w_ih, b_ih) if limits is None else product(x, w_ih, b_ih)
         firsts = [0]
         for size in sizes:
@@ -293,18 +294,6 @@ def product(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(h, weight, bias, "none", [], "")
         return result
     return F.linear(h, weight, bias)
-
-
-def _is_plain(x: Tensor) -> bool:
-    """True where values can be read from memory and nobody asks for gradients or a trace."""
-    return (
-        type(x) is Tensor
-        and x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-    )
 
 
 def _limits(act: Sequence[nn.Module]) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
