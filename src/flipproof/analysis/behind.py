@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
+from flipproof.campaigns.live import rows_of
 from flipproof.campaigns.suffix import Suffixes
 from flipproof.faults.neuron_sites import NeuronSite
 
@@ -24,13 +24,14 @@ class Suffix:
     """What runs behind a layer, and the golden activations of a batch there."""
 
     def __init__(self, suffixes: Suffixes, site: NeuronSite, inputs: Any, size: int) -> None:
-        nodes = suffixes._nodes
-        self._node = next(n for n in nodes if n.op == "call_module" and str(n.target) == site.layer)
-        cut = nodes.index(self._node) + 1
+        cut = suffixes.behind(site.layer)
+        if cut is None:
+            raise LookupError(f"{site.layer} has not one call whose output is read")
+        self._node = suffixes._nodes[cut - 1]
         self._live = suffixes._record(inputs, [cut])[cut]
         self._size = size
-        self._place = suffixes._live(cut).index(self._node)
-        self._graph = suffixes._part(cut)
+        self._place = suffixes.place(cut)
+        self._graph = suffixes.graph(cut)
         self.last = all(node.op in ("placeholder", "output") for node in self._graph.graph.nodes)
         self.shape = self._live[self._place].shape
         """Of the layer's output."""
@@ -38,7 +39,7 @@ class Suffix:
         self._modules = dict(suffixes._traced.named_modules())
 
     def run(self, rows: Tensor, change: Change | None = None) -> Any:
-        live = [pytree.tree_map(lambda leaf: rows_of(leaf, rows, self._size), value) for value in self._live]
+        live = rows_of(self._live, rows, self._size)
         if change is not None:
             change(live[self._place])
         return self._graph(*live)
@@ -115,10 +116,3 @@ def _one(size: Any) -> int | None:
     if isinstance(size, (tuple, list)):
         return size[0] if len(set(size)) == 1 and isinstance(size[0], int) else None
     return size if isinstance(size, int) else None
-
-
-def rows_of(leaf: Any, rows: Tensor, size: int) -> Any:
-    """These samples of a tensor of a batch of `size`; anything else as it is."""
-    if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size:
-        return leaf.index_select(0, rows)
-    return leaf

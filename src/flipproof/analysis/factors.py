@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from flipproof.analysis.opening import opened, suffix_shares
+from flipproof.analysis.opening import by_batch, opened, suffix_shares
 from flipproof.analysis.probing import Prober
 from flipproof.analysis.search import Search
 from flipproof.analysis.weights import WeightProber
@@ -116,15 +116,10 @@ def _critical_share(
     layers: dict[int, object],
 ) -> NDArray[np.float64]:
     """The share of critical bits of each pair; a batch's layer is opened once and kept in `layers`."""
-    found = np.zeros(sample.size)
-    first = 0
-    for batch, size in enumerate(prober.batches.sizes):
-        here = np.flatnonzero((sample >= first) & (sample < first + size))
-        if here.size:
-            if batch not in layers:
-                layers[batch] = prober.at(site, batch)  # type: ignore[arg-type]
-            rows = torch.from_numpy(sample[here] - first)
-            search = Search(layers[batch], rows, torch.from_numpy(place[here]))  # type: ignore[arg-type]
-            found[here] = search.critical.double().mean(dim=1).numpy()
-        first += size
-    return found
+    found, places = torch.zeros(sample.size, dtype=torch.float64), torch.from_numpy(place)
+    for batch, here, rows in by_batch(prober, torch.from_numpy(sample)):
+        if batch not in layers:
+            layers[batch] = prober.at(site, batch)  # type: ignore[arg-type]
+        search = Search(layers[batch], rows, places[here])  # type: ignore[arg-type]
+        found[here] = search.critical.double().mean(dim=1)
+    return found.numpy()

@@ -11,6 +11,7 @@ from torch import Tensor
 from flipproof.errors import ConfigError
 from flipproof.faults.neuron_sites import NeuronSite
 from flipproof.faults.sites import Site
+from flipproof.formats import Format
 
 VERDICTS = ("non_vulnerable", "semi_vulnerable", "vulnerable")
 
@@ -65,6 +66,18 @@ class LayerVulnerability:
             torch.zeros(classes, dtype=torch.int64),
             torch.zeros(count, 2, dtype=torch.int64),
         )
+
+    @property
+    def module(self) -> str:
+        """Qualified name of the module or parameter, without the number of its call."""
+        return self.name.partition("[")[0]
+
+    @property
+    def stored_as(self) -> Format:
+        """The format that `format` names."""
+        from flipproof.specs import parse_format  # imported late, it imports faults
+
+        return parse_format(self.format)
 
     def count(self, classes: Tensor) -> None:
         """Take note of some inputs' golden classes."""

@@ -47,6 +47,16 @@ def opened(
                 yield Prober(model, space, batches, output, golden, decision, max_bytes)
 
 
+def by_batch(prober: Prober | WeightProber, sample: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Samples by the batch they are in: (batch, which entries of `sample`, their rows in the batch)."""
+    first = 0
+    for batch, size in enumerate(prober.batches.sizes):
+        here = ((sample >= first) & (sample < first + size)).nonzero()[:, 0]
+        if here.numel():
+            yield batch, here, sample[here] - first
+        first += size
+
+
 def suffix_shares(model: nn.Module, prober: Prober | WeightProber) -> dict[str, float]:
     """Multiplications behind each layer ÷ those of a forward: what a probe of it costs in forwards."""
     order: list[tuple[str, float]] = []

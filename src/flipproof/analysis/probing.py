@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from flipproof.analysis.behind import Change, Suffix, rows_of
+from flipproof.analysis.behind import Change, Suffix
 from flipproof.campaigns.batches import Batches, Output, call, pick
+from flipproof.campaigns.live import rows_of
 from flipproof.campaigns.suffix import Suffixes
 from flipproof.faults.neuron_sites import NeuronSite
 from flipproof.faults.neurons import NeuronSpace
@@ -72,16 +72,13 @@ class Prober:
 
     def at(self, site: NeuronSite, batch: int) -> Layer:
         """The questions one can ask of this layer about this batch."""
-        first = sum(self.batches.sizes[:batch])
-        size = self.batches.sizes[batch]
         suffix = self.suffix(site, batch)
         values = suffix.values if suffix is not None else self._values(site, batch)
-        return Layer(self, site, batch, values, self.classes[first : first + size], suffix)
+        return Layer(self, site, batch, values, self.classes[self.batches.part(batch)], suffix)
 
     def suffix(self, site: NeuronSite, batch: int) -> Suffix | None:
         """What runs behind this layer, or None where that does not reproduce the golden outputs."""
-        first = sum(self.batches.sizes[:batch])
-        golden = self._golden[first : first + self.batches.sizes[batch]]
+        golden = self._golden[self.batches.part(batch)]
         if self._suffixes is None or site.axis != 0:
             return None
         try:
@@ -116,7 +113,7 @@ class Prober:
     def whole(self, site: NeuronSite, batch: int, rows: Tensor, change: Change) -> Tensor:
         """Outputs of whole forwards on these rows of the batch with the layer's output changed."""
         size = self.batches.sizes[batch]
-        inputs = pytree.tree_map(lambda leaf: rows_of(leaf, rows, size), self.batches.inputs[batch])
+        inputs = rows_of(self.batches.inputs[batch], rows, size)
 
         def put(seen: NeuronSite, output: Tensor) -> Tensor | None:
             if seen.name != site.name:

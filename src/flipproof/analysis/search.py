@@ -138,15 +138,12 @@ class Search:
         harmless, critical = harmless.clone(), critical.clone()
         top = torch.finfo(self._golden.dtype).max
         everyone = (~self._skip).nonzero()[:, 0]
-        open_ended = everyone[
-            torch.isinf(critical[everyone])
-        ]  # no finite error was critical yet: ask for the largest there is
+        # no finite error was critical yet: ask for the largest there is
+        open_ended = everyone[torch.isinf(critical[everyone])]
         self._move(sign, open_ended, torch.full_like(harmless[open_ended], top), harmless, critical)
         for _ in range(40):
-            wide = (
-                torch.isfinite(critical) & ~self._skip & (critical > harmless.clamp(min=1e-30) * (1 + self._tolerance))
-            )
-            active = wide.nonzero()[:, 0]
+            wide = torch.isfinite(critical) & (critical > harmless.clamp(min=1e-30) * (1 + self._tolerance))
+            active = (wide & ~self._skip).nonzero()[:, 0]
             if not active.numel():
                 break
             near, far = harmless[active], critical[active]

@@ -85,9 +85,7 @@ def protected_formats(found: VulnerabilityMap, chosen: pd.DataFrame | None = Non
         >>> protected_formats(found, fp.select(found, budget=0.05))
         {'weight': TripleMSB(inner=Float32(), copies=2, protect=(30,))}
     """
-    from flipproof.specs import parse_format  # reads the formats that a map names; imported late, it imports faults
-
-    inner = {layer.name.partition("[")[0]: parse_format(layer.format) for layer in found.layers_found}
+    inner = {layer.module: layer.stored_as for layer in found.layers_found}
     if chosen is None:
         return {name: SECDED(format) for name, format in inner.items()}
     if "neuron" in chosen:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from flipproof.analysis.layer import verdict
-from flipproof.analysis.opening import opened
+from flipproof.analysis.opening import by_batch, opened
 from flipproof.analysis.probing import Prober
 from flipproof.analysis.weights import WeightProber
 from flipproof.campaigns.batches import Data
@@ -82,7 +82,7 @@ def reopened(
     net = model if model is not None else found.model
     if net is None:
         raise ConfigError("this map was loaded from a file and has no model: pass model=")
-    formats = {layer.name.partition("[")[0] or "*": _format(layer.format) for layer in found.layers_found}
+    formats = {layer.module or "*": layer.stored_as for layer in found.layers_found}
     kind = Neurons if found.of == "neurons" else Parameters
     with opened(net, data, kind(include=tuple(formats)), formats, found.output, 2**28) as prober:
         sites = {site.name: site for site in prober.sites}
@@ -105,19 +105,15 @@ def injected(
     """Errors of these flips and whether they were critical, each run through the rest of the network."""
     delta = torch.zeros(sample.numel(), dtype=torch.float64)
     critical = torch.zeros(sample.numel(), dtype=torch.bool)
-    first = 0
-    for batch, size in enumerate(prober.batches.sizes):
-        here = ((sample >= first) & (sample < first + size)).nonzero()[:, 0]
-        if here.numel():
-            probes = prober.at(site, batch)  # type: ignore[arg-type]
-            device = probes.values.device
-            row, place = (sample[here] - first).to(device), neuron[here].to(device)
-            before = probes.values[row, place]
-            flips = probes.flips(row, place)
-            after = flips[torch.arange(row.numel(), device=device), bit[here].to(device)]
-            delta[here] = (after.double() - before.double()).cpu()
-            critical[here] = probes.critical(row, place, after, shortcuts=False).cpu()
-        first += size
+    for batch, here, rows in by_batch(prober, sample):
+        probes = prober.at(site, batch)  # type: ignore[arg-type]
+        device = probes.values.device
+        row, place = rows.to(device), neuron[here].to(device)
+        before = probes.values[row, place]
+        flips = probes.flips(row, place)
+        after = flips[torch.arange(row.numel(), device=device), bit[here].to(device)]
+        delta[here] = (after.double() - before.double()).cpu()
+        critical[here] = probes.critical(row, place, after, shortcuts=False).cpu()
     return delta, critical
 
 
@@ -141,9 +137,3 @@ def _row(
         result |= {column: hits / total if total else np.nan, f"{column}_low": low, f"{column}_high": high}
     names = ("called_non_vulnerable", "called_semi_vulnerable", "called_vulnerable")
     return {**result, **dict(zip(names, counts, strict=True)), "critical": int(critical.sum())}
-
-
-def _format(text: str):  # type: ignore[no-untyped-def]
-    from flipproof.specs import parse_format  # reads the formats that a file names; imported late, it imports faults
-
-    return parse_format(text)

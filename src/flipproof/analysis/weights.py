@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
-from torch.utils import _pytree as pytree
 
-from flipproof.analysis.behind import Suffix, rows_of
+from flipproof.analysis.behind import Suffix
 from flipproof.analysis.probing import Prober
 from flipproof.campaigns.batches import Batches, Output, call, pick
+from flipproof.campaigns.live import rows_of
 from flipproof.campaigns.neuron_trial import neuron_space
 from flipproof.errors import FaultSpaceError
 from flipproof.faults.neuron_sites import Neurons, NeuronSite
@@ -121,9 +121,8 @@ class WeightLayer:
 
     def __init__(self, prober: WeightProber, site: Site, batch: int, line: _Line | None) -> None:
         self._prober, self._site, self._batch, self._line = prober, site, batch, line
-        first = sum(prober.batches.sizes[:batch])
         self._size = prober.batches.sizes[batch]
-        self.classes = prober.classes[first : first + self._size]
+        self.classes = prober.classes[prober.batches.part(batch)]
         self._tensor = prober.space.tensors[site.name].data
         original = prober.space.originals().get(site.name, self._tensor)
         coding = site.format.fit(original)
@@ -163,7 +162,7 @@ class WeightLayer:
     def _in_memory(self, rows: Tensor, place: int, value: Tensor) -> Tensor:
         """The same value for these rows, in the parameter itself."""
         prober = self._prober
-        inputs = pytree.tree_map(lambda leaf: rows_of(leaf, rows, self._size), prober.batches.inputs[self._batch])
+        inputs = rows_of(prober.batches.inputs[self._batch], rows, self._size)
         spot = torch.unravel_index(torch.tensor(place, device=self._tensor.device), self._tensor.shape)
         before = self._tensor[spot].clone()
         try:

@@ -36,6 +36,11 @@ class Batches:
         """Number of samples in all."""
         return int(self.targets.numel())
 
+    def part(self, batch: int) -> slice:
+        """Which of all samples a batch holds."""
+        first = sum(self.sizes[:batch])
+        return slice(first, first + self.sizes[batch])
+
     def digest(self) -> str:
         """A hash of every input and target, batch borders included."""
         state = blake2b(digest_size=16)

@@ -43,6 +43,17 @@ def copied(value: Any, known: Copies | None = None) -> Any:
     return pytree.tree_map(copy, value)
 
 
+def rows_of(value: Any, rows: Tensor, size: int) -> Any:
+    """These samples of all tensors of a batch of `size` in `value`; anything else as it is."""
+
+    def take(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size:
+            return leaf.index_select(0, rows.to(leaf.device))
+        return leaf
+
+    return pytree.tree_map(take, value)
+
+
 def same(left: Any, right: Any) -> bool:
     """Whether both hold the same bits: −0.0 is not 0.0, a NaN is itself, and what is not known to be equal is not."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):

@@ -87,7 +87,7 @@ class NeuronTrialRunner(TrialRunner):
         if self.suffixes is None:
             return None
         suffixes, space = self.suffixes, self._neurons
-        site = space.site(space.places(faults)[0][0])
+        site = space.layer_of(faults)
         cut = suffixes.behind(site.layer)
         if cut is None or not suffixes.cached(cut):
             return None

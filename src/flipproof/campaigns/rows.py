@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from flipproof.campaigns.live import copied, same
+from flipproof.campaigns.live import copied, rows_of, same
 from flipproof.campaigns.suffix import Suffixes
 from flipproof.outcomes import bit_pattern
 
@@ -46,7 +46,7 @@ def resume_rows(suffixes: Suffixes, cut: int, batch: int, size: int, change: Cal
     equal = torch.ones(size, dtype=torch.bool)
     equal[changed] = False
     rows = torch.cat([changed, equal.nonzero()[: kept - changed.numel(), 0]])  # golden rows fill it up
-    return _merged(suffixes.golden(batch), suffixes.graph(look)(*_gathered(live, rows, size)), rows, size)
+    return _merged(suffixes.golden(batch), suffixes.graph(look)(*rows_of(live, rows, size)), rows, size)
 
 
 def _sizes(size: int) -> list[int]:
@@ -69,16 +69,6 @@ def _changed(live: list[Any], golden: list[Any], size: int) -> Tensor | None:
     return differing.nonzero()[:, 0]
 
 
-def _gathered(live: list[Any], chosen: Tensor, size: int) -> list[Any]:
-    def take(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size:
-            return leaf.index_select(0, chosen.to(leaf.device))
-        return leaf
-
-    gathered: list[Any] = pytree.tree_map(take, live)
-    return gathered
-
-
 def _proven(suffixes: Suffixes, cut: int, batch: int, kept: int, size: int, live: list[Any]) -> bool:
     """Whether golden rows in a batch of `kept` give the golden outputs of the whole batch, in other places too."""
     golden = suffixes.golden(batch)
@@ -86,7 +76,7 @@ def _proven(suffixes: Suffixes, cut: int, batch: int, kept: int, size: int, live
     if key not in suffixes.row_wise:
         rows = torch.arange(size).flip(0)[:kept]
         try:
-            found = suffixes.graph(cut)(*_gathered(copied(live), rows, size))
+            found = suffixes.graph(cut)(*rows_of(copied(live), rows, size))
             suffixes.row_wise[key] = same(_merged(golden, found, rows, size), golden)
         except Exception:  # whatever refuses a smaller batch is run with the whole one
             suffixes.row_wise[key] = False

@@ -6,12 +6,12 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from flipproof.errors import FaultSpaceError, FormatError
 from flipproof.faults.selection import _NATIVE, FormatChoice
+from flipproof.faults.sites import Sized
 from flipproof.formats.base import Coding, Format, word_dtype
 
 
@@ -52,7 +52,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 @dataclass(frozen=True)
-class NeuronSite:
+class NeuronSite(Sized):
     """The output of one call of one layer, for one sample.
 
     Attributes:
@@ -73,21 +73,6 @@ class NeuronSite:
     coding: Coding
     offset: int
     kind: str = "neuron"
-
-    @property
-    def values(self) -> int:
-        """Neurons."""
-        return int(np.prod(self.shape, dtype=np.int64))
-
-    @property
-    def width(self) -> int:
-        """Bits a neuron."""
-        return self.format.width
-
-    @property
-    def bits(self) -> int:
-        """Bits in all."""
-        return self.values * self.width
 
     def stored(self, values: Tensor) -> Tensor:
         """Values as they read after being stored in the site's format."""

@@ -125,6 +125,10 @@ class NeuronSpace:
             return Faults(chosen.offset + generator.below(chosen.bits, samples))
         return Faults(chosen.offset + generator.below(chosen.values, samples) * chosen.width + int(bit))
 
+    def layer_of(self, faults: Faults) -> NeuronSite:
+        """The site that a trial's faults share."""
+        return self.sites[int(self._located(faults.positions[:1])[0][0])]
+
     def places(self, faults: Faults) -> list[tuple[str, int, int]]:
         """The faults as (layer, neuron, bit), one a sample."""
         which, value, bit = self._located(faults.positions)

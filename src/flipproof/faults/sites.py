@@ -52,8 +52,30 @@ class Parameters:
         )
 
 
+class Sized:
+    """What is stored in one format: how much of it there is."""
+
+    shape: tuple[int, ...]
+    format: Format
+
+    @property
+    def values(self) -> int:
+        """Number of values stored here."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def width(self) -> int:
+        """Stored bits a value."""
+        return self.format.width
+
+    @property
+    def bits(self) -> int:
+        """Stored bits in all."""
+        return self.values * self.width
+
+
 @dataclass(frozen=True)
-class Site:
+class Site(Sized):
     """One stored tensor of the space.
 
     Attributes:
@@ -71,18 +93,3 @@ class Site:
     dtype: torch.dtype
     format: Format
     offset: int
-
-    @property
-    def values(self) -> int:
-        """Number of values stored here."""
-        return int(np.prod(self.shape, dtype=np.int64))
-
-    @property
-    def width(self) -> int:
-        """Stored bits a value."""
-        return self.format.width
-
-    @property
-    def bits(self) -> int:
-        """Stored bits in all."""
-        return self.values * self.width

@@ -76,8 +76,7 @@ class Packed(nn.Module):
         count = math.prod(self.shape)
         rows = max([c.numel() for c in coding], default=1)
         fast = _in_reach(packed) and self.dtype == torch.float32 and self.format.width <= TABLE_WIDTH
-        fast = fast and self.format.together == 1
-        if fast and count >= 2**self.format.width * rows:
+        if fast and self.format.together == 1 and count >= 2**self.format.width * rows:
             every = torch.arange(2**self.format.width).to(word_dtype(self.format.width))
             shaped = tuple(c.reshape(-1, 1) if c.dim() else c for c in coding)
             table = self.format.decode_words(every.expand(rows, -1), shaped, self.dtype).contiguous()

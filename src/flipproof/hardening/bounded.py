@@ -105,8 +105,9 @@ class Saturate(Bounded):
 
     def bound(self, x: Tensor, *, overwrite: bool = False) -> Tensor:
         if self.rectifies:
-            if (done := bounded_relu(x, self.threshold, zero=False, overwrite=overwrite)) is not None:
-                return done
+            one_pass = bounded_relu(x, self.threshold, zero=False, overwrite=overwrite)
+            if one_pass is not None:
+                return one_pass
             # the order matters: a NaN threshold gives NaN first, a negative one a negative number
             capped = x.clamp_max_(self.threshold) if overwrite else torch.clamp_max(x, self.threshold)
             return capped.nan_to_num_(0.0).relu_()
@@ -123,10 +124,9 @@ class ZeroAbove(Bounded):
     """
 
     def bound(self, x: Tensor, *, overwrite: bool = False) -> Tensor:
-        if self.rectifies:
-            done = bounded_relu(x, self.threshold, zero=True, overwrite=overwrite)
-            if done is not None:
-                return done
+        one_pass = bounded_relu(x, self.threshold, zero=True, overwrite=overwrite) if self.rectifies else None
+        if one_pass is not None:
+            return one_pass
         value = self._finite(x, below=0.0, overwrite=overwrite)
         # the comparison is written as a number: mixing bytes and floats costs three times as much
         inside = value.detach().clone().le_(self.threshold)

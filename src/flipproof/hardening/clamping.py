@@ -86,9 +86,7 @@ def _by_neuron(x: Any, top: Any, zero: bool, out: Any) -> None:
     for k in range(x.size // top.size):
         here, there = x[k * top.size : (k + 1) * top.size], out[k * top.size : (k + 1) * top.size]
         for i in range(top.size):
-            v = here[i]
-            w = v if v <= top[i] else beyond[i]
-            there[i] = w if v > np.float32(0) else np.float32(0)
+            there[i] = _bounded(here[i], top[i], beyond[i])
 
 
 @njit(cache=True, error_model="numpy")
@@ -97,9 +95,13 @@ def _in_place_by_neuron(x: Any, top: Any, zero: bool) -> None:
     for k in range(x.size // top.size):
         here = x[k * top.size : (k + 1) * top.size]
         for i in range(top.size):
-            v = here[i]
-            w = v if v <= top[i] else beyond[i]
-            here[i] = w if v > np.float32(0) else np.float32(0)
+            here[i] = _bounded(here[i], top[i], beyond[i])
+
+
+@njit(cache=True, inline="always", error_model="numpy")
+def _bounded(v: Any, t: Any, beyond: Any) -> Any:
+    w = v if v <= t else beyond
+    return w if v > np.float32(0) else np.float32(0)
 
 
 @njit(cache=True, error_model="numpy")
@@ -110,14 +112,10 @@ def _beyond(t: Any, zero: bool) -> Any:
 @njit(cache=True, error_model="numpy")
 def _span(x: Any, t: Any, beyond: Any, out: Any) -> None:
     for i in range(x.size):
-        v = x[i]
-        w = v if v <= t else beyond
-        out[i] = w if v > np.float32(0) else np.float32(0)
+        out[i] = _bounded(x[i], t, beyond)
 
 
 @njit(cache=True, error_model="numpy")
 def _in_place_span(x: Any, t: Any, beyond: Any) -> None:
     for i in range(x.size):
-        v = x[i]
-        w = v if v <= t else beyond
-        x[i] = w if v > np.float32(0) else np.float32(0)
+        x[i] = _bounded(x[i], t, beyond)
