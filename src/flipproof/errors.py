@@ -10,6 +10,7 @@
     ├── DataError            batches that cannot be used: empty, mislabelled, rejected by the model
     ├── MetricError          a metric that is undefined on these targets
     ├── ConfigError          a command line or campaign file that does not say what it should
+    ├── AuditError           a trial that came out otherwise when it ran again, whole, on a fresh copy of the model
     ├── InfrastructureError  memory ran out or a worker died, more often than a retry could mend
     └── JournalError         a journal that cannot be read or written
         ├── JournalMismatch  … because it belongs to another campaign
@@ -51,6 +52,23 @@ class MetricError(FlipproofError, ValueError):
 
 class ConfigError(FlipproofError, ValueError):
     """A command line or campaign file that does not say what it should."""
+
+
+class AuditError(FlipproofError, RuntimeError):
+    """A trial came out otherwise when it ran again, whole and uncached, on a fresh copy of the model.
+
+    Attributes:
+        shortcut: what changed the record: "suffix", "shared batch", or "state" for none of the shortcuts.
+        point: index of the fault point.
+        trial: index of the trial there.
+    """
+
+    def __init__(self, message: str, shortcut: str, point: int, trial: int) -> None:
+        super().__init__(message, shortcut, point, trial)
+        self.shortcut, self.point, self.trial = shortcut, point, trial
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class InfrastructureError(FlipproofError, RuntimeError):

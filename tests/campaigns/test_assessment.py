@@ -17,11 +17,11 @@ def result(mlp, blobs):
 def test_columns(result):
     assert list(result.trials) == [
         "point", "ber", "trial", "faults", "flips", "accuracy", "auroc", "masked", "non_critical_sdc", "critical_sdc",
-        "due", "samples", "seconds", "digest", "error",
+        "due", "samples", "seconds", "digest", "error", "audited",
     ]  # fmt: skip
     named = ("accuracy", "auroc", "accuracy_drop", "auroc_drop", "masked", "non_critical_sdc", "critical_sdc", "due")
     bounds = [f"{name}{end}" for name in (*named, "critical_total") for end in ("", "_low", "_high")]
-    assert sorted(result.summary) == sorted(["point", "ber", "trials", "flips", *bounds])
+    assert sorted(result.summary) == sorted(["point", "ber", "trials", "flips", "audited", *bounds])
 
 
 def test_summary_is_means_and_student_intervals_over_trials(result):

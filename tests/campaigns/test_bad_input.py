@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import numpy as np
@@ -169,6 +170,14 @@ class TestModels:
 
     def test_dropout_that_is_always_on(self, refused):
         model = Returning(lambda h: F.dropout(h, 0.5, training=True))
+        setup = {"data": [(X, Y)], "faults": fp.RandomBits(1), "trials": 9}
+        with torch.random.fork_rng(devices=[]):
+            found = [fp.assess(model, **setup, seed=seed).trials["masked"].tolist() for seed in (0, 0, 1)]
+        assert found[0] == found[1]  # every batch draws the same numbers in every run
+        assert found[0] != found[2]
+
+    def test_random_numbers_that_cannot_be_pinned(self, refused):
+        model = Returning(lambda h: h + int.from_bytes(os.urandom(2), "little"))
         refused(ModelError, "two fault-free runs of batch 0 differ.*random in eval mode", model=model)
 
     def test_a_model_that_remembers(self, refused):

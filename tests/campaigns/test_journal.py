@@ -91,7 +91,15 @@ class TestRefusal:
         ) as error:
             fp.assess(mlp, **setup)
         named = {line.split(":")[0].strip() for line in str(error.value).splitlines()[1:-1]}
-        also = {"where": {"format", "bits"}, "structure": set()}.get(field, set())
+        also = {
+            "weights": {"golden_outputs"},
+            "data": {"golden_outputs"},
+            "format": {"golden_outputs"},
+            "metrics": {"metrics_code"},
+            "where": {"format", "bits"},
+            "output": {"output_code"},
+            "structure": {"code", "attributes"},
+        }.get(field, set())
         assert named == {field} | also
         assert store.read_bytes() == content
         assert all(torch.equal(p, q) for p, q in zip(before, mlp.parameters(), strict=True))

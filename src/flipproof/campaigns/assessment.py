@@ -103,6 +103,7 @@ class Assessment:
                 mean, low, high = _estimate(outcome, rates(records, outcome), confidence, certain)
                 row |= {outcome: mean, f"{outcome}_low": low, f"{outcome}_high": high}
             row |= {"trials": len(records), "flips": float(np.mean([r.flips for r in records]))}
+            row |= {"audited": sum(r.audited for r in records)}
             rows.append(row)
         return pd.DataFrame(rows)
 

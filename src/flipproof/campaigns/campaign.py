@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import replace
 from datetime import UTC, datetime
 from hashlib import blake2b
 from math import isfinite
@@ -16,15 +19,20 @@ import torch
 from torch import nn
 
 from flipproof.campaigns.assessment import CHECK_EVERY, Assessment, answer, narrow, planned
-from flipproof.campaigns.batches import Data, Output, check_labels, read_batches, tensor_bytes
+from flipproof.campaigns.audit import Audit, audit_of
+from flipproof.campaigns.batches import Data, Output, call, check_labels, pick, read_batches, tensor_bytes
 from flipproof.campaigns.evaluation import eval_mode, golden_run, one_thread
 from flipproof.campaigns.executors import Executor, Job, executor
+from flipproof.campaigns.fingerprint import attributes_digest, code_digest, digest_of
 from flipproof.campaigns.journal import Journal
+from flipproof.campaigns.live import same
 from flipproof.campaigns.neuron_trial import NeuronTrialRunner, neuron_space
 from flipproof.campaigns.progress import Step, progress_bar
+from flipproof.campaigns.snapshots import RandomState, Snapshot, keep_random_state
+from flipproof.campaigns.straight import refers_to_tensors
 from flipproof.campaigns.suffix import Suffixes
 from flipproof.campaigns.trial import Trial, TrialRunner, versions
-from flipproof.errors import ConfigError, DataError, FaultModelError
+from flipproof.errors import AuditError, ConfigError, DataError, FaultModelError, FlipproofWarning
 from flipproof.faults.models import FaultModel
 from flipproof.faults.neuron_sites import Neurons
 from flipproof.faults.neurons import NeuronSpace
@@ -53,6 +61,7 @@ def assess(
     output: Output = None,
     cache_bytes: int | None = None,
     progress: bool | None = None,
+    audit: float = 0.01,
 ) -> Assessment:
     """How a model behaves when the memory that holds it loses bits.
 
@@ -87,6 +96,9 @@ def assess(
             then holds the model and one copy), but at least 16 MiB, and 256 MiB for neurons. Records do not depend on
             it.
         progress: show a progress bar; None shows it on a terminal.
+        audit: share of the trials that run again whole, uncached, on a fresh copy of the model, at least five; of a
+            trial over neurons up to eight upsets, each in a forward of its own. One difference stops the campaign,
+            and what caused it is switched off when it is resumed. 0 audits nothing.
 
     Returns:
         Records and tables.
@@ -116,14 +128,18 @@ def assess(
             f"assess needs workers ≥ 1, trials ≥ 1, seed ≥ 0, confidence and margin in (0, 1), got workers={workers}, "
             f"trials={trials}, seed={seed}, confidence={confidence}, margin={margin}"
         )
+    if not 0 <= audit <= 1:
+        raise ConfigError(f"assess takes a share of the trials from 0 to 1 for audit=, got {audit!r}")
     if not isinstance(faults, FaultModel):
         raise FaultModelError(f"faults= takes a fault model such as fp.BitErrorRate([1e-6, 1e-5]), got {faults!r}")
     target = torch.device(device) if device is not None else _device_of(model)
-    with _on_device(model, target), eval_mode(model), one_thread(target):
+    with _on_device(model, target), given_back(model) as came, eval_mode(model), one_thread(target):
         points = faults.points()
         space: FaultSpace | NeuronSpace
         if isinstance(where, Neurons):
             batches = read_batches(data, target)
+            randomness = RandomState(seed, target)
+            randomness.pin()
             space = neuron_space(model, batches, where, format)
             for point in points:
                 space.check(point)
@@ -132,20 +148,72 @@ def assess(
             for point in points:
                 point.check(space)
             batches = read_batches(data, target)
+            randomness = RandomState(seed, target)
+        ceilings = [1 if isinstance(space, FaultSpace) and point.repeats(space) else trials for point in points]
+        auditing = audit_of(model, audit, ceilings, seed, output)
+        pristine = auditing.pristine if auditing is not None else None
+        if pristine is not None:
+            came.share(pristine)
         make = NeuronTrialRunner if isinstance(space, NeuronSpace) else TrialRunner
         with space.stored():
-            golden = golden_run(model, batches, output)
+            state = Snapshot(model, like=pristine)
+            golden = golden_run(model, batches, output, state, randomness)
             decision = Decision.from_golden(golden)
             check_labels(batches.targets, decision.classes)
-            runner = make(model, space, points, batches, output, chosen, golden, decision, seed, target)
+            runner = make(
+                model, space, points, batches, output, chosen, golden, decision, seed, target, state, randomness
+            )
+            runner.audit = _audit_on_copies(runner, auditing)
             found = {metric.name: metric.measure(golden, batches.targets, decision) for metric in chosen}
             header = _header(runner, space, faults, found, where or Parameters(), trials, margin, confidence)
             journal = Journal(store) if store is not None else None
             with _writing(journal, header) as done:
+                off = journal.switched_off if journal is not None else frozenset()
                 records = {(r.point, r.trial): r for r in planned(done, trials)}
-                runner.suffixes = _prepare_suffixes(runner, cache_bytes)
+                if "versions" in off:
+                    state.watch_bits()
+                if len(records) < sum(ceilings):
+                    _take_shortcuts(runner, cache_bytes, off)
                 _fill(runner, records, journal, trials, workers, margin, confidence, progress)
     return Assessment(header, answer(list(records.values()), header["plan"], list(found)))
+
+
+class given_back:
+    """The model's parameters, buffers and attributes are at the end what they were at the start.
+
+    ``model.eval()`` may be more than a flag: adapters merge themselves into the weights.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._random = keep_random_state()
+
+    def __enter__(self) -> Snapshot:
+        self._random.__enter__()
+        self._came = Snapshot(self._model)
+        return self._came
+
+    def __exit__(self, *exception: object) -> None:
+        self._came.verify()
+        self._random.__exit__(*exception)
+
+
+def _audit_on_copies(runner: TrialRunner, audit: Audit | None) -> Audit | None:
+    """The audit, on the model itself if a fresh copy does not give the golden outputs bit by bit."""
+    if audit is None or audit.pristine is None:
+        return audit
+    try:
+        with runner.on_copy(deepcopy(audit.pristine)) as twin:
+            twin.randomness.pin()
+            first = pick(call(twin.model, twin.batches.inputs[0]), twin.output).detach().cpu()
+            twin.state.restore()
+    except Exception as error:  # the copy of a model may fail in any way
+        reason = f"a copy of the model fails ({type(error).__name__}: {error})"
+    else:
+        if same(first, runner.golden[runner.batches.part(0)]):
+            return audit
+        reason = "a copy of the model gives other outputs than the model"
+    return replace(audit, pristine=None, reason=reason)
 
 
 def _writing(journal: Journal | None, header: dict[str, Any]) -> AbstractContextManager[list[Trial]]:
@@ -167,11 +235,16 @@ def _fill(
     labels = [" ".join(f"{k} {v:g}" for k, v in point.coordinates().items()) for point in runner.points]
 
     def run(jobs: Iterator[Job], executor: Executor, step: Step) -> None:
-        for trial in executor.run(jobs):
+        try:
+            for trial in executor.run(jobs):
+                if journal:
+                    journal.append(trial)
+                records[trial.point, trial.trial] = trial
+                step(labels[trial.point])
+        except AuditError as error:
             if journal:
-                journal.append(trial)
-            records[trial.point, trial.trial] = trial
-            step(labels[trial.point])
+                journal.note_failed_audit(error)
+            raise
 
     with executor(runner, workers) as pool, progress_bar(sum(ceilings), len(records), show=progress) as step:
         if margin is None:
@@ -188,13 +261,32 @@ def _fill(
                     break
 
 
-def _prepare_suffixes(runner: TrialRunner, cache_bytes: int | None) -> Suffixes | None:
-    """Cached prefixes, if this campaign's faults leave enough of a prefix to be worth it."""
+def _take_shortcuts(runner: TrialRunner, cache_bytes: int | None, off: frozenset[str]) -> None:
+    """Use what can be proved for this model and these faults, and was not switched off by an audit."""
+    if isinstance(runner, NeuronTrialRunner):
+        runner.alone = "shared batch" in off or runner.mixes_rows()
+        if runner.alone and max(runner.batches.sizes) > 1:
+            warnings.warn(
+                "what a sample answers depends on the other samples of its batch, so each upset gets a forward of its "
+                f"own: {runner.batches.samples} forwards a trial. Smaller batches are as true and cheaper",
+                FlipproofWarning,
+                stacklevel=3,
+            )
+    if "suffix" not in off:
+        runner.suffixes = _suffixes_of(runner, cache_bytes)
+
+
+def _suffixes_of(runner: TrialRunner, cache_bytes: int | None) -> Suffixes | None:
+    """Cached cuts, if they are proved and this campaign's faults leave enough of a prefix to be worth it."""
     budget = runner.cache_bytes if cache_bytes is None else cache_bytes
-    if budget <= 0:
+    if budget <= 0 or runner.state.written or runner.randomness.drawn:  # with state, a forward is more than its graph
+        return None
+    if callable(runner.output) and refers_to_tensors(runner.output):
         return None
     suffixes = Suffixes.trace(runner.model, runner.batches.inputs)
-    return suffixes if suffixes is not None and runner.prepare(suffixes, budget) else None
+    if suffixes is None or not runner.prepare(suffixes, budget):
+        return None
+    return suffixes if runner.faithful(suffixes) else None
 
 
 def _header(
@@ -224,9 +316,14 @@ def _header(
             "format": _hash(repr([(s.name, s.shape, repr(s.format)) for s in space.sites]).encode()),
             "bits": space.bits,
             "metrics": [metric.name for metric in runner.metrics],
+            "metrics_code": digest_of([metric.measure for metric in runner.metrics]),
             "seed": runner.seed,
             "device": runner.device.type,
             "output": _name_of(runner.output),
+            "output_code": digest_of(runner.output),
+            "attributes": attributes_digest(runner.model),
+            "code": code_digest(runner.model),
+            "golden_outputs": _hash(tensor_bytes(runner.golden)),
         },
         "golden": golden,
         "decision": {"outputs": runner.decision.outputs, "threshold": runner.decision.threshold},
@@ -238,8 +335,19 @@ def _header(
             for s in space.sites
         ],
         "left_out": space.left_out,
+        "audit": _audit_of_header(runner.audit),
         "plan": {"trials": trials, "margin": margin, "confidence": confidence},
         "versions": versions(),
+    }
+
+
+def _audit_of_header(audit: Audit | None) -> dict[str, Any]:
+    if audit is None:
+        return {"share": 0.0, "on": "nothing", "reason": "audit=0"}
+    return {
+        "share": audit.share,
+        "on": "the model itself" if audit.pristine is None else "a fresh copy",
+        "reason": audit.reason,
     }
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from flipproof.campaigns.batches import Batches, Output, call, pick
+from flipproof.campaigns.snapshots import RandomState, Snapshot
 from flipproof.errors import DataError, InfrastructureError, ModelError
 from flipproof.outcomes import bit_pattern
 
@@ -44,37 +46,76 @@ def one_thread(device: torch.device) -> Iterator[None]:
 
 
 class FaultyRunError(Exception):
-    """The model raised while it was faulty: every sample of the trial is a DUE."""
+    """The model raised while it was faulty."""
 
 
-def run(
-    model: nn.Module,
-    batches: Batches,
-    output: Output,
-    resume: Callable[[int], Any] | None = None,
-    begin: Callable[[int], None] | None = None,
-) -> Tensor:
-    """Outputs of all samples of a faulty model, on the CPU.
+@dataclass(frozen=True)
+class Answers:
+    """What a faulty model answered.
 
-    `resume` gives what the model returns on a batch, by its number, without running all of it. `begin` is told the
-    number of each batch before it runs.
+    Attributes:
+        outputs: of all samples, on the CPU; None if the model raised.
+        flips: bits that changed.
+        error: what it raised.
+    """
+
+    outputs: Tensor | None
+    flips: int
+    error: str | None = None
+
+
+def run_faulty(
+    batches: int,
+    answer: Callable[[int], Tensor],
+    corrupted: Callable[[], AbstractContextManager[int]],
+    state: Snapshot,
+    randomness: RandomState,
+) -> Answers:
+    """Run every batch with faults in place, each on the model as it was before the first.
+
+    What a forward writes is put back before the next batch. The faults are taken out for that and injected again, since
+    it may have written over them.
+
+    Args:
+        batches: how many.
+        answer: runs one batch, by its number.
+        corrupted: injects the faults for as long as it is entered.
+        state: of the fault-free model.
+        randomness: pinned before every batch.
+    """
+    outputs: list[Tensor] = []
+    flips = 0
+    try:
+        while len(outputs) < batches:
+            with corrupted() as flips:
+                while len(outputs) < batches:
+                    randomness.pin()
+                    outputs.append(answer(len(outputs)))
+                    if state.changed():
+                        break
+            if state.changed():
+                state.restore()
+    except FaultyRunError as failure:
+        return Answers(None, flips, str(failure)[:500])
+    finally:
+        if state.changed():
+            state.restore()
+    return Answers(torch.cat(outputs), flips)
+
+
+def answer(forward: Callable[[], Any], output: Output, batch: int) -> Tensor:
+    """What a faulty model gives on one batch, on the CPU.
 
     Raises:
         FaultyRunError: if the model, or `output` on what it returns, raises on its own account.
         InfrastructureError: if memory ran out or the device failed.
     """
-    outputs = []
-    for i, inputs in enumerate(batches.inputs):
-        if begin is not None:
-            begin(i)
-        try:
-            raw = resume(i) if resume is not None else call(model, inputs)
-            outputs.append(pick(raw, output).detach().cpu())
-        except Exception as error:
-            if is_infrastructure(error):
-                raise InfrastructureError(f"batch {i}: {type(error).__name__}: {error}") from error
-            raise FaultyRunError(f"{type(error).__name__}: {error}") from error
-    return torch.cat(outputs)
+    try:
+        return pick(forward(), output).detach().cpu()
+    except Exception as error:
+        if is_infrastructure(error):
+            raise InfrastructureError(f"batch {batch}: {type(error).__name__}: {error}") from error
+        raise FaultyRunError(f"{type(error).__name__}: {error}") from error
 
 
 def is_infrastructure(error: BaseException) -> bool:
@@ -88,18 +129,37 @@ def is_infrastructure(error: BaseException) -> bool:
     )
 
 
-def golden_run(model: nn.Module, batches: Batches, output: Output) -> Tensor:
+def golden_run(
+    model: nn.Module,
+    batches: Batches,
+    output: Output,
+    state: Snapshot | None = None,
+    randomness: RandomState | None = None,
+) -> Tensor:
     """The fault-free outputs, checked: one row a sample, no NaN, and the same bits when run again.
+
+    What a forward writes is put back after every batch, so that no batch depends on those before it.
+
+    Args:
+        model: in eval mode.
+        batches: what it answers.
+        output: picks the tensor to judge.
+        state: of the model; one is made if none is given.
+        randomness: pinned before every batch; learns which generators are drawn from.
 
     Raises:
         DataError: if the model rejects a batch or returns something else.
         ModelError: if outputs hold NaN (naming the first layer that makes one) or are not repeatable.
     """
+    state = state or Snapshot(model)
+    pin = randomness.pin if randomness is not None else lambda: None
     outputs: list[Tensor] = []
     for i, (inputs, size) in enumerate(zip(batches.inputs, batches.sizes, strict=True)):
+        pin()
         try:
             raw = call(model, inputs)
         except Exception as error:
+            state.restore()
             if is_infrastructure(error):
                 raise InfrastructureError(f"golden run, batch {i}: {type(error).__name__}: {error}") from error
             raise DataError(
@@ -121,13 +181,22 @@ def golden_run(model: nn.Module, batches: Batches, output: Output) -> Tensor:
                 f"the fault-free model gives NaN on batch {i}; {_first_nan(model, inputs)}. No fault can be judged "
                 f"against that: repair the model or leave the sample out"
             )
-        if i == 0 and not torch.equal(bit_pattern(picked), bit_pattern(pick(call(model, inputs), output))):
-            raise ModelError(
-                "two fault-free runs of batch 0 differ, so 'masked' would mean nothing: something in the model stays "
-                "random in eval mode or keeps state between calls. Seed or remove it; on CUDA try "
-                "torch.use_deterministic_algorithms(True)"
-            )
-        outputs.append(picked.detach().cpu())
+        outputs.append(picked.detach().cpu().clone())
+        if randomness is not None:
+            randomness.look()
+        state.verify()
+    if randomness is not None:
+        randomness.settle()
+    pin()
+    again = pick(call(model, batches.inputs[0]), output).detach().cpu()
+    state.verify()
+    if not torch.equal(bit_pattern(outputs[0]), bit_pattern(again)):
+        written = f" (it writes {', '.join(sorted(state.written)[:5])}, which was put back)" if state.written else ""
+        raise ModelError(
+            "two fault-free runs of batch 0 differ, so 'masked' would mean nothing: something in the model stays "
+            f"random in eval mode or keeps state between calls where it cannot be put back{written}. Remove it; on "
+            "CUDA try torch.use_deterministic_algorithms(True)"
+        )
     return torch.cat(outputs)
 
 

@@ -68,6 +68,7 @@ def _adopt(runner: TrialRunner, parent: int) -> None:
     global _adopted
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    runner.wake()
     _adopted = runner
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
 

@@ -1,7 +1,8 @@
 """The journal: one JSON line a trial, appended as it ends, so that a campaign can be killed and resumed.
 
-Line 1 is the header: schema, fingerprint of what is assessed, golden run, plan. Lines after it are trials, or notes of
-a resumption. A line without its newline was torn by a kill or a full disk: it is dropped and the trial redone.
+Line 1 is the header: schema, fingerprint of what is assessed, golden run, plan. Lines after it are trials, notes of a
+resumption, or notes of a failed audit, before which no trial counts. A line without its newline was torn by a kill or a
+full disk: it is dropped and the trial redone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from flipproof.campaigns.trial import Trial
-from flipproof.errors import JournalError, JournalLocked, JournalMismatch
+from flipproof.errors import AuditError, JournalError, JournalLocked, JournalMismatch
 
 SCHEMA = 1
 PATIENCE = 1.5
@@ -34,6 +35,8 @@ class Journal:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._descriptor: int | None = None
+        self.switched_off: frozenset[str] = frozenset()
+        """Shortcuts that an audit of this campaign has found wrong; known while `writing`."""
 
     def read(self) -> tuple[dict[str, Any], list[Trial]]:
         """Header (with the latest plan) and every whole trial; a torn last line is passed over.
@@ -74,6 +77,10 @@ class Journal:
                 self._descriptor = None
         finally:
             lock.release()
+
+    def note_failed_audit(self, error: AuditError) -> None:
+        """Write that an audit failed: the trials before this line count no more, and the shortcut is switched off."""
+        self._write({"audit_failed": {"shortcut": error.shortcut, "point": error.point, "trial": error.trial}})
 
     def append(self, trial: Trial) -> None:
         """Write one trial, whole or not at all."""
@@ -134,12 +141,16 @@ class Journal:
             ) from None
         if schema != SCHEMA:
             raise JournalError(f"{self.path} has schema {schema}; this flipproof reads schema {SCHEMA}")
-        trials = []
+        trials: list[Trial] = []
+        self.switched_off = frozenset()
         for number, line in enumerate(lines[1:], start=2):
             try:
                 record = json.loads(line)
                 if "resumed" in record:
                     header["plan"] = record["plan"]
+                elif "audit_failed" in record:
+                    trials.clear()
+                    self.switched_off |= {str(record["audit_failed"]["shortcut"])}
                 else:
                     trials.append(Trial.from_json(record))
             except (ValueError, KeyError, TypeError) as error:

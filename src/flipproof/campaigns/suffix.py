@@ -1,8 +1,9 @@
 """Skipping the fault-free prefix: a trial starts at the first layer that a fault touched.
 
 Everything before that layer computes what the golden run computed, so its activations are kept (within a budget) and
-only the rest of the network runs. `torch.fx` gives the order; where tracing fails, or a resumed run does not give
-back the golden outputs bit by bit, trials run whole, and records are the same either way.
+only the rest of the network runs. `torch.fx` gives the order. A model is traced only if its code is straight
+(`straight`), so that faults cannot lead it anywhere that the trace does not know; where that is not so, or a resumed
+run does not give back the golden outputs bit by bit, trials run whole. Records are the same either way.
 
 A third of all single faults in weights is gone a layer or two later: rounded away, or stopped by a ReLU. So a trial
 looks at the next cuts behind its last faulted layer, and where every live value is golden, bit by bit, so is the rest.
@@ -12,14 +13,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, TypeVar
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from flipproof.campaigns.batches import Output, call, own, pick
 from flipproof.campaigns.live import PLAIN, Copies, bytes_of, copied, same, separate
+from flipproof.campaigns.snapshots import Snapshot
+from flipproof.campaigns.straight import refers_to_tensors, run_straight
 
 T = TypeVar("T")
 
@@ -46,22 +51,23 @@ class Suffixes:
         self._golden: list[Any] = []
         self._caches: dict[int, list[list[Any]]] = {}
         self._cuts: list[int] = []
-        self.row_wise: dict[tuple[int, int, int], bool] = {}
-        """(cut, rows, batch size) → whether that many rows alone give what they give in the batch; see `rows`."""
 
     @classmethod
     def trace(cls, model: nn.Module, inputs: Sequence[Any]) -> Suffixes | None:
         """Trace a model in eval mode for these batches; None where that would not be faithful."""
         tracer = _Tracer()
-        # tracing runs through a module that is no leaf without calling it, so it would lose its hooks
-        traced_through = [m for m in model.modules() if m is model or not tracer.is_leaf_module(m, "")]
-        if any(module._forward_hooks or module._forward_pre_hooks for module in traced_through):
+        if any(_is_opaque(m, m is model or not tracer.is_leaf_module(m, "")) for m in model.modules()):
             return None
+        state = Snapshot(model, like=model)  # tracing writes no values, but stand-ins into attributes
         try:
-            traced = fx.GraphModule(model, tracer.trace(model, concrete_args=_fixed(model, inputs)))
+            fixed = _fixed(model, inputs)
+            graph = run_straight(lambda: tracer.trace(model, concrete_args=fixed))
+            traced = fx.GraphModule(model, graph)
         except Exception:  # a forward that cannot be traced may raise anything; whole runs need no trace
             return None
-        if any(
+        finally:
+            wrote = state.restore()
+        if wrote or any(
             node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in traced.graph.nodes
         ):
             return None  # computed while tracing, perhaps from a parameter: faults would not reach it
@@ -82,6 +88,9 @@ class Suffixes:
             for name in names:
                 first_use.setdefault(name, index)
                 last_use[name] = index
+        for together in sharing_memory(model, first_use):
+            first_use |= dict.fromkeys(together, min(first_use[name] for name in together))
+            last_use |= dict.fromkeys(together, max(last_use[name] for name in together))
         return cls(model, traced, first_use, last_use)
 
     def cut_of(self, names: Sequence[str]) -> int:
@@ -147,7 +156,7 @@ class Suffixes:
         if not chosen:
             return
         self._golden = [copied(call(model, batch)) for batch in inputs]
-        whole = {i: pick(self._golden[i], output).clone() for i in (0, len(inputs) - 1)}
+        whole = {i: pick(golden, output).clone() for i, golden in enumerate(self._golden)}
         self._caches = {cut: [] for cut in chosen}
         for batch in inputs:
             recorded = self._record(batch, chosen)
@@ -180,6 +189,13 @@ class Suffixes:
             if same(live, self._caches[look][batch]):
                 return copied(self._golden[batch])
             cut = look
+        return self._graphs[cut](*live)
+
+    def resume_changed(self, cut: int, batch: int, change: Callable[[Any], Any]) -> Any:
+        """What the model returns on a batch if the output of the layer right before a cut is changed."""
+        live = copied(self._caches[cut][batch])
+        place = self.place(cut)
+        live[place] = change(live[place])
         return self._graphs[cut](*live)
 
     def cached(self, cut: int) -> bool:
@@ -274,6 +290,42 @@ def _by_worth(usable: list[int], cost: Mapping[int, float], budget: int, worth: 
         if sum(cost[c] for c in chosen) + cost[cut] <= budget:
             chosen.append(cut)
     return sorted(chosen)
+
+
+def _is_opaque(module: nn.Module, traced_through: bool) -> bool:
+    """Whether a call of this module does something that a trace of its forward would lose."""
+    if "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__:
+        return True
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    users = [hook for hook in hooks if not _module_of(hook).startswith(("torch.", "flipproof."))]
+    if traced_through:  # tracing runs through it without calling it
+        return bool(hooks)
+    return any(refers_to_tensors(hook) for hook in users)
+
+
+def _module_of(hook: Any) -> str:
+    return str(getattr(hook, "__module__", None) or type(hook).__module__) + "."
+
+
+def sharing_memory(model: nn.Module, names: Iterable[str]) -> list[set[str]]:
+    """Groups of names whose tensors overlap in memory: a fault in one is a fault in all."""
+    spans = []
+    for name in names:
+        tensor = attrgetter(name)(model)
+        if isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.numel():
+            reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            start = tensor.data_ptr()
+            spans.append((str(tensor.device), start, start + reach * tensor.element_size(), name))
+    groups: list[set[str]] = []
+    place, end = "", 0
+    for device, start, stop, name in sorted(spans):
+        if device == place and start < end:
+            groups[-1].add(name)
+            end = max(end, stop)
+        else:
+            groups.append({name})
+            place, end = device, stop
+    return [group for group in groups if len(group) > 1]
 
 
 class _Tracer(fx.Tracer):

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from math import isinf, isnan
 from platform import python_version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from flipproof.campaigns.batches import Batches, Output
-from flipproof.campaigns.evaluation import FaultyRunError, eval_mode, one_thread, run
+from flipproof.campaigns.batches import Batches, Output, call
+from flipproof.campaigns.evaluation import Answers, answer, eval_mode, one_thread, run_faulty
+from flipproof.campaigns.live import same
+from flipproof.campaigns.snapshots import RandomState, Snapshot
 from flipproof.campaigns.suffix import Suffixes
+from flipproof.errors import AuditError
 from flipproof.faults.models import FaultModel, Faults
 from flipproof.faults.neurons import NeuronSpace
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.faults.space import FaultSpace
 from flipproof.metrics import Metric
 from flipproof.outcomes import OUTCOMES, Decision, classify
+
+if TYPE_CHECKING:
+    from flipproof.campaigns.audit import Audit
+
+_PROOFS = 4
+"""Draws that a shortcut is held against before the first trial; audits go on with that."""
 
 _SMALLEST_CACHE = 16 * 2**20
 
@@ -46,7 +55,9 @@ class Trial:
         outcomes: samples by outcome; they sum to `samples`.
         seconds: wall time, the only field that differs between two runs of a campaign.
         versions: what computed it.
-        error: why every sample is a DUE, if the faulty model raised or gave outputs of another shape.
+        error: why every sample is a DUE, if the faulty model raised or gave outputs of another shape. In a campaign
+            over neurons, where each sample has a fault of its own, why the first such sample is one.
+        audited: whether it ran again, whole, on a fresh copy of the model, with the same answers.
     """
 
     point: int
@@ -62,6 +73,7 @@ class Trial:
     versions: dict[str, str]
     where: list[tuple[str, int, int]] = field(default_factory=list)
     error: str | None = None
+    audited: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object, which has no word for such numbers: NaN is null, infinities are "inf" and "-inf"."""
@@ -93,6 +105,7 @@ class Trial:
             "seconds": self.seconds,
             "digest": self.digest,
             "error": self.error,
+            "audited": self.audited,
         }
 
 
@@ -123,7 +136,11 @@ class TrialRunner:
     decision: Decision
     seed: int
     device: torch.device
+    state: Snapshot
+    randomness: RandomState
     suffixes: Suffixes | None = None
+    audit: Audit | None = None
+    _next_look: float = 0.0
 
     def draw(self, point: int, trial: int) -> Faults:
         """The faults of a trial: a function of seed, point and index alone."""
@@ -134,21 +151,20 @@ class TrialRunner:
         return tuple(map(repr, self.points))
 
     def __call__(self, point: int, trial: int) -> Trial:
-        """Run one trial."""
+        """Run one trial, and if it is chosen for that, audit it."""
         began = time.perf_counter()
         faults = self.draw(point, trial)
-        error = None
         with eval_mode(self.model), one_thread(self.device):
-            resume = self._resume(faults)
-            with self._corrupted(faults) as flips:
-                try:
-                    outputs = run(self.model, self.batches, self.output, resume, self._begin)
-                except FaultyRunError as failure:
-                    error = str(failure)[:500]
-                else:
-                    if outputs.shape != self.golden.shape:
-                        error = f"outputs of shape {tuple(outputs.shape)} instead of {tuple(self.golden.shape)}"
-        if error is not None:
+            answers = self.answers(faults, self.suffixes)
+            self._look_for_silent_writes(point, trial)
+            audited = self.audit is not None and self.audit.chooses(point, trial)
+            if self.audit is not None and audited:
+                self.audit.check(self, point, trial, faults, answers)
+        outputs, error = answers.outputs, answers.error
+        if outputs is None:
+            outputs = torch.full_like(self.golden, float("nan"))
+        elif outputs.shape != self.golden.shape:
+            error = f"outputs of shape {tuple(outputs.shape)} instead of {tuple(self.golden.shape)}"
             outputs = torch.full_like(self.golden, float("nan"))
         counts = torch.bincount(classify(self.golden, outputs, self.decision), minlength=len(OUTCOMES)).tolist()
         targets = self.batches.targets
@@ -157,7 +173,7 @@ class TrialRunner:
             trial=trial,
             coordinates=self.points[point].coordinates(),
             faults=len(faults),
-            flips=flips,
+            flips=answers.flips,
             digest=faults.digest,
             metrics={metric.name: metric.measure(outputs, targets, self.decision) for metric in self.metrics},
             outcomes=dict(zip(OUTCOMES, counts, strict=True)),
@@ -166,7 +182,78 @@ class TrialRunner:
             versions=versions(),
             where=self._where(faults),
             error=error,
+            audited=audited,
         )
+
+    def _look_for_silent_writes(self, point: int, trial: int) -> None:
+        """Compare every bit of the model as often as that costs a hundredth of the time.
+
+        Raises:
+            AuditError: naming what the model wrote to where no version counter sees it.
+        """
+        now = time.perf_counter()
+        if now < self._next_look:
+            return
+        silent = self.state.verify()
+        self._next_look = time.perf_counter() + 100 * (time.perf_counter() - now)
+        if silent:
+            raise AuditError(
+                f"point {point} ({self.points[point]!r}), trial {trial} or one shortly before it: the model wrote to "
+                f"{', '.join(silent[:5])} where no version counter sees it (through .data, or from compiled code), so "
+                f"what a trial left there may have reached later ones. It was put back. Run again: finished trials are "
+                f"redone, and every tensor is then compared after every batch",
+                "versions",
+                point,
+                trial,
+            )
+
+    def answers(self, faults: Faults, suffixes: Suffixes | None) -> Answers:
+        """What the model answers with these faults, from cached cuts or whole."""
+        resume = self._resume(faults, suffixes)
+        batches = self.batches
+
+        def one(batch: int) -> Tensor:
+            if resume is not None:
+                return answer(lambda: resume(batch), self.output, batch)
+            return answer(lambda: call(self.model, batches.inputs[batch]), self.output, batch)
+
+        return run_faulty(
+            len(batches.inputs), one, lambda: self.fault_space.corrupted(faults), self.state, self.randomness
+        )
+
+    @contextmanager
+    def on_copy(self, model: nn.Module) -> Iterator[TrialRunner]:
+        """The same runner for a fresh copy of the model, without any shortcut."""
+        space = self.space.again(model)
+        with eval_mode(model), space.stored():
+            state = Snapshot(model)
+            state.watch_bits()
+            yield replace(self, model=model, space=space, state=state, suffixes=None, audit=None)
+
+    def differs(self, twin: TrialRunner, faults: Faults, answers: Answers) -> str | None:
+        """What differs if another runner does a trial whole; None if nothing does."""
+        again = twin.answers(faults, None)
+        if same_answers(again, answers):
+            return None
+        if again.outputs is None or answers.outputs is None:
+            return "the model raised in one run and not in the other"
+        if again.flips != answers.flips:
+            return f"{again.flips} bits changed instead of {answers.flips}"
+        return "outputs differ"
+
+    def blame(self, faults: Faults, answers: Answers) -> str | None:
+        """The shortcut without which the model itself answers otherwise; None if it is none of them."""
+        whole = self.answers(faults, None)
+        return "suffix" if self.suffixes is not None and not same_answers(whole, answers) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What was recorded of this model's objects means nothing in another process."""
+        return {name: value for name, value in self.__dict__.items() if name != "state"}
+
+    def wake(self) -> None:
+        """In another process: record the state of the copy that arrived there."""
+        if "state" not in vars(self):
+            self.state = Snapshot(self.model)
 
     def repeats(self, point: FaultModel) -> bool:
         """Whether one trial of this point says everything."""
@@ -178,20 +265,14 @@ class TrialRunner:
         assert isinstance(self.space, FaultSpace)
         return self.space
 
-    def _corrupted(self, faults: Faults) -> AbstractContextManager[int]:
-        return self.fault_space.corrupted(faults)
-
-    def _begin(self, batch: int) -> None:
-        """Called before each batch of a trial; stored faults are the same in all of them."""
-
-    def _resume(self, faults: Faults) -> Callable[[int], Any] | None:
+    def _resume(self, faults: Faults, suffixes: Suffixes | None) -> Callable[[int], Any] | None:
         """How to run a batch from the latest cached cut before anything that these faults touch; None for whole runs.
 
         It also looks whether the faults are gone a little behind the layers that they touch.
         """
-        if self.suffixes is None or not len(faults):
+        if suffixes is None or not len(faults):
             return None
-        suffixes, touched = self.suffixes, self.fault_space.touched_names(faults)
+        touched = self.fault_space.touched_names(faults)
         start, looks = suffixes.cut_of(touched), suffixes.looks_after(touched)
         return (lambda batch: suffixes.resume(start, batch, looks)) if start else None
 
@@ -204,6 +285,11 @@ class TrialRunner:
         suffixes.prepare(self.model, self.batches.inputs, self.batches.sizes, self.output, budget)
         return True
 
+    def faithful(self, suffixes: Suffixes) -> bool:
+        """Whether trials from cached cuts are those of whole runs, bit by bit, for the first draws of every point."""
+        draws = [self.draw(p, t) for t in range(_PROOFS) for p in range(len(self.points))][:_PROOFS]
+        return all(same_answers(self.answers(f, suffixes), self.answers(f, None)) for f in draws)
+
     @property
     def cache_bytes(self) -> int:
         """How much may be kept by default: with what storing took, as much again as the parameters."""
@@ -215,3 +301,10 @@ class TrialRunner:
         if len(faults) > NAMED_FAULTS:
             return []
         return self.space.places(faults)
+
+
+def same_answers(left: Answers, right: Answers) -> bool:
+    """Whether both are the same, bit by bit; two failures are the same whatever they say."""
+    if left.outputs is None or right.outputs is None:
+        return left.outputs is right.outputs and left.flips == right.flips
+    return left.flips == right.flips and same(left.outputs, right.outputs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,13 @@ class NeuronSpace:
         self._change: Change | None = None
         self._faults: tuple[Positions, Positions, Positions, Positions] | None = None
         self._batch = 0
+        self._only: list[int] | None = None
+
+    def again(self, model: nn.Module) -> NeuronSpace:
+        """The same space of a copy of the model."""
+        space = copy(self)
+        space.model, space._counts, space._change, space._faults, space._only = model, {}, None, None, None
+        return space
 
     def site(self, name: str) -> NeuronSite:
         """The site of this name.
@@ -186,6 +194,15 @@ class NeuronSpace:
         finally:
             self._faults = None
 
+    @contextmanager
+    def only(self, rows: Sequence[int]) -> Iterator[None]:
+        """While active, `corrupted` hits these rows of the batch and leaves the others alone."""
+        before, self._only = self._only, list(rows)
+        try:
+            yield
+        finally:
+            self._only = before
+
     def hit(self, site: NeuronSite, output: Tensor) -> Tensor:
         """While `corrupted`: a stored output of a layer with the faults of the batch that runs in it."""
         faulty = self._hit(site, output)
@@ -196,6 +213,8 @@ class NeuronSpace:
         which, neuron, bit, borders = self._faults
         part = slice(int(borders[self._batch]), int(borders[self._batch + 1]))
         rows = np.flatnonzero(which[part] == self.sites.index(site))
+        if self._only is not None:
+            rows = np.intersect1d(rows, self._only)
         if not rows.size:
             return None
         place, which_bit = (torch.from_numpy(a[part][rows]).to(output.device) for a in (neuron, bit))

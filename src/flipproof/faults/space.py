@@ -51,6 +51,7 @@ class FaultSpace:
 
     def __init__(self, model: nn.Module, *, where: Parameters | None = None, format: FormatChoice = None) -> None:
         where = where or Parameters()
+        self._asked = (where, format)
         sites: list[Site] = []
         tensors: list[Tensor] = []
         held: list[bool] = []
@@ -98,6 +99,11 @@ class FaultSpace:
     def __getstate__(self) -> dict[str, object]:
         """Addresses mean nothing in another process: they are looked up again there."""
         return {**self.__dict__, "_direct": None}
+
+    def again(self, model: nn.Module) -> FaultSpace:
+        """The same space of a copy of the model."""
+        where, format = self._asked
+        return FaultSpace(model, where=where, format=format)
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -1,0 +1,182 @@
+"""What a campaign is a campaign of: a digest of everything that changes an answer.
+
+Weights and data are hashed elsewhere; here are the golden outputs, the attributes of modules, and the code of forward,
+metrics and output pickers. A `forward` that was changed has the same name and the same `repr`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from functools import partial
+from hashlib import blake2b
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flipproof.campaigns.batches import tensor_bytes
+
+_LIBRARIES = frozenset(sys.stdlib_module_names) | {
+    "torch",
+    "numpy",
+    "scipy",
+    "torchmetrics",
+    "torchvision",
+    "flipproof",
+}
+_OWN_WORDS = frozenset({"_parameters", "_buffers", "_modules", "training", "_non_persistent_buffers_set"})
+
+
+def digest_of(*values: Any) -> str:
+    """Sixteen hex digits that tell values apart by content, functions by their code.
+
+    Functions count with their bytecode, constants, defaults, what they close over and the globals that they name;
+    classes outside libraries with all their functions; objects with their attributes; tensors and arrays with every
+    bit. What cannot be looked into counts with the name of its type.
+
+    Example:
+        >>> digest_of({"high": 1.0}) == digest_of({"high": 1.0}), digest_of({"high": 1.0}) == digest_of({"high": 2.0})
+        (True, False)
+    """
+    walk = _Walk()
+    for value in values:
+        walk.feed(value)
+    return walk.state.hexdigest()
+
+
+def attributes_digest(model: nn.Module) -> str:
+    """A digest of what every module holds besides parameters, buffers and other modules."""
+    return digest_of(
+        [
+            (name, type(module).__qualname__, {k: v for k, v in vars(module).items() if k not in _OWN_WORDS})
+            for name, module in model.named_modules()
+        ]
+    )
+
+
+def code_digest(model: nn.Module) -> str:
+    """A digest of the code of all classes of modules that are no library's."""
+    kinds = {type(module) for module in model.modules()}
+    return digest_of(sorted(kinds, key=lambda kind: (kind.__module__, kind.__qualname__)))
+
+
+class _Walk:
+    """Feeds values to a hash, each object once."""
+
+    def __init__(self) -> None:
+        self.state = blake2b(digest_size=8)
+        self._seen: dict[int, int] = {}
+        self._alive: list[Any] = []
+
+    def feed(self, value: Any) -> None:
+        """Hash one value and what it holds."""
+        if value is None or isinstance(value, (bool, int, float, complex, str, bytes, Enum)):
+            self._word(type(value).__name__, repr(value))
+            return
+        if id(value) in self._seen:
+            self._word("again", str(self._seen[id(value)]))
+            return
+        self._seen[id(value)] = len(self._seen)
+        self._alive.append(value)  # its identity stays taken
+        self._word(type(value).__qualname__)
+        if isinstance(value, Tensor):
+            self._bytes(b"meta" if value.is_meta else tensor_bytes(value) if value.layout == torch.strided else b"")
+        elif isinstance(value, np.ndarray):
+            self._bytes(f"{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes())
+        elif isinstance(value, Mapping):
+            self._all([len(value), *(part for pair in _sorted(value.items()) for part in pair)])
+        elif isinstance(value, (set, frozenset)):
+            self._all([len(value), *sorted(digest_of(part) for part in value)])
+        elif isinstance(value, (list, tuple)):
+            self._all([len(value), *value])
+        elif isinstance(value, partial):
+            self._all([value.func, value.args, value.keywords])
+        elif isinstance(value, MethodType):
+            self._all([value.__func__, None if isinstance(value.__self__, nn.Module) else value.__self__])
+        elif isinstance(value, FunctionType):
+            self._function(value)
+        elif isinstance(value, CodeType):
+            self._code(value)
+        elif isinstance(value, type):
+            self._class(value)
+        elif isinstance(value, (ModuleType, BuiltinFunctionType)):
+            self._word(value.__name__)
+        elif isinstance(value, nn.Module):
+            self._all([type(value), {k: v for k, v in vars(value).items() if k not in _OWN_WORDS}])
+            self._all([*value.named_parameters(recurse=False), *value.named_buffers(recurse=False)])
+            self._all(value.named_children())
+        elif not _of_library(type(value)):
+            self._all([type(value), getattr(value, "__dict__", {})])
+
+    def _all(self, values: Iterable[Any]) -> None:
+        for value in values:
+            self.feed(value)
+
+    def _function(self, function: FunctionType) -> None:
+        known = _of_library(function)
+        if known:
+            self._word(function.__module__, function.__qualname__)
+        else:
+            self._code(function.__code__)
+        self._all([function.__defaults__, function.__kwdefaults__])
+        for cell in function.__closure__ or ():
+            try:
+                self.feed(cell.cell_contents)
+            except ValueError:  # a name that was not assigned yet
+                self._word("empty")
+        for name in () if known else sorted(_names(function.__code__)):
+            if name in function.__globals__:
+                self._word(name)
+                self.feed(function.__globals__[name])
+
+    def _code(self, code: CodeType) -> None:
+        self._bytes(code.co_code)
+        self._word(*code.co_names, *code.co_freevars)
+        self._all(code.co_consts)
+
+    def _class(self, kind: type) -> None:
+        self._word(kind.__module__ if _of_library(kind) else "", kind.__qualname__)
+        if _of_library(kind):
+            return
+        for name, value in sorted(vars(kind).items()):
+            if name.startswith("__") and not callable(value):
+                continue
+            self._word(name)
+            if isinstance(value, (staticmethod, classmethod)):
+                value = value.__func__
+            if isinstance(value, property):
+                self._all([value.fget, value.fset])
+            else:
+                self.feed(value)
+        self._all(kind.__bases__)
+
+    def _word(self, *words: str) -> None:
+        for word in words:
+            self._bytes(word.encode(errors="surrogatepass"))
+
+    def _bytes(self, content: bytes) -> None:
+        self.state.update(len(content).to_bytes(8, "little"))
+        self.state.update(content)
+
+
+def _sorted(pairs: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """Pairs in an order that does not depend on when each was put there; keys that count up are dropped.
+
+    Torch numbers hooks through the whole process, so that the number of a hook says nothing about the model.
+    """
+    return sorted(
+        ((None if isinstance(key, int) else key, value) for key, value in pairs), key=lambda pair: str(pair[0])
+    )
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = [part for part in code.co_consts if isinstance(part, CodeType)]
+    return {*code.co_names, *(name for part in inner for name in _names(part))}
+
+
+def _of_library(thing: Any) -> bool:
+    return str(getattr(thing, "__module__", "")).partition(".")[0] in _LIBRARIES
