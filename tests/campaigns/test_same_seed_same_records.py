@@ -25,12 +25,10 @@ def setup(blobs):
 
 def stopping_after(trials):
     """A metric that interrupts the campaign as Ctrl-C would, after the golden run and this many trials."""
-    calls = 0
+    left = iter(range(trials + 1))  # not a number: that would be part of the metric, and another campaign
 
     def auroc_like(outputs, targets):
-        nonlocal calls
-        calls += 1
-        if calls > trials + 1:
+        if next(left, None) is None:
             raise KeyboardInterrupt
         return float((outputs.argmax(dim=1) == targets).double().mean())
 
