@@ -133,7 +133,7 @@ def assess(
     if not isinstance(faults, FaultModel):
         raise FaultModelError(f"faults= takes a fault model such as fp.BitErrorRate([1e-6, 1e-5]), got {faults!r}")
     target = torch.device(device) if device is not None else _device_of(model)
-    with _on_device(model, target), given_back(model) as came, eval_mode(model), one_thread(target):
+    with _on_device(model, target), as_it_came(model) as came, eval_mode(model), one_thread(target):
         points = faults.points()
         space: FaultSpace | NeuronSpace
         if isinstance(where, Neurons):
@@ -178,7 +178,7 @@ def assess(
     return Assessment(header, answer(list(records.values()), header["plan"], list(found)))
 
 
-class given_back:
+class as_it_came:
     """The model's parameters, buffers and attributes are at the end what they were at the start.
 
     ``model.eval()`` may be more than a flag: adapters merge themselves into the weights.
