@@ -20,6 +20,7 @@ from flipproof.faults import FaultModel, FaultSpace, Parameters
 from flipproof.faults.models import Faults
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.faults.selection import FormatChoice
+from flipproof.interrupts import given_back
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -112,7 +113,7 @@ def propagation(
         count = 1 if point.repeats(space) else trials
         jobs += [(point, trial, point.draw(space, TrialGenerator(seed, repr(point), trial))) for trial in range(count)]
     seen: dict[tuple[int, str], _Seen] = {}
-    with eval_mode(model), torch.no_grad(), space.stored():
+    with given_back(model), eval_mode(model), torch.no_grad(), space.stored():
         golden = [_outputs(model, layers, inputs) for inputs in batches.inputs]
         order = dict.fromkeys(name for outputs in golden for name in outputs)  # as they are executed
         edges = {name: _edges([g[name] for g in golden if name in g], bins) for name in order}

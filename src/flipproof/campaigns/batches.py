@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from flipproof.errors import DataError
+from flipproof.interrupts import check
 
 Data = Iterable[Any]
 """Batches `(inputs, targets)`, e.g. a DataLoader or a list."""
@@ -83,6 +84,7 @@ def read_batches(data: Data, device: torch.device) -> Batches:
         raise DataError(f"data= takes an iterable of (inputs, targets) batches, got {_describe(data)}")
     inputs, sizes, targets = [], [], []
     for i, batch in enumerate(data):
+        check()
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise DataError(f"batch {i}: expected a pair (inputs, targets), got {_describe(batch)}")
         target = _class_targets(batch[1], i)
@@ -145,6 +147,7 @@ def own(inputs: Any) -> Any:
 
 def call(model: nn.Module, inputs: Any) -> Any:
     """Run the model: a tuple or list is its arguments, a mapping its keyword arguments, anything else its input."""
+    check()
     inputs = own(inputs)
     if isinstance(inputs, Mapping):
         return model(**inputs)

@@ -31,6 +31,7 @@ from flipproof.faults.neurons import NeuronSpace
 from flipproof.faults.selection import FormatChoice
 from flipproof.faults.sites import Parameters
 from flipproof.faults.space import FaultSpace
+from flipproof.interrupts import given_back
 from flipproof.metrics import Metrics, resolve
 from flipproof.outcomes import Decision
 
@@ -119,7 +120,7 @@ def assess(
     if not isinstance(faults, FaultModel):
         raise FaultModelError(f"faults= takes a fault model such as fp.BitErrorRate([1e-6, 1e-5]), got {faults!r}")
     target = torch.device(device) if device is not None else _device_of(model)
-    with _on_device(model, target), eval_mode(model), one_thread(target):
+    with given_back(model), _on_device(model, target), eval_mode(model), one_thread(target):
         points = faults.points()
         space: FaultSpace | NeuronSpace
         if isinstance(where, Neurons):

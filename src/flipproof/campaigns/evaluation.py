@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from flipproof.campaigns.batches import Batches, Output, call, pick
 from flipproof.errors import DataError, InfrastructureError, ModelError
+from flipproof.interrupts import check
 from flipproof.outcomes import bit_pattern
 
 
@@ -65,6 +66,7 @@ def run(
     """
     outputs = []
     for i, inputs in enumerate(batches.inputs):
+        check()
         if begin is not None:
             begin(i)
         try:
