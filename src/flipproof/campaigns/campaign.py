@@ -8,13 +8,13 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from hashlib import blake2b
 from math import isfinite
-from numbers import Integral
 from re import sub
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
+from flipproof.campaigns.arguments import check_device, check_numbers
 from flipproof.campaigns.assessment import CHECK_EVERY, Assessment, answer, narrow, planned
 from flipproof.campaigns.batches import Data, Output, check_labels, read_batches, tensor_bytes
 from flipproof.campaigns.evaluation import eval_mode, golden_run, one_thread
@@ -109,17 +109,18 @@ def assess(
     chosen = resolve(metrics)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"assess takes a torch.nn.Module first, got {model!r}")
-    for name, value in (("trials", trials), ("workers", workers), ("seed", seed)):
-        if not isinstance(cast(object, value), Integral) or isinstance(value, bool):
-            raise ConfigError(f"assess takes a whole number for {name}=, got {value!r}")
-    if workers < 1 or trials < 1 or seed < 0 or not 0 < confidence < 1 or (margin is not None and not 0 < margin < 1):
-        raise ConfigError(
-            f"assess needs workers ≥ 1, trials ≥ 1, seed ≥ 0, confidence and margin in (0, 1), got workers={workers}, "
-            f"trials={trials}, seed={seed}, confidence={confidence}, margin={margin}"
-        )
+    check_numbers(
+        trials=trials,
+        workers=workers,
+        seed=seed,
+        margin=margin,
+        confidence=confidence,
+        cache_bytes=cache_bytes,
+        store=store,
+    )
     if not isinstance(faults, FaultModel):
         raise FaultModelError(f"faults= takes a fault model such as fp.BitErrorRate([1e-6, 1e-5]), got {faults!r}")
-    target = torch.device(device) if device is not None else _device_of(model)
+    target = check_device(model, device)
     with given_back(model), _on_device(model, target), eval_mode(model), one_thread(target):
         points = faults.points()
         space: FaultSpace | NeuronSpace
@@ -261,12 +262,6 @@ def _hash(content: bytes) -> str:
 
 def _name_of(output: Output) -> str | int | None:
     return getattr(output, "__qualname__", type(output).__name__) if callable(output) else output
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
 
 
 class _on_device:

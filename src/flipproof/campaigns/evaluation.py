@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from flipproof.campaigns.batches import Batches, Output, call, pick
-from flipproof.errors import DataError, InfrastructureError, ModelError
+from flipproof.campaigns.batches import Batches, Output, call, describe, pick
+from flipproof.errors import DataError, FlipproofError, InfrastructureError, ModelError
 from flipproof.interrupts import check
 from flipproof.outcomes import bit_pattern
 
@@ -107,7 +107,7 @@ def golden_run(model: nn.Module, batches: Batches, output: Output) -> Tensor:
             raise DataError(
                 f"the model rejects batch {i} (inputs: {_shapes(inputs)}): {type(error).__name__}: {error}"
             ) from error
-        picked = pick(raw, output)
+        picked = _picked(raw, output, i)
         if picked.dim() == 0 or picked.shape[0] != size:
             raise DataError(
                 f"batch {i} has {size} targets but the model's output has the shape {tuple(picked.shape)}; the first "
@@ -131,6 +131,19 @@ def golden_run(model: nn.Module, batches: Batches, output: Output) -> Tensor:
             )
         outputs.append(picked.detach().cpu())
     return torch.cat(outputs)
+
+
+def _picked(raw: Any, output: Output, batch: int) -> Tensor:
+    """As `pick`, for a function of the user's that has not proven yet that it fits what the model returns."""
+    try:
+        return pick(raw, output)
+    except FlipproofError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"output= raised {type(error).__name__}: {error} on batch {batch}, for which the model returned "
+            f"{describe(raw)}"
+        ) from error
 
 
 def _first_nan(model: nn.Module, inputs: Any) -> str:
