@@ -236,6 +236,20 @@ def test_compiled_and_parallel_models_give_the_records_of_the_plain_one(wrap, ml
     assert wrapped.trials[columns].equals(plain.trials[columns])
 
 
+@pytest.mark.parametrize("compiled", [lambda net: torch.compile(net, backend="eager"), nn.Module.compile])
+def test_compiled_models_are_refused_where_hooks_would_not_run(compiled, mlp, blobs):
+    """Compiled before, it never called them; compiled anew for each trial, it gave up: every sample was a DUE."""
+    net = nn.Sequential(mlp)
+    whole = compiled(mlp) or net  # `Module.compile` works in place
+    for ask in (
+        lambda: fp.assess(whole, data=blobs, faults=fp.RandomBits(1), where=fp.Neurons()),
+        lambda: fp.analyze(whole, blobs, fp.DeepVigor()),
+        lambda: fp.propagation(whole, blobs, faults=fp.RandomBits(1)),
+    ):
+        with pytest.raises(fp.FlipproofError, match="is compiled, and compiled code does not call the hooks"):
+            ask()
+
+
 def test_a_sparse_buffer_is_part_of_what_is_assessed(blobs, tmp_path):
     class Sparse(nn.Module):
         def __init__(self) -> None:

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from flipproof.campaigns.arguments import check_hooks_run
 from flipproof.campaigns.batches import Data, call, read_batches
 from flipproof.campaigns.evaluation import eval_mode
 from flipproof.errors import ConfigError
@@ -103,6 +104,7 @@ def propagation(
     """
     if trials < 1 or bins < 1:
         raise ConfigError(f"propagation needs trials ≥ 1 and bins ≥ 1, got trials={trials}, bins={bins}")
+    check_hooks_run(model)
     layers = _layers(model, (include,) if isinstance(include, str) else tuple(include))
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     batches = read_batches(data, device)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from flipproof.campaigns.arguments import check_hooks_run
 from flipproof.campaigns.batches import Batches, call
 from flipproof.campaigns.rows import resume_rows
 from flipproof.campaigns.suffix import Suffixes
@@ -30,6 +31,7 @@ def neuron_space(model: nn.Module, batches: Batches, where: Neurons, format: For
 
     Raises:
         DataError: if the model rejects a batch.
+        ModelError: if the model is compiled.
     """
 
     def run(i: int) -> None:
@@ -38,6 +40,7 @@ def neuron_space(model: nn.Module, batches: Batches, where: Neurons, format: For
         except (RuntimeError, TypeError, ValueError) as error:
             raise DataError(f"the model rejects batch {i}: {type(error).__name__}: {error}") from error
 
+    check_hooks_run(model)
     runs = [((lambda i=i: run(i)), size) for i, size in enumerate(batches.sizes)]
     return NeuronSpace(model, runs, where=where, format=format)
 
