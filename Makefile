@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench interrupts clean
 
 demo: $(VENV)/.installed
 	$(BIN)/flipproof demo
@@ -21,6 +21,11 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks
+
+# Ctrl-C at every function entry of every call: hours on one core. `make interrupts EVERY=10` tries a tenth.
+EVERY ?= 1
+interrupts: $(VENV)/.installed-dev
+	$(BIN)/python tests/interrupt_points.py $(EVERY)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -46,6 +46,8 @@ def test_what_is_written_reads_back(config):
         ({"buffers": 1}, "buffers takes bool, got 1"),
         ({"format": ["Float16"]}, r"format takes str \| dict\[str, str\] \| None, got"),
         ({"include": 3}, "include takes"),
+        ({"format": {"a": 1}}, r"format takes str \| dict\[str, str\] \| None, got {'a': 1}"),
+        ({"margin": 10**400}, "margin takes float"),
     ],
 )
 def test_what_makes_no_sense_is_named(change, message):
@@ -110,7 +112,9 @@ def test_outputs_by_function(mine):
         ({"model": "builtins:dict"}, "gives a dict, not a torch.nn.Module"),
         ({"model": "torch.nn:Linear"}, "Linear cannot be called without arguments"),
         ({"weights": "absent.safetensors"}, "cannot read weights from absent.safetensors"),
-        ({"metrics": ["exactness"]}, "expected MODULE:NAME"),
+        ({"metrics": ["exactness"]}, "unknown metric 'exactness': choose among accuracy, auroc.*, or name a MODULE:F"),
+        ({"metrics": ["mine_for_config:absent"]}, "mine_for_config has no 'absent'"),
+        ({"data": "builtins:int(3)"}, r"data 'builtins:int\(3\)' gives a int, expected batches"),
         ({"format": "Float12"}, "Float12 is not among"),
     ],
 )
@@ -118,3 +122,10 @@ def test_bad_input_writes_nothing(tmp_path, mine, change, message):
     with pytest.raises(ConfigError, match=message):
         CampaignConfig.from_mapping({**mine, **change, "out": "results"}, source="test").run(progress=False)
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("content", [b"= 3", b"\xff\xfe", b"a = " + b"[" * 5000])
+def test_a_file_that_is_no_toml(tmp_path, content):
+    (tmp_path / "c.toml").write_bytes(content)
+    with pytest.raises(ConfigError, match="is not TOML"):
+        read_toml(tmp_path / "c.toml")

@@ -52,6 +52,10 @@ def test_parentheses_may_be_left_out():
         "f'{1}'",
         "1 +",
         "",
+        "{[]: 1}",
+        "Affine(bits=4)\0",
+        "(" * 100_000,
+        "SECDED(" * 5_000,
     ],
 )
 def test_nothing_else_is_evaluated(text):
@@ -98,4 +102,16 @@ def test_objects_of_modules_and_files(tmp_path, monkeypatch):
 )
 def test_what_cannot_be_loaded_says_why(text, message):
     with pytest.raises(ConfigError, match=message):
+        load_object(text)
+
+
+def test_a_range_that_would_fill_the_memory_is_refused():
+    assert len(parse_value("range(10000)")) == 10_000
+    with pytest.raises(ConfigError, match="at most 10,000 numbers"):
+        parse_faults("BitErrorRate(range(1000000000000))")
+
+
+@pytest.mark.parametrize("text", [".a:b", "..:x", ":x", "x:", "x"])
+def test_a_place_that_is_none(text):
+    with pytest.raises(ConfigError, match="expected MODULE:NAME or FILE"):
         load_object(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class CampaignConfig:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)  # a factory may initialise at random: the same file gives the same model
             model = self._model()
-            data = list(called(load_object(self.data)))
+            data = load_data(self.data)
         result = assess(
             model,
             data=data,
@@ -91,7 +91,7 @@ class CampaignConfig:
             format=self._format(),
             where=self._where(),
             trials=self.trials,
-            metrics=[name if name in METRIC_NAMES else load_object(name) for name in self.metrics],
+            metrics=[_metric(name) for name in self.metrics],
             seed=self.seed,
             store=folder / "journal.jsonl",
             workers=self.workers,
@@ -102,7 +102,7 @@ class CampaignConfig:
             cache_bytes=self.cache_bytes,
             progress=progress,
         )
-        (folder / "campaign.toml").write_text(self.to_toml())
+        (folder / "campaign.toml").write_text(self.to_toml(), encoding="utf-8")
         result.to_csv(folder / "trials.csv")
         result.to_csv(folder / "summary.csv", table="summary")
         return result
@@ -131,7 +131,10 @@ def _fitting(field: Field[Any], value: Any, source: str) -> Any:
         value = (value,) if isinstance(value, str) else tuple(value)
         fits = all(isinstance(part, str) for part in value)
     elif kind.startswith("float") and type(value) in (int, float):
-        value, fits = float(value), True
+        fits = type(value) is float or abs(value) < 2**53  # a TOML file can hold whole numbers that no float can
+        value = float(value) if fits else value
+    elif kind.startswith("str | dict") and isinstance(value, dict):
+        fits = all(isinstance(part, str) for part in (*value.keys(), *value.values()))
     else:
         allowed = {"int": int, "bool": bool, "str": str, "dict": dict}
         fits = type(value) in [
@@ -149,10 +152,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         ConfigError: if it cannot be read or is not TOML.
     """
     try:
-        return tomllib.loads(Path(path).read_text())
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
 
 
@@ -168,6 +171,29 @@ def load_model(text: str, weights: str | Path | None = None) -> nn.Module:
     if weights is not None:
         load_weights(model, weights)
     return model
+
+
+def load_data(text: str) -> list[Any]:
+    """The batches that MODULE:FACTORY gives.
+
+    Raises:
+        ConfigError: if they cannot be gone through.
+    """
+    batches = called(load_object(text))
+    if not isinstance(batches, Iterable):
+        raise ConfigError(
+            f"data {text!r} gives a {type(batches).__name__}, expected batches (inputs, targets), e.g. a list or a "
+            f"DataLoader"
+        )
+    return list(batches)
+
+
+def _metric(name: str) -> Any:
+    if name in METRIC_NAMES:
+        return name
+    if ":" not in name:
+        raise ConfigError(f"unknown metric {name!r}: choose among {', '.join(METRIC_NAMES)}, or name a MODULE:FUNCTION")
+    return load_object(name)
 
 
 def called(found: Any) -> Any:

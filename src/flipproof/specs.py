@@ -24,13 +24,24 @@ FORMATS = tuple(name for name in formats.__all__ if name not in ("Format", "Stor
 FAULT_MODELS = ("BitErrorRate", "BitPosition", "RandomBits", "StuckAt")
 HARDENINGS = ("AVC", "FTClipAct", "FitAct", "Guard", "ProAct", "Ranger")
 
+LONGEST_RANGE = 10_000
+"""Numbers that a `range(…)` in a specification may have: a sweep has a few dozen points."""
+
+
+def _range(*limits: int) -> range:
+    found = range(*limits)
+    if len(found) > LONGEST_RANGE:
+        raise ConfigError(f"a range takes at most {LONGEST_RANGE:,} numbers, got {found} with {len(found):,}")
+    return found
+
+
 _VALUES: dict[str, Callable[..., Any]] = {
     **{name: getattr(formats, name) for name in FORMATS},
     **{name: getattr(faults, name) for name in FAULT_MODELS},
     **{name: getattr(hardening, name) for name in HARDENINGS},
     "FitAct.quick": hardening.FitAct.quick,
     "ProAct.quick": hardening.ProAct.quick,
-    "range": range,
+    "range": _range,
 }
 
 
@@ -89,7 +100,7 @@ def load_object(text: str) -> Any:
         3
     """
     place, colon, expression = text.partition(":")
-    if not colon or not place or not expression:
+    if not colon or not place or not expression or place.startswith("."):
         raise ConfigError(f"expected MODULE:NAME or FILE.py:NAME, e.g. torchvision.models:resnet18, got {text!r}")
     module = _import(place, text)
     tree = _parse(expression)
@@ -134,7 +145,9 @@ def _parse(text: str) -> ast.expr:
     try:
         return ast.parse(text.strip(), mode="eval").body
     except SyntaxError as error:
-        raise ConfigError(f"cannot read {text!r}: {error.msg}") from None
+        raise ConfigError(f"cannot read {text[:200]!r}: {error.msg}") from None
+    except (ValueError, RecursionError, MemoryError) as error:  # a null byte; brackets in brackets without end
+        raise ConfigError(f"cannot read {text[:200]!r}: {error or 'it is nested too deep'}") from None
 
 
 def _build(node: ast.expr, text: str, callables: Mapping[str, Callable[..., Any]]) -> Any:
@@ -150,13 +163,13 @@ def _build(node: ast.expr, text: str, callables: Mapping[str, Callable[..., Any]
         keywords = {str(k.arg): _build(k.value, text, callables) for k in node.keywords}
         try:
             return callables[name](*arguments, **keywords)
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:
             raise ConfigError(f"{text!r}: {error}") from error
     if isinstance(node, (ast.List, ast.Tuple)):
         return [_build(element, text, callables) for element in node.elts]
     try:
         return ast.literal_eval(node)
-    except ValueError:
+    except (ValueError, TypeError):  # TypeError: a list as the key of a mapping
         raise ConfigError(
             f"cannot read {text!r}: {ast.unparse(node)!r} is neither a literal nor a known name"
         ) from None

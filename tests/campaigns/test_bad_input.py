@@ -95,6 +95,10 @@ class TestData:
             ([(X, Y), (X, Y, Y)], r"batch 1: expected a pair .* got a tuple of 3"),
             ([{"x": X, "y": Y}], r"batch 0: expected a pair .* got a dict with the keys \['x', 'y'\]"),
             (None, "takes an iterable of .* got a NoneType"),
+            ([(X, torch.ones(6, 3).long())], r"\(multi-label\) are judged one label"),
+            ([(X, torch.tensor([[1.0, 1.0, 0.0]]).expand(6, 3))], r"multi-label.*output=lambda scores: scores\[:, 0\]"),
+            ([(X, torch.zeros(6, 8, 8).long())], r"\(samples, 1\), got \(6, 8, 8\)$"),
+            ([(X, [{"boxes": X, "labels": Y}] * 6)], r"targets must be class numbers, got a list of 6: a dict .*, …"),
             ([(X, F.one_hot(Y))], r"one class a sample, .*got \(6, 3\); one-hot targets go through .argmax\(dim=1\)"),
             ([(X, Y + 0.5)], r"whole class numbers, got torch.float32 with \[0.5, 1.5"),
             ([(X, torch.full((6,), float("nan")))], "whole class numbers"),
@@ -131,6 +135,11 @@ class Returning(nn.Module):
         return self.make(self.linear(x))
 
 
+def each_its_own(h):
+    """As detection models answer: a list with a dict a sample."""
+    return [{"scores": row} for row in h]
+
+
 class TestOutputs:
     @pytest.mark.parametrize(
         ("make", "output", "message"),
@@ -139,6 +148,9 @@ class TestOutputs:
             (lambda h: {"logits": h}, None, r"a dict with the keys \['logits'\]; pass output="),
             (lambda h: {"logits": h}, "scores", r"output='scores' does not fit .*\['logits'\]"),
             (lambda h: (h,), 1, "output=1 does not fit what the model returns, a tuple of 1"),
+            (each_its_own, None, r"got a list of 6: a dict .*, …; pass output= a function that makes one row"),
+            (each_its_own, lambda found: found[9], r"output= raised IndexError: list index .* a list of 6"),
+            (each_its_own, lambda found: found[0]["boxes"], "output= raised KeyError: 'boxes' on batch 0"),
             (lambda h: h.argmax(dim=1), None, "one floating-point tensor to judge, got a torch.int64 tensor"),
             (lambda h: h.sum(), None, r"output has the shape \(\); the first"),
             (lambda h: h.reshape(-1), None, r"6 targets but the model's output has the shape \(18,\)"),
@@ -208,6 +220,31 @@ class TestMetricsAndNumbers:
     def test_numbers_out_of_range(self, refused, change):
         ((name, value),) = change.items()
         refused(ConfigError, rf"assess needs .*{name}={value}", **change)
+
+
+class TestOtherArguments:
+    @pytest.mark.parametrize("name", ["margin", "confidence"])
+    @pytest.mark.parametrize("value", ["0.9", [0.9], True, 1j])
+    def test_shares_that_are_no_numbers(self, refused, name, value):
+        refused(ConfigError, f"a number between 0 and 1 for {name}=, got {re.escape(repr(value))}", **{name: value})
+
+    def test_a_confidence_of_none(self, refused):
+        refused(ConfigError, "a number between 0 and 1 for confidence=, got None", confidence=None)
+
+    @pytest.mark.parametrize("value", ["1GB", 1e9, True])
+    def test_bytes_that_are_no_whole_number(self, refused, value):
+        refused(ConfigError, f"a whole number for cache_bytes=, got {value!r}", cache_bytes=value)
+
+    def test_fewer_bytes_than_none(self, refused):
+        refused(ConfigError, "0 .no cache. or more bytes for cache_bytes=, got -1", cache_bytes=-1)
+
+    @pytest.mark.parametrize("value", ["gpu", "cuda:99", 1.5, ""])
+    def test_a_device_that_is_not_here(self, refused, value):
+        refused(ConfigError, f"takes a device that is here, such as 'cpu' or 'cuda:0', got {value!r}: ", device=value)
+
+    @pytest.mark.parametrize("value", [5, True, ["a"]])
+    def test_a_journal_that_is_no_path(self, refused, value):
+        refused(ConfigError, f"the path of a journal for store=, got {re.escape(repr(value))}", store=value)
 
 
 @pytest.mark.parametrize("bad", [{"trials": 2.5}, {"trials": "9"}, {"workers": 1.0}, {"seed": None}, {"trials": True}])

@@ -212,3 +212,57 @@ class TestDigest:
         (moved,) = read_batches([(packed, [0, 1])], torch.device("meta")).inputs
         assert isinstance(moved, PackedSequence)
         assert moved.data.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda net: torch.compile(net, backend="eager"),
+        pytest.param(
+            lambda net: torch.compile(net, backend="aot_eager"),
+            marks=pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),
+        ),
+        nn.DataParallel,
+    ],
+    ids=["compiled", "compiled with aot", "DataParallel"],
+)
+def test_compiled_and_parallel_models_give_the_records_of_the_plain_one(wrap, mlp, blobs):
+    setup = {"data": blobs, "faults": fp.BitErrorRate(0.02), "trials": 12}
+    plain = fp.assess(mlp.eval(), **setup)
+    wrapped = fp.assess(wrap(mlp), **setup)
+    assert wrapped.golden == plain.golden
+    assert wrapped.trials["masked"].min() < 30  # faults reach what runs, compiled or not
+    columns = ["digest", "flips", "accuracy", "masked", "non_critical_sdc", "critical_sdc", "due"]
+    assert wrapped.trials[columns].equals(plain.trials[columns])
+
+
+@pytest.mark.parametrize("compiled", [lambda net: torch.compile(net, backend="eager"), nn.Module.compile])
+def test_compiled_models_are_refused_where_hooks_would_not_run(compiled, mlp, blobs):
+    """Compiled before, it never called them; compiled anew for each trial, it gave up: every sample was a DUE."""
+    net = nn.Sequential(mlp)
+    whole = compiled(mlp) or net  # `Module.compile` works in place
+    for ask in (
+        lambda: fp.assess(whole, data=blobs, faults=fp.RandomBits(1), where=fp.Neurons()),
+        lambda: fp.analyze(whole, blobs, fp.DeepVigor()),
+        lambda: fp.propagation(whole, blobs, faults=fp.RandomBits(1)),
+    ):
+        with pytest.raises(fp.FlipproofError, match="is compiled, and compiled code does not call the hooks"):
+            ask()
+
+
+def test_a_sparse_buffer_is_part_of_what_is_assessed(blobs, tmp_path):
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+            self.register_buffer("mask", torch.eye(3).to_sparse())
+
+        def forward(self, x):
+            return torch.sparse.mm(self.mask, self.head(x).T).T
+
+    model = Sparse()
+    setup = {"data": blobs, "faults": fp.RandomBits(1), "trials": 2, "store": tmp_path / "j.jsonl"}
+    fp.assess(model, **setup)
+    model.mask = (2 * torch.eye(3)).to_sparse()
+    with pytest.raises(fp.FlipproofError, match="weights: "):
+        fp.assess(model, **setup)

@@ -245,3 +245,55 @@ def test_assess_hits_neurons(run, tmp_path):
     code, _, err = run(*net, "--faults", "RandomBits(1)", "--buffers", "--out", "other")
     assert code == 2
     assert "outputs of layers" in err
+
+
+MARKUP = """
+import torch
+from torch import nn
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.ModuleDict({"[bold]x[/bold]": nn.Linear(4, 3), "[/red]": nn.Linear(4, 3)})
+
+    def forward(self, x):
+        return self.body["[bold]x[/bold]"](x) + self.body["[/red]"](x)
+
+def batches():
+    yield torch.ones(6, 4), torch.arange(6) % 3
+"""
+
+
+def test_names_with_brackets_are_printed_as_they_are(run, tmp_path):
+    (tmp_path / "odd.py").write_text(MARKUP)
+    net = ("assess", "odd.py:Odd", "--data", "odd.py:batches", "--faults", "RandomBits(1)", "--trials", "2")
+    code, out, err = run(*net, "--exclude", "*red*", "--out", "o[bold]ut")
+    assert (code, err) == (0, "")
+    assert "outside the fault space: body.[/red].weight" in out
+    assert "Written to o[bold]ut/:" in out
+    code, _, err = run(*net, "--include", "[/red]x", "--out", "other")
+    assert code == 2
+    assert "include=('[/red]x',)" in err
+    assert "body.[bold]x[/bold].weight" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--metrics", "f1"), "unknown metric 'f1': choose among accuracy, auroc, average_precision, or name a"),
+        (("--device", "gpu"), "takes a device that is here, such as 'cpu' or 'cuda:0', got 'gpu'"),
+        (("--cache-bytes", "-1"), "more bytes for cache_bytes=, got -1"),
+        (("--margin", "2"), "confidence and margin in (0, 1)"),
+        (("--trials", "0"), "trials ≥ 1"),
+        (("--format", "deep.json"), "nested a few levels deep"),
+        (("--format", "text.json"), "cannot be read as JSON"),
+        (("--data", "builtins:int(3)"), "gives a int, expected batches"),
+    ],
+)
+def test_values_that_are_none(run, tmp_path, options, message):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "text.json").write_bytes(b"\xff")
+    code, out, err = run(*ASSESS, "--faults", "RandomBits(1)", *options)
+    assert (code, out) == (2, "")
+    assert message in " ".join(err.split())
+    assert not (tmp_path / "flipproof-results").exists()

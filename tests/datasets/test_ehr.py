@@ -1,3 +1,5 @@
+import gzip
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +165,22 @@ def test_missing_files_say_what_was_expected(tmp_path):
     (tmp_path / "m" / "val_listfile.csv").write_text("stay,period_length,y_true\n")
     with pytest.raises(DataError, match="no labelled stay is left for validation"):
         mimic3(tmp_path / "m")
+
+
+def test_a_record_that_claims_any_size_is_refused(tmp_path):
+    (tmp_path / "Outcomes-a.txt").write_text("RecordID,In-hospital_death\n1,0\n")
+    claim = tarfile.TarInfo("set-a/1.txt")
+    claim.type = tarfile.GNUTYPE_SPARSE  # a file of holes: it takes no bytes in the archive
+    header = bytearray(claim.tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = b"%011o\0" % 2**32
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "set-a.tar.gz").write_bytes(gzip.compress(bytes(header) + bytes(1024)))
+    with pytest.raises(DataError, match="says it has 4,294,967,296 bytes"):
+        physionet2012(tmp_path)
+    (tmp_path / "set-a.tar.gz").write_bytes(b"no archive")
+    with pytest.raises(DataError, match="cannot read "):
+        physionet2012(tmp_path)
 
 
 def test_categories_are_read_as_text_and_as_numbers():

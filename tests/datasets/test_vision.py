@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -125,3 +126,41 @@ def test_the_real_sets():
         assert tuple(batches[0][0].shape[1:]) == shape
     counts = torch.bincount(torch.cat([y for _, y in cifar10(SHARED, "train")]))
     assert counts.tolist() == [1200] * 10
+
+
+class TestFilesThatClaimMoreThanTheyHold:
+    @pytest.mark.parametrize("name", ["f-ubyte", "f-ubyte.gz"])
+    def test_an_idx_header(self, tmp_path, name):
+        header = struct.pack(">BBBB3I", 0, 0, 8, 3, 2**31, 2**31, 2**31)
+        (tmp_path / name).write_bytes(gzip.compress(header) if name.endswith(".gz") else header)
+        with pytest.raises(DataError, match="bytes hold 9,903,520,314,283,042,199,192,993,792, more than any file"):
+            read_idx(tmp_path / name)
+
+    def test_bytes_behind_the_end(self, tmp_path):
+        (tmp_path / "f").write_bytes(idx(np.zeros((2, 2), np.uint8)) + b"x")
+        with pytest.raises(DataError, match=r"says it holds \(2, 2\) bytes, but more follow"):
+            read_idx(tmp_path / "f")
+
+    @pytest.mark.parametrize(
+        ("x", "message"),
+        [
+            ({"descr": "|u1", "fortran_order": False, "shape": (2**40, 32, 32, 3)}, "more than any file"),
+            ({"descr": "|u1", "fortran_order": False, "shape": (1, 32, 32, 3)}, "other bytes follow its header"),
+            ({"descr": "|O", "fortran_order": False, "shape": (1,)}, "to hold whole numbers in C order, got object"),
+            ({"descr": "|u1", "fortran_order": False, "shape": (0,)}, r"expected x_test of shape \(N, 32, 32, 3\)"),
+            (None, "holds no x_test.npy"),
+        ],
+    )
+    def test_an_array_of_an_npz(self, tmp_path, x, message):
+        with zipfile.ZipFile(tmp_path / "cifar10.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, header in (("x_test", x), ("y_test", {"descr": "<i8", "fortran_order": False, "shape": (0,)})):
+                if header is not None:
+                    with archive.open(f"{name}.npy", "w") as file:
+                        np.lib.format.write_array_header_1_0(file, header)
+        with pytest.raises(DataError, match=message):
+            cifar10(tmp_path)
+
+    def test_no_archive(self, tmp_path):
+        (tmp_path / "cifar10.npz").write_bytes(b"PK but no archive")
+        with pytest.raises(DataError, match="cannot read x_test"):
+            cifar10(tmp_path)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,8 @@ def test_weights_that_do_not_fit_or_are_no_weights(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
     (tmp_path / "torn.safetensors").write_bytes(b"\x05")
+    with tarfile.open(tmp_path / "old.pt", "w") as archive:
+        archive.add(tmp_path / "list.pt", "storages")
     model = nn.Linear(2, 3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for name, message in (
@@ -103,6 +106,7 @@ def test_weights_that_do_not_fit_or_are_no_weights(tmp_path):
         ("module.pt", "cannot read weights"),
         ("torn.safetensors", "cannot read weights"),
         ("absent.pt", "cannot read weights"),
+        ("old.pt", "is a tar archive, which PyTorch wrote before 0.4"),
     ):
         with pytest.raises(ConfigError, match=message):
             flipproof.models.load_weights(model, tmp_path / name)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from flipproof.campaigns.live import rows_of
 from flipproof.campaigns.suffix import Suffixes
 from flipproof.faults.neuron_sites import NeuronSite
+from flipproof.interrupts import check
 
 _RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_)
 _POOL_FUNCTIONS = (F.max_pool2d, torch.max_pool2d)
@@ -39,6 +40,7 @@ class Suffix:
         self._modules = dict(suffixes._traced.named_modules())
 
     def run(self, rows: Tensor, change: Change | None = None) -> Any:
+        check()
         live = rows_of(self._live, rows, self._size)
         if change is not None:
             change(live[self._place])

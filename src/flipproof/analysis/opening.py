@@ -17,6 +17,7 @@ from flipproof.faults.neuron_sites import Neurons
 from flipproof.faults.selection import FormatChoice
 from flipproof.faults.sites import Parameters
 from flipproof.faults.space import FaultSpace
+from flipproof.interrupts import given_back
 from flipproof.outcomes import Decision
 
 
@@ -31,7 +32,7 @@ def opened(
         FaultSpaceError: if nothing can be asked about.
     """
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    with eval_mode(model), one_thread(device):
+    with given_back(model), eval_mode(model), one_thread(device):
         batches = read_batches(data, device)
         space = (
             FaultSpace(model, where=where, format=format)

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from flipproof.campaigns.arguments import check_hooks_run
 from flipproof.campaigns.batches import Data, call, read_batches
 from flipproof.campaigns.evaluation import eval_mode
 from flipproof.errors import ConfigError
@@ -20,6 +21,7 @@ from flipproof.faults import FaultModel, FaultSpace, Parameters
 from flipproof.faults.models import Faults
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.faults.selection import FormatChoice
+from flipproof.interrupts import given_back
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -102,6 +104,7 @@ def propagation(
     """
     if trials < 1 or bins < 1:
         raise ConfigError(f"propagation needs trials ≥ 1 and bins ≥ 1, got trials={trials}, bins={bins}")
+    check_hooks_run(model)
     layers = _layers(model, (include,) if isinstance(include, str) else tuple(include))
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     batches = read_batches(data, device)
@@ -112,7 +115,7 @@ def propagation(
         count = 1 if point.repeats(space) else trials
         jobs += [(point, trial, point.draw(space, TrialGenerator(seed, repr(point), trial))) for trial in range(count)]
     seen: dict[tuple[int, str], _Seen] = {}
-    with eval_mode(model), torch.no_grad(), space.stored():
+    with given_back(model), eval_mode(model), torch.no_grad(), space.stored():
         golden = [_outputs(model, layers, inputs) for inputs in batches.inputs]
         order = dict.fromkeys(name for outputs in golden for name in outputs)  # as they are executed
         edges = {name: _edges([g[name] for g in golden if name in g], bins) for name in order}

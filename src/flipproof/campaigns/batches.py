@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from flipproof.errors import DataError
+from flipproof.interrupts import check
 
 Data = Iterable[Any]
 """Batches `(inputs, targets)`, e.g. a DataLoader or a list."""
@@ -55,7 +56,8 @@ class Batches:
 
 def tensor_bytes(tensor: Tensor) -> bytes:
     """Type, shape and every bit of a tensor, for hashing."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    plain = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
+    flat = plain.cpu().contiguous().reshape(-1)
     return f"{tensor.dtype}{tuple(tensor.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes()
 
 
@@ -64,9 +66,7 @@ def _pickled(leaf: Any) -> bytes:
     try:
         return pickle.dumps(leaf, protocol=4)
     except Exception as error:  # pickling runs code of the object's own
-        raise DataError(
-            f"an input is {_describe(leaf)} that cannot be pickled, so data cannot be told apart"
-        ) from error
+        raise DataError(f"an input is {describe(leaf)} that cannot be pickled, so data cannot be told apart") from error
 
 
 def read_batches(data: Data, device: torch.device) -> Batches:
@@ -80,11 +80,12 @@ def read_batches(data: Data, device: torch.device) -> Batches:
             "data= is one (inputs, targets) pair; it takes an iterable of batches: pass [(inputs, targets)]"
         )
     if not isinstance(data, Iterable):
-        raise DataError(f"data= takes an iterable of (inputs, targets) batches, got {_describe(data)}")
+        raise DataError(f"data= takes an iterable of (inputs, targets) batches, got {describe(data)}")
     inputs, sizes, targets = [], [], []
     for i, batch in enumerate(data):
+        check()
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise DataError(f"batch {i}: expected a pair (inputs, targets), got {_describe(batch)}")
+            raise DataError(f"batch {i}: expected a pair (inputs, targets), got {describe(batch)}")
         target = _class_targets(batch[1], i)
         if target.numel() == 0:
             continue
@@ -111,13 +112,13 @@ def _class_targets(target: Any, batch: int) -> Tensor:
     try:
         target = torch.as_tensor(target).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"batch {batch}: targets must be class numbers, got {_describe(target)} ({error})") from error
+        raise DataError(f"batch {batch}: targets must be class numbers, got {describe(target)} ({error})") from error
     if target.dim() == 2 and target.shape[1] == 1:
         target = target[:, 0]
     if target.dim() != 1:
         raise DataError(
             f"batch {batch}: targets must hold one class a sample, shape (samples,) or (samples, 1), "
-            f"got {tuple(target.shape)}; one-hot targets go through .argmax(dim=1)"
+            f"got {tuple(target.shape)}{_several(target)}"
         )
     whole: Tensor = target.to(torch.int64)
     if target.is_complex() or not bool((whole == target).all()):
@@ -125,6 +126,19 @@ def _class_targets(target: Any, batch: int) -> Tensor:
             f"batch {batch}: targets must be whole class numbers, got {target.dtype} with {target[:5].tolist()} …"
         )
     return whole
+
+
+def _several(target: Tensor) -> str:
+    """What to do about targets that hold more than one number a sample."""
+    ones = target.dim() == 2 and not target.is_complex() and bool(((target == 0) | (target == 1)).all())
+    if ones and bool((target.sum(dim=1) == 1).all()):
+        return "; one-hot targets go through .argmax(dim=1)"
+    if ones:
+        return (
+            "; several labels a sample (multi-label) are judged one label at a time: with output=lambda scores: "
+            "scores[:, 0] and targets[:, 0], and so on"
+        )
+    return ""
 
 
 def check_labels(targets: Tensor, classes: int) -> None:
@@ -145,6 +159,7 @@ def own(inputs: Any) -> Any:
 
 def call(model: nn.Module, inputs: Any) -> Any:
     """Run the model: a tuple or list is its arguments, a mapping its keyword arguments, anything else its input."""
+    check()
     inputs = own(inputs)
     if isinstance(inputs, Mapping):
         return model(**inputs)
@@ -167,20 +182,27 @@ def pick(raw: Any, output: Output) -> Tensor:
         try:
             picked = raw[output]
         except (KeyError, IndexError, TypeError) as error:
-            raise DataError(f"output={output!r} does not fit what the model returns, {_describe(raw)}") from error
+            raise DataError(f"output={output!r} does not fit what the model returns, {describe(raw)}") from error
     if not isinstance(picked, Tensor) or not picked.is_floating_point():
+        one_each = isinstance(cast(object, picked), list)
         raise DataError(
-            f"expected one floating-point tensor to judge, got {_describe(picked)}; pass output= a tuple index, "
-            f"a dict key or a function that picks it"
+            f"expected one floating-point tensor to judge, got {describe(picked)}; pass output= "
+            + (
+                "a function that makes one row of class scores a sample of it, e.g. lambda found: torch.stack([…])"
+                if one_each
+                else "a tuple index, a dict key or a function that picks it"
+            )
         )
     return picked
 
 
-def _describe(thing: Any) -> str:
+def describe(thing: Any) -> str:
+    """What something is, for an error."""
     if isinstance(thing, Tensor):
         return f"a {thing.dtype} tensor of shape {tuple(thing.shape)}"
     if isinstance(thing, Mapping):
         return f"a {type(thing).__name__} with the keys {list(thing)}"
     if isinstance(thing, (tuple, list)):
-        return f"a {type(thing).__name__} of {len(thing)}: " + ", ".join(_describe(part) for part in thing[:4])
+        more = ", …" if len(thing) > 4 else ""
+        return f"a {type(thing).__name__} of {len(thing)}: " + ", ".join(describe(part) for part in thing[:4]) + more
     return f"a {type(thing).__name__}"

@@ -11,13 +11,13 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from hashlib import blake2b
 from math import isfinite
-from numbers import Integral
 from re import sub
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
+from flipproof.campaigns.arguments import check_device, check_numbers
 from flipproof.campaigns.assessment import CHECK_EVERY, Assessment, answer, narrow, planned
 from flipproof.campaigns.audit import Audit, audit_of
 from flipproof.campaigns.batches import Data, Output, call, check_labels, pick, read_batches, tensor_bytes
@@ -39,6 +39,7 @@ from flipproof.faults.neurons import NeuronSpace
 from flipproof.faults.selection import FormatChoice
 from flipproof.faults.sites import Parameters
 from flipproof.faults.space import FaultSpace
+from flipproof.interrupts import given_back
 from flipproof.metrics import Metrics, resolve
 from flipproof.outcomes import Decision
 
@@ -120,20 +121,26 @@ def assess(
     chosen = resolve(metrics)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"assess takes a torch.nn.Module first, got {model!r}")
-    for name, value in (("trials", trials), ("workers", workers), ("seed", seed)):
-        if not isinstance(cast(object, value), Integral) or isinstance(value, bool):
-            raise ConfigError(f"assess takes a whole number for {name}=, got {value!r}")
-    if workers < 1 or trials < 1 or seed < 0 or not 0 < confidence < 1 or (margin is not None and not 0 < margin < 1):
-        raise ConfigError(
-            f"assess needs workers ≥ 1, trials ≥ 1, seed ≥ 0, confidence and margin in (0, 1), got workers={workers}, "
-            f"trials={trials}, seed={seed}, confidence={confidence}, margin={margin}"
-        )
-    if not 0 <= audit <= 1:
-        raise ConfigError(f"assess takes a share of the trials from 0 to 1 for audit=, got {audit!r}")
+    check_numbers(
+        trials=trials,
+        workers=workers,
+        seed=seed,
+        margin=margin,
+        confidence=confidence,
+        cache_bytes=cache_bytes,
+        store=store,
+        audit=audit,
+    )
     if not isinstance(faults, FaultModel):
         raise FaultModelError(f"faults= takes a fault model such as fp.BitErrorRate([1e-6, 1e-5]), got {faults!r}")
-    target = torch.device(device) if device is not None else _device_of(model)
-    with _on_device(model, target), as_it_came(model) as came, eval_mode(model), one_thread(target):
+    target = check_device(model, device)
+    with (
+        given_back(model),
+        _on_device(model, target),
+        as_it_came(model) as came,
+        eval_mode(model),
+        one_thread(target),
+    ):
         points = faults.points()
         space: FaultSpace | NeuronSpace
         if isinstance(where, Neurons):
@@ -368,12 +375,6 @@ def _hash(content: bytes) -> str:
 
 def _name_of(output: Output) -> str | int | None:
     return getattr(output, "__qualname__", type(output).__name__) if callable(output) else output
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
 
 
 class _on_device:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from flipproof.campaigns.batches import Batches, Output, call, pick
+from flipproof.campaigns.batches import Batches, Output, call, describe, pick
 from flipproof.campaigns.snapshots import RandomState, Snapshot
-from flipproof.errors import DataError, InfrastructureError, ModelError
+from flipproof.errors import DataError, FlipproofError, InfrastructureError, ModelError
+from flipproof.interrupts import check
 from flipproof.outcomes import bit_pattern
 
 
@@ -110,6 +111,7 @@ def answer(forward: Callable[[], Any], output: Output, batch: int) -> Tensor:
         FaultyRunError: if the model, or `output` on what it returns, raises on its own account.
         InfrastructureError: if memory ran out or the device failed.
     """
+    check()
     try:
         return pick(forward(), output).detach().cpu()
     except Exception as error:
@@ -165,7 +167,7 @@ def golden_run(
             raise DataError(
                 f"the model rejects batch {i} (inputs: {_shapes(inputs)}): {type(error).__name__}: {error}"
             ) from error
-        picked = pick(raw, output)
+        picked = _picked(raw, output, i)
         if picked.dim() == 0 or picked.shape[0] != size:
             raise DataError(
                 f"batch {i} has {size} targets but the model's output has the shape {tuple(picked.shape)}; the first "
@@ -198,6 +200,19 @@ def golden_run(
             "CUDA try torch.use_deterministic_algorithms(True)"
         )
     return torch.cat(outputs)
+
+
+def _picked(raw: Any, output: Output, batch: int) -> Tensor:
+    """As `pick`, for a function of the user's that has not proven yet that it fits what the model returns."""
+    try:
+        return pick(raw, output)
+    except FlipproofError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"output= raised {type(error).__name__}: {error} on batch {batch}, for which the model returned "
+            f"{describe(raw)}"
+        ) from error
 
 
 def _first_nan(model: nn.Module, inputs: Any) -> str:

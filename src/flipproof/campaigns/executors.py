@@ -20,12 +20,17 @@ import torch
 
 from flipproof.campaigns.trial import Trial, TrialRunner
 from flipproof.errors import ConfigError, InfrastructureError
+from flipproof.interrupts import check
 
 Job = tuple[int, int]
 """(point, trial)."""
 
 ATTEMPTS = 3
 """How often a trial is tried when the machine, not the model, fails."""
+
+
+LISTENS_EVERY = 0.2
+"""Seconds after which waiting for workers looks whether Ctrl-C was pressed."""
 
 
 class Executor(Protocol):
@@ -130,7 +135,8 @@ class Processes:
                     again.append(job)
             if not pending and not again:
                 return
-            for future in wait(pending, return_when=FIRST_COMPLETED).done if pending else ():
+            check()
+            for future in wait(pending, LISTENS_EVERY, FIRST_COMPLETED).done if pending else ():
                 job = pending.pop(future)
                 try:
                     yield future.result()

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flipproof.campaigns.arguments import check_hooks_run
 from flipproof.campaigns.batches import Batches, call
 from flipproof.campaigns.evaluation import Answers, FaultyRunError, answer, run_faulty
 from flipproof.campaigns.live import same
@@ -40,6 +41,7 @@ def neuron_space(model: nn.Module, batches: Batches, where: Neurons, format: For
 
     Raises:
         DataError: if the model rejects a batch.
+        ModelError: if the model is compiled.
     """
 
     def run(i: int) -> None:
@@ -48,6 +50,7 @@ def neuron_space(model: nn.Module, batches: Batches, where: Neurons, format: For
         except (RuntimeError, TypeError, ValueError) as error:
             raise DataError(f"the model rejects batch {i}: {type(error).__name__}: {error}") from error
 
+    check_hooks_run(model)
     runs = [((lambda i=i: run(i)), size) for i, size in enumerate(batches.sizes)]
     return NeuronSpace(model, runs, where=where, format=format)
 

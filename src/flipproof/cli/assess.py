@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ from flipproof.campaigns import Assessment
 from flipproof.cli.console import out
 from flipproof.config import CampaignConfig, read_toml
 from flipproof.errors import ConfigError
+from flipproof.fields import read_json
 from flipproof.metrics import METRIC_NAMES
 from flipproof.reports import findings, metric_figure, outcome_figure, save, summary_table
 
@@ -126,7 +126,8 @@ def assess(
     if len(result.header["points"]) > 1:
         save(metric_figure({campaign.model: result}), results / "metric.png")
         save(outcome_figure(result), results / "outcomes.png")
-    out.print(f"Written to {results}/: journal.jsonl, trials.csv, summary.csv, campaign.toml" + _figures(results))
+    written = f"Written to {results}/: journal.jsonl, trials.csv, summary.csv, campaign.toml"
+    out.print(written + _figures(results), markup=False)
 
 
 def _formats(given: list[str] | None) -> str | dict[str, str] | None:
@@ -145,8 +146,8 @@ def _formats(given: list[str] | None) -> str | dict[str, str] | None:
 def _formats_of(path: Path) -> dict[str, str]:
     """What `analyze` writes: {pattern: format}."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        found = read_json(path.read_text(encoding="utf-8"), f"--format {path}")
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--format {path}: cannot be read as JSON: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
         raise ConfigError(f'--format {path}: expected {{"pattern": "format", …}}')
@@ -163,11 +164,13 @@ def _print(result: Assessment) -> None:
     header = result.header
     stored = header["stored"]
     formats = ", ".join(sorted({site["format"] for site in stored}))
-    out.print(f"{len(stored)} tensors stored as {formats}: {result.bits:,} bits can be hit", highlight=False)
+    out.print(
+        f"{len(stored)} tensors stored as {formats}: {result.bits:,} bits can be hit", markup=False, highlight=False
+    )
     if header["left_out"]:
         left_out = header["left_out"]
         shown = ", ".join(list(left_out)[:6]) + (" …" if len(left_out) > 6 else "")
-        out.print(f"{len(left_out)} tensors outside the fault space: {shown}", highlight=False)
+        out.print(f"{len(left_out)} tensors outside the fault space: {shown}", markup=False, highlight=False)
     out.print(summary_table(result))
     for sentence in findings(result):
         out.print(f"  • {sentence}", markup=False, highlight=False)

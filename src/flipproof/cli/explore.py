@@ -10,12 +10,12 @@ import typer
 
 from flipproof import exploration
 from flipproof.cli.console import out
-from flipproof.config import called, load_model
+from flipproof.config import load_data, load_model
 from flipproof.errors import ConfigError
 from flipproof.faults import BitErrorRate
 from flipproof.formats import Affine
 from flipproof.reports import save, tradeoff_figure
-from flipproof.specs import load_object, parse_faults, parse_format, parse_hardening, parse_output
+from flipproof.specs import parse_faults, parse_format, parse_hardening, parse_output
 
 
 def explore(
@@ -62,8 +62,8 @@ def explore(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = load_model(model, weights)
-        batches = list(called(load_object(data)))
-        known = list(called(load_object(calibration))) if calibration else None
+        batches = load_data(data)
+        known = load_data(calibration) if calibration else None
     found = exploration.explore(
         network,
         batches,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import lzma
 import os
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,6 +16,9 @@ from flipproof.datasets.timelines import CHANNELS, INDEX, EHRData, Problems, Sta
 from flipproof.errors import DataError
 
 HOURS = 48
+
+LARGEST_RECORD = 2**20
+"""Bytes of one patient's record; those of the challenge have some ten thousand."""
 
 PARAMETERS = {
     "DiasABP": "Diastolic blood pressure",
@@ -106,14 +111,27 @@ def _records(folder: Path, name: str) -> Iterator[tuple[str, Iterable[str]]]:
         return
     for archive in (f"{name}.tar.gz", "physionet2012_ab.tar.xz"):
         if (folder / archive).is_file():
-            with tarfile.open(folder / archive) as tar:  # read in place: nothing is unpacked
-                inside = [m for m in tar if m.isfile() and m.name.endswith(".txt") and Path(m.name).parent.name == name]
-                for member in sorted(inside, key=lambda m: m.offset):
-                    content = tar.extractfile(member)
-                    assert content is not None
-                    yield Path(member.name).stem, content.read().decode(errors="replace").splitlines()
+            try:
+                yield from _inside(folder / archive, name)
+            except (tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+                raise DataError(f"cannot read {folder / archive}: {error}") from error
             return
     raise DataError(f"{folder} holds neither {name}/ nor {name}.tar.gz nor physionet2012_ab.tar.xz")
+
+
+def _inside(archive: Path, folder: str) -> Iterator[tuple[str, Iterable[str]]]:
+    """The records of a folder in an archive, which is read in place: nothing is unpacked."""
+    with tarfile.open(archive) as tar:
+        inside = [m for m in tar if m.isfile() and m.name.endswith(".txt") and Path(m.name).parent.name == folder]
+        for member in sorted(inside, key=lambda m: m.offset):
+            if member.size > LARGEST_RECORD:  # a few bytes of an archive can claim any size
+                raise DataError(
+                    f"{archive}: {member.name} says it has {member.size:,} bytes; a record has thousands, and at most "
+                    f"{LARGEST_RECORD:,} are read"
+                )
+            content = tar.extractfile(member)
+            assert content is not None
+            yield Path(member.name).stem, content.read().decode(errors="replace").splitlines()
 
 
 def _stay(name: str, lines: Iterable[str], outcomes: dict[str, float], problems: Problems) -> Stay | None:

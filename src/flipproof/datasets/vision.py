@@ -7,6 +7,9 @@ holds `cifar10.npz` (`x_train y_train x_test y_test`, uint8, channels last) or t
 from __future__ import annotations
 
 import gzip
+import zipfile
+import zlib
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,8 +52,13 @@ def cifar10(
     """
     found = _first(root, "cifar10.npz", "cifar10/cifar10.npz")
     if found:
-        with np.load(found, allow_pickle=False) as arrays:
-            images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
+        images, labels = (_member(found, f"{part}_{split}.npy") for part in "xy")
+        if images.shape[1:] != (32, 32, 3) or labels.size != len(images):
+            raise DataError(
+                f"{found}: expected x_{split} of shape (N, 32, 32, 3) and N labels, got {images.shape} and "
+                f"{labels.shape}"
+            )
+        labels = labels.reshape(-1)
     else:
         images, labels = _torchvision("CIFAR10", root, split)
     return _batches(images, labels, mean, std, batch_size, limit)
@@ -99,19 +107,62 @@ def read_idx(path: Path) -> Bytes:
         DataError: if it is no such file or ends early.
     """
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            start = file.read(4)
+            if len(start) < 4 or start[:3] != b"\0\0\x08":
+                raise DataError(
+                    f"{path} is not an IDX file of bytes: it begins with {start.hex()}, expected 000008 and a rank"
+                )
+            rank = start[3]
+            header = file.read(4 * rank)
+            shape = tuple(int(size) for size in np.frombuffer(header[: len(header) // 4 * 4], dtype=">u4"))
+            wanted = _bounded(path, prod(shape))
+            values = np.frombuffer(file.read(wanted + 1), dtype=np.uint8)  # one more, to see whether it ends there
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}") from error
-    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
-        raise DataError(
-            f"{path} is not an IDX file of bytes: it begins with {raw[:4].hex()}, expected 000008 and a rank"
-        )
-    rank = raw[3]
-    shape = tuple(int(size) for size in np.frombuffer(raw[4 : 4 + 4 * rank], dtype=">u4"))
-    values = np.frombuffer(raw, dtype=np.uint8, offset=min(4 + 4 * rank, len(raw)))
-    if len(shape) != rank or len(values) != int(np.prod(shape)):
-        raise DataError(f"{path} says it holds {shape} bytes, but {len(values):,} follow its header")
+    if len(shape) != rank or len(values) != wanted:
+        more = "more" if len(values) > wanted else f"{len(values):,}"
+        raise DataError(f"{path} says it holds {shape} bytes, but {more} follow its header")
     return values.reshape(shape)
+
+
+DEFLATE = 1032
+"""No byte of a gzip or zip file gives more than this many (zlib's technical details): what claims more is refused."""
+
+
+def _bounded(path: Path, size: int) -> int:
+    length = path.stat().st_size
+    if size > length * DEFLATE:
+        raise DataError(f"{path} says that its {length:,} bytes hold {size:,}, more than any file of that length can")
+    return size
+
+
+def _member(path: Path, name: str) -> Any:
+    """One array of whole numbers out of an .npz file.
+
+    Its header is checked against the length of the file before anything is made of that size; objects are never
+    unpickled.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(name) as file:
+            version = np.lib.format.read_magic(file)
+            if version not in ((1, 0), (2, 0)):
+                raise DataError(f"{path}: {name} is of .npy version {version}, expected (1, 0) or (2, 0)")
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(file)
+            if dtype.kind not in "ui" or fortran:
+                raise DataError(f"{path}: expected {name} to hold whole numbers in C order, got {dtype}")
+            wanted = _bounded(path, prod(shape) * dtype.itemsize)
+            content = file.read(wanted + 1)
+    except KeyError:
+        raise DataError(f"{path} holds no {name}") from None
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"cannot read {name} in {path}: {error}") from error
+    if len(content) != wanted:
+        raise DataError(f"{path}: {name} says it holds {shape} {dtype}, but other bytes follow its header")
+    return np.frombuffer(content, dtype).reshape(shape)
 
 
 def _idx(root: str | Path, split: Split, folders: tuple[str, ...], name: str) -> tuple[Bytes, Bytes]:

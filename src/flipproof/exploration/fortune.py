@@ -20,6 +20,7 @@ from flipproof.exploration.study import BASELINE, Study
 from flipproof.faults import BitErrorRate
 from flipproof.formats import Affine, Format, TripleMSB
 from flipproof.hardening import Hardening, harden
+from flipproof.interrupts import gives_back
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4)
 """Bit error rates of the paper's sweep."""
@@ -62,6 +63,7 @@ class Exploration:
         return f"{table.to_string(index=False)}\n{verdict}"
 
 
+@gives_back
 def explore(
     model: nn.Module,
     data: Data,

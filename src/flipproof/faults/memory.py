@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
 from flipproof.faults.sampling import Positions
+from flipproof.kernels import kernel
 
 FLIP, CLEAR, SET = 0, 1, 2
 
@@ -56,7 +57,7 @@ _store_byte: Any = intrinsic(_store)
 _fetch_byte: Any = intrinsic(_fetch)
 
 
-@njit(cache=True)
+@kernel()
 def _apply(addresses, firsts, lasts, positions, operation, touched, saved, count):  # type: ignore[no-untyped-def]
     """Change every position that lies in a direct site; count[0] becomes the saved bytes, returns bits changed.
 
@@ -99,7 +100,7 @@ def _apply(addresses, firsts, lasts, positions, operation, touched, saved, count
     return changed
 
 
-@njit(cache=True)
+@kernel()
 def _undo(touched, saved, count):  # type: ignore[no-untyped-def]
     """Write the saved bytes back, newest first: a byte hit twice ends as it was before the first hit."""
     for i in range(count[0] - 1, -1, -1):

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from flipproof.errors import FaultModelError
+from flipproof.kernels import kernel
 
 Positions = NDArray[np.int64]
 
@@ -26,7 +27,7 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 _11, _27, _30, _31 = (np.uint64(n) for n in (11, 27, 30, 31))
 
 
-@njit(cache=True, inline="always")
+@kernel(inline="always")
 def _word(key, counter):  # type: ignore[no-untyped-def]
     """Output `counter` of stream `key`: 64 uniform bits."""
     z = key + counter * _GAMMA
@@ -48,7 +49,7 @@ _upper_half: Any = intrinsic(_upper)
 """The upper 64 bits of a product, one instruction on most machines; the lower ones are plain ``a * b``."""
 
 
-@njit(cache=True)
+@kernel()
 def _below(key, counter, high, out):  # type: ignore[no-untyped-def]
     """Fill `out` with integers uniform in [0, high). Returns the new counter.
 
@@ -68,7 +69,7 @@ def _below(key, counter, high, out):  # type: ignore[no-untyped-def]
     return counter
 
 
-@njit(cache=True)
+@kernel()
 def _bernoulli(key, counter, probability, population, out):  # type: ignore[no-untyped-def]
     """Positions of successes among `population` independent trials, by geometric gaps. Returns (counter, count).
 
@@ -91,7 +92,7 @@ def _bernoulli(key, counter, probability, population, out):  # type: ignore[no-u
         count += 1
 
 
-@njit(cache=True)
+@kernel()
 def _first_of_each(values):  # type: ignore[no-untyped-def]
     """Squeeze repeats out of a sorted array in place; returns how many values are left."""
     kept = 0
@@ -102,7 +103,7 @@ def _first_of_each(values):  # type: ignore[no-untyped-def]
     return kept
 
 
-@njit(cache=True)
+@kernel()
 def _union(left, right):  # type: ignore[no-untyped-def]
     """All values of two strictly ascending arrays, strictly ascending."""
     out = np.empty(left.size + right.size, np.int64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import pandas as pd
@@ -18,6 +17,7 @@ from flipproof.faults.selection import FormatChoice, candidates, choose_format
 from flipproof.faults.sites import Parameters, Site
 from flipproof.faults.words import Undo, corrupt_words, scatter
 from flipproof.formats.base import Coding, dense
+from flipproof.interrupts import whole
 
 
 class FaultSpace:
@@ -176,7 +176,7 @@ class FaultSpace:
         touched = np.flatnonzero(np.diff(np.searchsorted(faults.positions, self._borders)))
         return [name for i in touched.tolist() for name in (self.sites[i].name, *self.sites[i].aliases)]
 
-    @contextmanager
+    @whole
     def stored(self) -> Iterator[None]:
         """While active, the model computes with what its formats can represent. Restores every value bit-exactly.
 
@@ -224,7 +224,7 @@ class FaultSpace:
         """While `stored()`: the values that its formats replaced, by qualified name."""
         return {self.sites[i].name: original for i, original in (self._originals or {}).items()}
 
-    @contextmanager
+    @whole
     def corrupted(self, faults: Faults) -> Iterator[int]:
         """The model with these faults in its memory; afterwards bit-identical to before, whatever happens inside.
 

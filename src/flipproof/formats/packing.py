@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor, nn
 
 from flipproof.formats.base import Coding, Format, dense, word_dtype
+from flipproof.kernels import kernel
 
 TABLE_WIDTH = 10
 """Up to this width a word is looked up in a table of all values it can stand for."""
@@ -106,7 +106,7 @@ def _in_reach(packed: Tensor) -> bool:
     return type(packed) is Tensor and packed.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-@njit(cache=True)
+@kernel()
 def _pack(words: Any, width: int, out: Any) -> None:
     for v in range(words.size):
         word, position, left = words[v], v * width, width
@@ -120,7 +120,7 @@ def _pack(words: Any, width: int, out: Any) -> None:
             left -= taken
 
 
-@njit(cache=True)
+@kernel()
 def _word(packed: Any, width: int, v: int) -> Any:
     word, position, done = np.uint64(0), v * width, 0
     while done < width:
@@ -133,13 +133,13 @@ def _word(packed: Any, width: int, v: int) -> Any:
     return word
 
 
-@njit(cache=True)
+@kernel()
 def _unpack(packed: Any, width: int, out: Any) -> None:
     for v in range(out.size):
         out[v] = _word(packed, width, v)
 
 
-@njit(cache=True)
+@kernel()
 def _look_up(packed: Any, width: int, table: Any, slice_size: int, out: Any) -> None:
     """Every word's value from the table of its row; eight words of at most 8 bits are `width` bytes, read at once."""
     mask = np.uint64((1 << width) - 1)

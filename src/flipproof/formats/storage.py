@@ -10,6 +10,7 @@ from flipproof.faults.selection import FormatChoice, candidates, choose_format
 from flipproof.faults.sites import Parameters
 from flipproof.formats.base import Format
 from flipproof.formats.packing import Packed
+from flipproof.interrupts import held
 
 
 def store_(model: nn.Module, format: FormatChoice, *, where: Parameters | None = None) -> nn.Module:
@@ -66,9 +67,10 @@ def store_(model: nn.Module, format: FormatChoice, *, where: Parameters | None =
         chosen.append((candidate.name, found))
     if not chosen:
         raise FormatError(f"store_: no parameter of this {type(model).__name__} is stored by {format!r}")
-    for name, found in chosen:
-        owner, _, attribute = name.rpartition(".")
-        _store(model.get_submodule(owner), attribute, found)
+    with held():
+        for name, found in chosen:
+            owner, _, attribute = name.rpartition(".")
+            _store(model.get_submodule(owner), attribute, found)
     return model
 
 

@@ -26,6 +26,7 @@ from flipproof.hardening.profile import Range, profile
 from flipproof.hardening.report import REPORT, HardeningReport
 from flipproof.hardening.rewriting import Rewritten, Site, rewrite
 from flipproof.hardening.stages import Rows, Stages
+from flipproof.interrupts import gives_back
 
 
 @dataclass
@@ -135,6 +136,7 @@ class Hardening(ABC):
         """Put a bound at every site of `work`; returns the history of the search, a row a step."""
 
 
+@gives_back
 def harden(
     model: nn.Module,
     method: Hardening,
@@ -209,7 +211,7 @@ def harden(
         message = f"{len(report.unreachable)} activations are not bounded and let faulty values through:{listed}"
         if strict:
             raise ModelError(message)
-        warnings.warn(message, FlipproofWarning, stacklevel=2)
+        warnings.warn(message, FlipproofWarning, stacklevel=3)
     return rewritten.model
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
+
+from flipproof.kernels import kernel
 
 
 def is_plain(x: Tensor) -> bool:
@@ -64,7 +65,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 # written so that LLVM vectorises: two plain selects, slices of known length, and one array alone where it is in place
 
 
-@njit(cache=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _by_span(x: Any, top: Any, span: int, zero: bool, out: Any) -> None:
     """One threshold for each `span` values, again and again."""
     for k in range(x.size // span):
@@ -72,14 +73,14 @@ def _by_span(x: Any, top: Any, span: int, zero: bool, out: Any) -> None:
         _span(x[k * span : (k + 1) * span], t, _beyond(t, zero), out[k * span : (k + 1) * span])
 
 
-@njit(cache=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _in_place_by_span(x: Any, top: Any, span: int, zero: bool) -> None:
     for k in range(x.size // span):
         t = top[k % top.size]
         _in_place_span(x[k * span : (k + 1) * span], t, _beyond(t, zero))
 
 
-@njit(cache=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _by_neuron(x: Any, top: Any, zero: bool, out: Any) -> None:
     """A threshold for each value of a sample."""
     beyond = np.array([_beyond(t, zero) for t in top])
@@ -89,7 +90,7 @@ def _by_neuron(x: Any, top: Any, zero: bool, out: Any) -> None:
             there[i] = _bounded(here[i], top[i], beyond[i])
 
 
-@njit(cache=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _in_place_by_neuron(x: Any, top: Any, zero: bool) -> None:
     beyond = np.array([_beyond(t, zero) for t in top])
     for k in range(x.size // top.size):
@@ -98,24 +99,24 @@ def _in_place_by_neuron(x: Any, top: Any, zero: bool) -> None:
             here[i] = _bounded(here[i], top[i], beyond[i])
 
 
-@njit(cache=True, inline="always", error_model="numpy")
+@kernel(inline="always", error_model="numpy")
 def _bounded(v: Any, t: Any, beyond: Any) -> Any:
     w = v if v <= t else beyond
     return w if v > np.float32(0) else np.float32(0)
 
 
-@njit(cache=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _beyond(t: Any, zero: bool) -> Any:
     return t if t > np.float32(0) and not zero else np.float32(0)
 
 
-@njit(cache=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _span(x: Any, t: Any, beyond: Any, out: Any) -> None:
     for i in range(x.size):
         out[i] = _bounded(x[i], t, beyond)
 
 
-@njit(cache=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _in_place_span(x: Any, t: Any, beyond: Any) -> None:
     for i in range(x.size):
         x[i] = _bounded(x[i], t, beyond)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from flipproof.kernels import kernel
 
 # tanh as a rational function x · P(x²) / Q(x²) on ±7.9, beyond which float32 cannot tell it from ±1 (the minimax fit
 # that Eigen and XLA use too): additions and multiplications alone, so that the compiler can use the whole vector unit
@@ -17,14 +18,14 @@ _Q2, _Q3 = np.float32(1.18534705686654e-04), np.float32(1.19825839466702e-06)
 _HALF = np.float32(0.5)
 
 
-@njit(cache=True, inline="always", error_model="numpy", fastmath={"contract"})
+@kernel(inline="always", error_model="numpy", fastmath={"contract"})
 def _clamp(x, low, high):  # type: ignore[no-untyped-def]
     """Into [low, high]; NaN takes `low`, as every comparison with it is false."""
     x = x if x > low else low
     return x if x < high else high
 
 
-@njit(cache=True, inline="always", error_model="numpy", fastmath={"contract"})
+@kernel(inline="always", error_model="numpy", fastmath={"contract"})
 def _tanh(x):  # type: ignore[no-untyped-def]
     x = _clamp(x, -_END, _END)
     y = x * x
@@ -32,12 +33,12 @@ def _tanh(x):  # type: ignore[no-untyped-def]
     return x * p / (_Q0 + y * (_Q1 + y * (_Q2 + y * _Q3)))
 
 
-@njit(cache=True, inline="always", error_model="numpy", fastmath={"contract"})
+@kernel(inline="always", error_model="numpy", fastmath={"contract"})
 def _sigmoid(x):  # type: ignore[no-untyped-def]
     return _HALF + _HALF * _tanh(_HALF * x)
 
 
-@njit(cache=True, error_model="numpy", fastmath={"contract"})
+@kernel(error_model="numpy", fastmath={"contract"})
 def lstm_step(a, b, c, h, out, low, high):  # type: ignore[no-untyped-def]
     """One step of an LSTM after its matrix products.
 
@@ -79,7 +80,7 @@ def lstm_step(a, b, c, h, out, low, high):  # type: ignore[no-untyped-def]
             outr[k] = value
 
 
-@njit(cache=True, error_model="numpy", fastmath={"contract"})
+@kernel(error_model="numpy", fastmath={"contract"})
 def gru_step(a, b, h, out, low, high):  # type: ignore[no-untyped-def]
     """One step of a GRU after its matrix products.
 
@@ -107,7 +108,7 @@ def gru_step(a, b, h, out, low, high):  # type: ignore[no-untyped-def]
             outr[k] = new
 
 
-@njit(cache=True, inline="always", error_model="numpy", fastmath={"contract", "reassoc"})
+@kernel(inline="always", error_model="numpy", fastmath={"contract", "reassoc"})
 def _matvec(weight, bias, h, result):  # type: ignore[no-untyped-def]
     for j in range(weight.shape[0]):
         total = bias[j]
@@ -117,7 +118,7 @@ def _matvec(weight, bias, h, result):  # type: ignore[no-untyped-def]
         result[j] = total
 
 
-@njit(cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
+@kernel(error_model="numpy", fastmath={"contract", "reassoc"})
 def lstm_sequence(a, weight, bias, c, h, out, low, high, backwards):  # type: ignore[no-untyped-def]
     """All steps of one sequence, matrix products included: at one row a step, calling anything costs more.
 
@@ -139,7 +140,7 @@ def lstm_sequence(a, weight, bias, c, h, out, low, high, backwards):  # type: ig
         lstm_step(a[t : t + 1], b, c, h, out[t : t + 1], low, high)
 
 
-@njit(cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
+@kernel(error_model="numpy", fastmath={"contract", "reassoc"})
 def gru_sequence(a, weight, bias, h, out, low, high, backwards):  # type: ignore[no-untyped-def]
     """The same for a GRU; see `lstm_sequence` and `gru_step`."""
     b = np.empty((1, weight.shape[0]), np.float32)

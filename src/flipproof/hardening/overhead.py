@@ -16,6 +16,7 @@ from flipproof.campaigns.evaluation import eval_mode
 from flipproof.errors import ConfigError
 from flipproof.hardening.example import inputs_like
 from flipproof.hardening.report import REPORT, HardeningReport
+from flipproof.interrupts import given_back
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def overhead(model: nn.Module, hardened: nn.Module, *, inputs: Any = None, repea
 
 def _time_ratio(model: nn.Module, hardened: nn.Module, inputs: Any, repeats: int) -> float:
     seconds: tuple[list[float], list[float]] = ([], [])
-    with eval_mode(model), eval_mode(hardened):
+    with given_back(model), given_back(hardened), eval_mode(model), eval_mode(hardened):
         for run in range(repeats + 1):
             for each, taken in zip((model, hardened), seconds, strict=True):
                 _wait(inputs)

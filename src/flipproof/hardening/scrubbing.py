@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor, nn
 
 from flipproof.errors import FormatError
 from flipproof.faults import FaultSpace, Parameters
 from flipproof.formats import BitClipped, Format
 from flipproof.formats.base import word_dtype
+from flipproof.kernels import kernel
 from flipproof.outcomes import bit_pattern
 
 _BLOCK = 4096
@@ -81,7 +81,7 @@ def _clip_(tensor: Tensor, format: BitClipped) -> int:
     return changed
 
 
-@njit(cache=True)
+@kernel()
 def _clip_words(words: np.ndarray, keep: int, force: int, block: int) -> int:
     changed = 0
     for first in range(0, words.size, block):

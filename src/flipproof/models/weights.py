@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Raises:
         ConfigError: if the file cannot be read safely or does not fit the model.
     """
+    if Path(path).is_file() and tarfile.is_tarfile(path):
+        raise ConfigError(
+            f"{path} is a tar archive, which PyTorch wrote before 0.4; reading it can run code (CVE-2025-32434): "
+            f"load it where you trust it, and save its state dict again"
+        )
     try:
         if str(path).endswith(".safetensors"):
             state: Any = load_file(path)
