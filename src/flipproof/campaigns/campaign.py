@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
@@ -24,7 +25,7 @@ from flipproof.campaigns.neuron_trial import NeuronTrialRunner, neuron_space
 from flipproof.campaigns.progress import Step, progress_bar
 from flipproof.campaigns.suffix import Suffixes
 from flipproof.campaigns.trial import Trial, TrialRunner, versions
-from flipproof.errors import ConfigError, DataError, FaultModelError
+from flipproof.errors import ConfigError, DataError, FaultModelError, FlipproofWarning
 from flipproof.faults.models import FaultModel
 from flipproof.faults.neuron_sites import Neurons
 from flipproof.faults.neurons import NeuronSpace
@@ -67,11 +68,14 @@ def assess(
         data: batches `(inputs, targets)`, read once and kept in memory; targets are class numbers. A tuple or list of
             inputs is passed as arguments, a mapping as keyword arguments.
         faults: what goes wrong; a sweep makes one point a value.
-        format: how parameters are stored: one Format, a mapping {pattern: Format} whose first match wins (what no
-            pattern matches stays outside the fault space), or None for each parameter's own float type. Formats that
+        format: how parameters are stored: one Format, a mapping {pattern: Format} whose first match wins, or None for
+            each tensor's own type. One that quantises (`Affine` and what wraps it), given alone, stores the weights of
+            all layers; a mapping means what it says, ``{"*": fp.Affine(8)}`` biases and norms too. What the format does
+            not store stays in the fault space and is hit in its own type; only `where` leaves out. Formats that
             quantise change the golden run too: it then computes with what the format can represent.
         where: what can be hit: `fp.Parameters`, all by default, or `fp.Neurons`: a single upset in the output of a
             Conv, Linear or recurrent layer in each sample's inference; `format` then says how outputs are stored.
+            ``fp.Parameters(kinds=("weight",))`` is FORTUNE's view: the weights and nothing else.
         trials: repetitions a point (the ceiling, with `margin`). Points that draw nothing at random run once.
         metrics: names ("accuracy", "auroc", "average_precision"), functions `(outputs, targets) → number`, torchmetrics
             objects, or a mapping name → function.
@@ -90,6 +94,9 @@ def assess(
 
     Returns:
         Records and tables.
+
+    Warns:
+        FlipproofWarning: if more than 1 % of the model's stored bits cannot be hit and `where` did not say so.
 
     Raises:
         FlipproofError: one of its kinds, see `flipproof.errors`; nothing is half-written and the model is untouched.
@@ -132,6 +139,8 @@ def assess(
             for point in points:
                 point.check(space)
             batches = read_batches(data, target)
+        if (missing := space.shortfall()) is not None:
+            warnings.warn(missing, FlipproofWarning, stacklevel=2)
         make = NeuronTrialRunner if isinstance(space, NeuronSpace) else TrialRunner
         with space.stored():
             golden = golden_run(model, batches, output)
@@ -238,6 +247,8 @@ def _header(
             for s in space.sites
         ],
         "left_out": space.left_out,
+        "left_out_bits": space.left_out_bits,
+        "coverage": space.coverage,
         "plan": {"trials": trials, "margin": margin, "confidence": confidence},
         "versions": versions(),
     }

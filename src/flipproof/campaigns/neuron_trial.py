@@ -18,7 +18,7 @@ from flipproof.campaigns.rows import resume_rows
 from flipproof.campaigns.suffix import Suffixes
 from flipproof.campaigns.trial import TrialRunner
 from flipproof.errors import DataError
-from flipproof.faults.models import FaultModel, Faults
+from flipproof.faults.models import Draw, FaultModel, Upsets
 from flipproof.faults.neuron_sites import Neurons
 from flipproof.faults.neurons import NeuronSpace
 from flipproof.faults.sampling import TrialGenerator
@@ -46,7 +46,7 @@ def neuron_space(model: nn.Module, batches: Batches, where: Neurons, format: For
 class NeuronTrialRunner(TrialRunner):
     """Draws one fault a sample; everything else is a trial like any other."""
 
-    def draw(self, point: int, trial: int) -> Faults:
+    def draw(self, point: int, trial: int) -> Upsets:  # type: ignore[override]
         """One fault a sample: a function of seed, point, index and the number of samples alone."""
         generator = TrialGenerator(self.seed, self._names[point], trial)
         return self._neurons.draw(self.points[point], self.batches.samples, generator)
@@ -60,7 +60,7 @@ class NeuronTrialRunner(TrialRunner):
         assert isinstance(self.space, NeuronSpace)
         return self.space
 
-    def _corrupted(self, faults: Faults) -> AbstractContextManager[int]:
+    def _corrupted(self, faults: Draw) -> AbstractContextManager[int]:
         return self._neurons.corrupted(faults, self.batches.sizes)
 
     def _begin(self, batch: int) -> None:
@@ -83,7 +83,7 @@ class NeuronTrialRunner(TrialRunner):
         """Activations are what neuron campaigns start from: as much as an analysis may take by default."""
         return max(super().cache_bytes, 2**28)
 
-    def _resume(self, faults: Faults) -> Callable[[int], Any] | None:
+    def _resume(self, faults: Draw) -> Callable[[int], Any] | None:
         if self.suffixes is None:
             return None
         suffixes, space = self.suffixes, self._neurons

@@ -93,12 +93,10 @@ class NeuronSite(Sized):
         return (*inside[: self.axis], rows, *inside[self.axis :])
 
 
-def choose_neuron_format(layer: str, dtype: torch.dtype, choice: FormatChoice) -> Format | None:
-    """The format of a layer's output; None if no pattern fits it."""
+def choose_neuron_format(layer: str, dtype: torch.dtype, choice: FormatChoice) -> Format:
+    """The format of a layer's output; its own type if no pattern fits it."""
     if isinstance(choice, Mapping):
         choice = next((fmt for pattern, fmt in choice.items() if _matches(layer, (pattern,))), None)
-        if choice is None:
-            return None
     if choice is not None:
         if choice.together > 1:
             raise FormatError(f"{layer}: {choice!r} codes blocks of words; a neuron's output is a word by itself")
