@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -167,8 +168,14 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _is_one(tensor: Tensor) -> bool:
-    """Whether it is one tensor, and no wrapper around several."""
-    return not bool(is_traceable_wrapper_subclass(tensor))
+    """Whether it is one tensor with memory of its own, and no wrapper around others."""
+    wrapper: bool = is_traceable_wrapper_subclass(tensor)
+    if wrapper:
+        return False
+    try:
+        return tensor.layout != torch.strided or tensor.data_ptr() >= 0
+    except RuntimeError:  # a subclass that only poses as a tensor
+        return False
 
 
 def _describe(model: nn.Module, tensor: Tensor, names: list[tuple[str, bool]], memory: _Memory) -> Candidate:
@@ -249,7 +256,9 @@ def _packed_objects(model: nn.Module, memory: _Memory) -> list[Candidate]:
                     f"floating-point model with format=fp.Affine(8), or one that fp.store_ packed"
                 )
                 name = f"{owner}.{attribute}".lstrip(".")
-                bits = sum(memory.fresh(tensor) for tensor in _inside(value))
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # torch's, that such tensors are deprecated
+                    bits = sum(memory.fresh(tensor) for tensor in _inside(value))
                 found.append(Candidate((name,), owner, "weight", torch.empty(0), bits, problem=why))
     return found
 
@@ -277,10 +286,10 @@ class _Memory:
 
     def fresh(self, tensor: Tensor) -> int:
         """Bits of this tensor that no tensor before it had."""
-        if not _is_one(tensor):
-            names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        if hasattr(tensor, "__tensor_flatten__"):
+            names, _ = tensor.__tensor_flatten__()
             return sum(self.fresh(getattr(tensor, name)) for name in names)
-        if tensor.layout != torch.strided or tensor.is_quantized:
+        if not _is_plain(tensor) or tensor.is_quantized:
             stored = tensor._nnz() if tensor.layout == torch.sparse_coo else tensor.numel()
             return 8 * stored * tensor.element_size()
         start = tensor.data_ptr()
@@ -340,16 +349,27 @@ def choose_format(candidate: Candidate, choice: FormatChoice) -> Format:
     """The format in which one tensor is hit: what was asked for, or else its own type.
 
     Raises:
-        FaultSpaceError: if it is packed in another format.
+        FaultSpaceError: if it is packed in another format, or float64 and no format was asked for at all.
     """
     asked = asked_format(candidate, choice)
     if candidate.packed is None:
-        return _NATIVE[candidate.tensor.dtype] if asked is None else asked
+        dtype = candidate.tensor.dtype
+        if choice is None and dtype == torch.float64:  # hardly what it will be deployed in: the user has to say so
+            raise FaultSpaceError(
+                f"{candidate.name} is {dtype}: pass format= to say how it is stored, e.g. fp.Float32(), or "
+                f"fp.formats.Float64() if all 64 bits are"
+            )
+        return own_format(dtype) if asked is None else asked
     if asked not in (None, candidate.packed.format):
         raise FaultSpaceError(
             f"{candidate.name} is stored as {candidate.packed.format!r} in memory; format= cannot store it differently"
         )
     return candidate.packed.format
+
+
+def own_format(dtype: torch.dtype) -> Format:
+    """The format that a tensor of this type is in by itself."""
+    return _NATIVE[dtype]
 
 
 def unmatched(found: Sequence[Candidate], choice: FormatChoice) -> list[str]:
