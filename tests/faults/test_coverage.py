@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,6 +131,20 @@ def test_a_quantising_format_alone_takes_the_weights_of_every_layer_and_leaves_n
     assert space.bits == expected
     assert space.left_out_bits == 100 * 8
     assert space.coverage == expected / (expected + 800)
+
+
+def test_the_table_in_the_documentation():
+    net, _ = build("gpt2")
+    text = (Path(__file__).resolve().parents[2] / "docs" / "storage.md").read_text()
+    for choice, where in (
+        (None, None),
+        (fp.Affine(8), None),
+        ({"*": fp.Affine(8)}, None),
+        ({"c_attn": fp.Affine(8)}, None),
+        (fp.Affine(8), WEIGHTS),
+    ):
+        space = FaultSpace(net, format=choice, where=where)
+        assert f"| {space.bits:,} | {100 * space.coverage:.1f} % |" in text
 
 
 def test_weights_of_every_kind_of_layer():
