@@ -31,9 +31,9 @@ def test_profile_equals_a_count_of_the_bytes():
 )
 def test_profile_of_other_formats_counts_their_words(format, width):
     net, _ = small()
-    space = fp.FaultSpace(net, format=format)
+    space = fp.FaultSpace(net, format={"*": format})
     words = np.concatenate([format.encode(t).words.reshape(-1).numpy() for t in space.tensors.values()])
-    profile = fp.bit_profile(net, format)
+    profile = fp.bit_profile(net, {"*": format})
     assert profile.tolist() == [float(np.mean(words.astype(np.int64) >> bit & 1)) for bit in range(width)]
 
 

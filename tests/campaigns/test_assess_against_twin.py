@@ -64,8 +64,8 @@ def test_float32(mlp, blobs, faults):
         (fp.BFloat16(), dict.fromkeys(EVERYTHING, slow.bfloat16)),
         (fp.FixedPoint(), dict.fromkeys(EVERYTHING, slow.fixed_point(15, 16))),
         (fp.FixedPoint(2, 4), dict.fromkeys(EVERYTHING, slow.fixed_point(2, 4))),
-        (fp.Affine(bits=4), dict.fromkeys(WEIGHTS, slow.affine(4))),
-        (fp.Affine(), dict.fromkeys(WEIGHTS, slow.affine(8))),
+        (fp.Affine(bits=4), dict.fromkeys(EVERYTHING, slow.float32) | dict.fromkeys(WEIGHTS, slow.affine(4))),
+        (fp.Affine(), dict.fromkeys(EVERYTHING, slow.float32) | dict.fromkeys(WEIGHTS, slow.affine(8))),
         (
             {"0.weight": fp.Affine(bits=3), "2": fp.Float16(), "*.bias": fp.FixedPoint(3, 8)},
             {
@@ -81,6 +81,12 @@ def test_float32(mlp, blobs, faults):
 @pytest.mark.parametrize("faults", [fp.BitErrorRate([1e-2, 0.1]), fp.StuckAt(0.05)], ids=repr)
 def test_other_formats(mlp, blobs, format, codecs, faults):
     same_as_twin(mlp, blobs, faults, codecs, format=format, trials=15)
+
+
+def test_fortunes_view_is_the_weights_alone(mlp, blobs):
+    codecs = dict.fromkeys(WEIGHTS, slow.affine(4))
+    where = fp.Parameters(kinds=("weight",))
+    same_as_twin(mlp, blobs, fp.BitErrorRate(0.05), codecs, format=fp.Affine(bits=4), where=where, trials=15)
 
 
 def test_part_of_the_model(mlp, blobs):

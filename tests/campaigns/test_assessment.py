@@ -21,7 +21,8 @@ def test_columns(result):
     ]  # fmt: skip
     named = ("accuracy", "auroc", "accuracy_drop", "auroc_drop", "masked", "non_critical_sdc", "critical_sdc", "due")
     bounds = [f"{name}{end}" for name in (*named, "critical_total") for end in ("", "_low", "_high")]
-    assert sorted(result.summary) == sorted(["point", "ber", "trials", "flips", "audited", *bounds])
+    assert sorted(result.summary) == sorted(["point", "ber", "trials", "flips", "audited", "coverage", *bounds])
+    assert list(result.summary)[-1] == "coverage"
 
 
 def test_summary_is_means_and_student_intervals_over_trials(result):

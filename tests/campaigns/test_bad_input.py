@@ -56,10 +56,10 @@ class TestFaults:
     def test_a_model_without_parameters(self, refused):
         refused(FaultSpaceError, "(?s)no parameter is left.*none at all", model=nn.Sequential(nn.ReLU()))
 
-    def test_parameters_that_are_no_floats(self, refused):
+    def test_parameters_that_no_format_stores(self, refused):
         model = nn.Linear(4, 3)
-        model.table = nn.Parameter(torch.arange(3), requires_grad=False)
-        refused(FaultSpaceError, "table: is torch.int64; only floating-point", model=model)
+        model.table = nn.Parameter(torch.ones(3, dtype=torch.bool), requires_grad=False)
+        refused(FaultSpaceError, "table: is torch.bool, which has no Format", model=model)
 
     def test_more_bits_than_there_are(self, refused):
         refused(FaultModelError, "the fault space has only 1,376 bits", faults=fp.RandomBits(1377))

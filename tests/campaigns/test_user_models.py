@@ -51,8 +51,10 @@ def test_lstm_that_returns_its_state_too():
     by_index = assessed(model, x, output=0)
     by_function = assessed(model, x, output=lambda raw: raw[0])
     assert by_index.trials.drop(columns="seconds").equals(by_function.trials.drop(columns="seconds"))
-    stored = {entry["name"] for entry in assessed(model, x, output=0, format=fp.Affine(bits=4)).header["stored"]}
-    assert stored == {"head.weight", *(f"lstm.weight_{kind}h_l{layer}" for kind in "ih" for layer in (0, 1))}
+    stored = assessed(model, x, output=0, format=fp.Affine(bits=4)).header["stored"]
+    assert {entry["name"] for entry in stored} == {name for name, _ in model.named_parameters()}
+    quantised = {entry["name"] for entry in stored if entry["format"] == repr(fp.Affine(bits=4))}
+    assert quantised == {"head.weight", *(f"lstm.weight_{kind}h_l{layer}" for kind in "ih" for layer in (0, 1))}
 
 
 def test_packed_sequences():

@@ -47,9 +47,7 @@ class Slow:
 
 def campaign(store: str | None, workers: int = 1, trials: int = 20, sleep: float = 0.0) -> fp.Assessment:
     os.environ["SLOW_ACCURACY"] = str(sleep)
-    return fp.assess(
-        network(), data=samples(), metrics=Slow(), store=store, workers=workers, trials=trials, **SETUP
-    )
+    return fp.assess(network(), data=samples(), metrics=Slow(), store=store, workers=workers, trials=trials, **SETUP)
 
 
 def child(limit: int | None, **wanted: object) -> int:

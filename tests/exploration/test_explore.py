@@ -10,6 +10,7 @@ from flipproof.exploration import fortune
 from flipproof.reports import tradeoff_figure
 
 RATES = fp.BitErrorRate([1e-3, 1e-2])
+WEIGHTS = fp.Parameters(kinds=("weight",))
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_numbers_are_those_of_assess_and_closed_forms(network):
     assert found.candidates["memory_ratio"].tolist() == [1.0, 0.625, 0.75, 0.875]
     for bits, row in zip((3, 4, 5), found.candidates.iloc[1:].itertuples(), strict=True):
         format = fp.TripleMSB(fp.Affine(bits=bits))
-        alone = fp.assess(net, data=data, faults=RATES, format=format, trials=10)
+        alone = fp.assess(net, data=data, faults=RATES, format=format, where=WEIGHTS, trials=10)
         assert row.accuracy == alone.golden["accuracy"]
         assert row.drop == pytest.approx(alone.summary["accuracy_drop"].max())
         assert row.rap == pytest.approx(100 * row.drop * row.memory_ratio * row.time_ratio)
@@ -96,6 +97,15 @@ def test_the_wide_mode_combines_formats_and_hardenings_and_marks_the_front(netwo
     assert table["front"].any()
     labels = [text.get_text() for text in tradeoff_figure(found).axes[0].texts]
     assert "P-3" in labels
+
+
+def test_memory_may_be_all_that_is_stored(network):
+    found = run(network, bits=(3, 3), formats=[fp.Float32()], where=fp.Parameters())
+    assert found.candidates["memory"].tolist() == [384 * width + 36 * 32 for width in (8, 5, 32)]
+    assert found.candidates["coverage"].tolist() == [1, 1, 1]
+    weights = run(network, bits=(3, 3), formats=[fp.Float32()]).candidates
+    assert weights["memory"].tolist() == [384 * width for width in (8, 5, 32)]  # like for like
+    assert weights["coverage"].tolist() == [384 * width / (384 * width + 36 * 32) for width in (8, 5, 32)]
 
 
 def test_it_resumes(network, tmp_path):

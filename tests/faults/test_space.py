@@ -30,6 +30,9 @@ class Everything(nn.Module):
         self.register_buffer("mean", torch.zeros(3))
 
 
+BUFFER = "a buffer: fp.Parameters(buffers=True) takes it"
+
+
 def names(space: FaultSpace) -> list[str]:
     return [site.name for site in space.sites]
 
@@ -69,9 +72,17 @@ def test_selection(where, expected):
 
 
 def test_what_is_left_out_says_why():
-    space = FaultSpace(Everything(), format=fp.Affine(bits=4))
-    assert names(space) == ["embed.weight", "block.weight"]  # the embedding is the weight of `head` too
-    assert "stores only weights" in space.left_out["norm.weight"]
+    where = fp.Parameters(exclude=["embed", "scale"])
+    space = FaultSpace(Everything(), format=fp.Affine(bits=4), where=where)
+    quantised = [site.name for site in space.sites if site.format == fp.Affine(bits=4)]
+    assert quantised == ["block.weight"]
+    assert space.left_out == {
+        "embed.weight": "not selected by where=",
+        "scale": "not selected by where=",
+        **dict.fromkeys(["norm.running_mean", "norm.running_var", "mean"], BUFFER),
+        "norm.num_batches_tracked": "a counter that inference never reads",
+    }
+    assert space.left_out_bits == 32 * (15 + 1 + 3 + 3 + 3)
 
 
 def test_nothing_left_names_what_there_is():
@@ -132,8 +143,8 @@ def problem(change) -> str:
 
 
 def test_tensors_that_cannot_be_hit_are_named_with_what_to_do():
-    def whole(net):
-        net.steps = nn.Parameter(torch.arange(3), requires_grad=False)
+    def masked(net):
+        net.mask = nn.Parameter(torch.ones(3, dtype=torch.bool), requires_grad=False)
 
     def sparse(net):
         net.mask = nn.Parameter(torch.eye(3).to_sparse())
@@ -147,11 +158,11 @@ def test_tensors_that_cannot_be_hit_are_named_with_what_to_do():
     def double(net):
         net.precise = nn.Parameter(torch.zeros(2, dtype=torch.float64))
 
-    assert "steps: is torch.int64; only floating-point parameters" in problem(whole)
+    assert "mask: is torch.bool, which has no Format" in problem(masked)
     assert "mask: is torch.sparse_coo; call .to_dense()" in problem(sparse)
     assert "part and weight overlap in memory" in problem(overlapping)
-    assert "every_other is a view whose elements do not fill their memory" in problem(gaps)
-    assert "precise is torch.float64, which has no format of its own" in problem(double)
+    assert "every_other: is a view whose elements do not fill their memory" in problem(gaps)
+    assert "precise is torch.float64: pass format=" in problem(double)
     with pytest.raises(FaultSpaceError, match="not initialised yet"):
         FaultSpace(nn.LazyLinear(3))
     with pytest.raises(FaultSpaceError, match="meta device"):

@@ -1,6 +1,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from torch.nn.utils import parametrize
 import flipproof as fp
 from flipproof.errors import FaultSpaceError, FormatError
 from flipproof.formats.base import word_dtype
+from flipproof.formats.layout import Layout
 from flipproof.formats.packing import pack, unpack
 
 FORMATS = [
@@ -52,7 +54,7 @@ def images():
 
 
 @given(st.integers(1, 64), st.lists(st.integers(0, 2**64 - 1), max_size=30))
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)  # the first call may compile
 def test_packing_is_the_bit_stream_of_a_plain_python_twin(width, values):
     values = [value & (2**width - 1) for value in values]
     signed = [v - 2**64 if width > 32 and v >= 2**63 else v for v in values]
@@ -64,12 +66,39 @@ def test_packing_is_the_bit_stream_of_a_plain_python_twin(width, values):
     assert torch.equal(unpack(packed, width, (len(values),)), words)
 
 
-@pytest.mark.parametrize("width", [1, 3, 5, 8, 13, 32, 39, 64])
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=5), st.integers(0, 4), st.lists(st.integers(1, 20), max_size=7)
+)
+@settings(max_examples=80, deadline=None)
+def test_words_of_different_widths_are_packed_without_a_gap(block, blocks, tail):
+    layout = Layout(tuple(block), blocks, tuple(tail))
+    widths = block * blocks + tail
+    values = [(0x9E3779B97F4A7C15 * (v + 1)) % 2**width for v, width in enumerate(widths)]
+    words = torch.tensor(values, dtype=torch.int64).to(word_dtype(layout.widest))
+    starts = [sum(widths[:v]) for v in range(len(widths))]
+    stream = sum(value << start for value, start in zip(values, starts, strict=True))
+    packed = pack(words, layout)
+    assert layout.bits == sum(widths)
+    assert packed.tolist() == list(stream.to_bytes(math.ceil(layout.bits / 8), "little"))
+    assert torch.equal(unpack(packed, layout, (len(widths),)), words)
+    places = [(v, bit) for v, width in enumerate(widths) for bit in range(width)]
+    located = layout.locate(np.arange(layout.bits, dtype=np.int64))
+    assert list(zip(*(part.tolist() for part in located), strict=True)) == places
+    every = np.arange(len(widths), dtype=np.int64)
+    assert layout.first(every).tolist() == starts
+    assert layout.width(every).tolist() == widths
+
+
+@pytest.mark.parametrize("width", [1, 3, 5, 8, 13, 32, 39, 64, Layout((5, 5, 4, 4), 7, (5, 5, 4, 4, 4, 4, 4, 4))])
 def test_the_traceable_way_of_unpacking_agrees(width, monkeypatch):
     from flipproof.formats import packing
 
     words = torch.randint(-(2**62), 2**62, (4, 9)).to(torch.int64)
-    words = (words & (2**width - 1) if width < 64 else words).to(word_dtype(width))
+    if isinstance(width, Layout):
+        every = torch.from_numpy(width.width(np.arange(36))).reshape(4, 9)
+        words = (words & (2**every - 1)).to(torch.uint8)
+    else:
+        words = (words & (2**width - 1) if width < 64 else words).to(word_dtype(width))
     packed = pack(words, width)
     expected = unpack(packed, width, (4, 9))
     monkeypatch.setattr(packing, "_in_reach", lambda tensor: False)
@@ -87,9 +116,14 @@ def test_stored_models_compute_what_the_simulation_computes(format):
     stored = fp.store_(copy.deepcopy(net), format)
     with torch.no_grad():
         assert torch.equal(stored(x), expected)
-    kept = sum(site.values for site in space.sites)
-    packed = sum(b.numel() for n, b in stored.named_buffers() if n.endswith("original0"))
-    assert packed == sum(math.ceil(site.bits / 8) for site in space.sites)
+    words = {name for name, _ in stored.named_buffers() if name.endswith("original0")}
+    own = {site.name: site.name[len(site.layer) + 1 :] for site in space.sites}
+    sites = [s for s in space.sites if f"{s.layer}.parametrizations.{own[s.name]}.original0" in words]
+    assert len(sites) == len(words)
+    assert {site.format for site in sites} == {format}
+    kept = sum(site.values for site in sites)
+    packed = sum(b.numel() for n, b in stored.named_buffers() if n in words)
+    assert packed == sum(math.ceil(site.bits / 8) for site in sites)
     constants = sum(b.nbytes for n, b in stored.named_buffers() if ".original" in n and not n.endswith("original0"))
     assert fp.stored_bytes(stored) == fp.stored_bytes(net) - 4 * kept + packed + constants
 
@@ -115,7 +149,7 @@ def test_single_bits_of_every_word_are_the_same_outputs():
     format = fp.TripleMSB(fp.Affine(bits=3))
     stored = fp.store_(copy.deepcopy(net), format)
     simulated = fp.FaultSpace(net, format=format)
-    real = fp.FaultSpace(stored, where=fp.Parameters(kinds=("weight",), exclude="norm"))
+    real = fp.FaultSpace(stored)
     assert [(s.name, s.offset, s.bits) for s in real.sites] == [(s.name, s.offset, s.bits) for s in simulated.sites]
     for position in range(0, simulated.bits, 61):
         places = simulated.places(fp.faults.Faults(torch.tensor([position]).numpy()))

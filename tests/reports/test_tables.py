@@ -92,7 +92,7 @@ class TestCompare:
         table = fp.compare(**{name: assess(rates, format=format) for name, format in formats.items()})
         assert table["campaign"].tolist() == ["base", "base", "half", "half", "byte", "byte"]
         weights = 4 * 8 + 8 * 3
-        np.testing.assert_allclose(table["memory"].unique(), [1, 0.5, 8 * weights / (32 * (weights + 8 + 3))])
+        np.testing.assert_allclose(table["memory"].unique(), [1, 0.5, (8 * weights + 32 * 11) / (32 * (weights + 11))])
 
     def test_the_same_draws_are_paired(self, assess):
         """Two networks hit by the same flips: the interval is of the mean difference, trial by trial."""

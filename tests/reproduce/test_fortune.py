@@ -61,6 +61,7 @@ def test_tables_figures_and_resuming(tmp_path, monkeypatch):
         faults=fp.BitErrorRate([3e-4, 3e-2]),
         trials=4,
         format=fp.TripleMSB(fp.Affine(bits=3)),
+        where=fp.Parameters(kinds=("weight",)),
     )
     own = summary[summary["type"] == "P-3-bit"]
     assert own["drop"].tolist() == pytest.approx((100 * alone.summary["accuracy_drop"]).tolist())

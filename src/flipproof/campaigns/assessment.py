@@ -68,6 +68,16 @@ class Assessment:
         """Stored bits that could be hit."""
         return int(self.header["fingerprint"]["bits"])
 
+    @property
+    def coverage(self) -> float:
+        """Bits that could be hit ÷ all stored bits of the model, see `FaultSpace`; NaN in a journal that lacks it."""
+        return float(self.header.get("coverage", float("nan")))
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """What was outside the fault space, and why."""
+        return dict(self.header["left_out"])
+
     @cached_property
     def trials(self) -> pd.DataFrame:
         """One row a trial: `point`, `ber`/`bit`/…, `trial`, `flips`, metrics (fractions), samples by outcome."""
@@ -103,7 +113,7 @@ class Assessment:
                 mean, low, high = _estimate(outcome, rates(records, outcome), confidence, certain)
                 row |= {outcome: mean, f"{outcome}_low": low, f"{outcome}_high": high}
             row |= {"trials": len(records), "flips": float(np.mean([r.flips for r in records]))}
-            row |= {"audited": sum(r.audited for r in records)}
+            row |= {"audited": sum(r.audited for r in records), "coverage": self.coverage}
             rows.append(row)
         return pd.DataFrame(rows)
 

@@ -77,11 +77,14 @@ def assess(
         data: batches `(inputs, targets)`, read once and kept in memory; targets are class numbers. A tuple or list of
             inputs is passed as arguments, a mapping as keyword arguments.
         faults: what goes wrong; a sweep makes one point a value.
-        format: how parameters are stored: one Format, a mapping {pattern: Format} whose first match wins (what no
-            pattern matches stays outside the fault space), or None for each parameter's own float type. Formats that
+        format: how parameters are stored: one Format, a mapping {pattern: Format} whose first match wins, or None for
+            each tensor's own type. One that quantises (`Affine` and what wraps it), given alone, stores the weights of
+            all layers; a mapping means what it says, ``{"*": fp.Affine(8)}`` biases and norms too. What the format does
+            not store stays in the fault space and is hit in its own type; only `where` leaves out. Formats that
             quantise change the golden run too: it then computes with what the format can represent.
         where: what can be hit: `fp.Parameters`, all by default, or `fp.Neurons`: a single upset in the output of a
             Conv, Linear or recurrent layer in each sample's inference; `format` then says how outputs are stored.
+            ``fp.Parameters(kinds=("weight",))`` is FORTUNE's view: the weights and nothing else.
         trials: repetitions a point (the ceiling, with `margin`). Points that draw nothing at random run once.
         metrics: names ("accuracy", "auroc", "average_precision"), functions `(outputs, targets) → number`, torchmetrics
             objects, or a mapping name → function.
@@ -103,6 +106,9 @@ def assess(
 
     Returns:
         Records and tables.
+
+    Warns:
+        FlipproofWarning: if more than 1 % of the model's stored bits cannot be hit and `where` did not say so.
 
     Raises:
         FlipproofError: one of its kinds, see `flipproof.errors`; nothing is half-written and the model is untouched.
@@ -156,6 +162,8 @@ def assess(
                 point.check(space)
             batches = read_batches(data, target)
             randomness = RandomState(seed, target)
+        if (missing := space.shortfall()) is not None:
+            warnings.warn(missing, FlipproofWarning, stacklevel=2)
         ceilings = [1 if isinstance(space, FaultSpace) and point.repeats(space) else trials for point in points]
         auditing = audit_of(model, audit, ceilings, seed, output)
         pristine = auditing.pristine if auditing is not None else None
@@ -343,6 +351,8 @@ def _header(
         ],
         "left_out": space.left_out,
         "audit": _audit_of_header(runner.audit),
+        "left_out_bits": space.left_out_bits,
+        "coverage": space.coverage,
         "plan": {"trials": trials, "margin": margin, "confidence": confidence},
         "versions": versions(),
     }

@@ -23,7 +23,7 @@ from flipproof.campaigns.live import same
 from flipproof.campaigns.suffix import Suffixes
 from flipproof.campaigns.trial import TrialRunner, same_answers
 from flipproof.errors import DataError
-from flipproof.faults.models import FaultModel, Faults
+from flipproof.faults.models import Draw, FaultModel, Upsets
 from flipproof.faults.neuron_sites import Neurons
 from flipproof.faults.neurons import NeuronSpace
 from flipproof.faults.sampling import TrialGenerator
@@ -62,7 +62,7 @@ class NeuronTrialRunner(TrialRunner):
     alone: bool = False
     """One fault a forward: what one row answers depends on other rows of its batch."""
 
-    def draw(self, point: int, trial: int) -> Faults:
+    def draw(self, point: int, trial: int) -> Upsets:  # type: ignore[override]
         """One fault a sample: a function of seed, point, index and the number of samples alone."""
         generator = TrialGenerator(self.seed, self._names[point], trial)
         return self._neurons.draw(self.points[point], self.batches.samples, generator)
@@ -76,7 +76,7 @@ class NeuronTrialRunner(TrialRunner):
         assert isinstance(self.space, NeuronSpace)
         return self.space
 
-    def answers(self, faults: Faults, suffixes: Suffixes | None) -> Answers:
+    def answers(self, faults: Draw, suffixes: Suffixes | None) -> Answers:
         """What the model answers if each sample has a fault of its own; a sample whose forward raises answers NaN."""
         errors: list[str] = []
         found = run_faulty(
@@ -88,7 +88,7 @@ class NeuronTrialRunner(TrialRunner):
         )
         return replace(found, error=errors[0] if errors else found.error)
 
-    def _batch(self, batch: int, faults: Faults, suffixes: Suffixes | None, errors: list[str]) -> Tensor:
+    def _batch(self, batch: int, faults: Draw, suffixes: Suffixes | None, errors: list[str]) -> Tensor:
         if not self.alone and self.batches.sizes[batch] > 1:
             try:
                 return self._forward(batch, faults, suffixes)
@@ -103,7 +103,7 @@ class NeuronTrialRunner(TrialRunner):
                 rows[row] = float("nan")
         return rows
 
-    def alone_answer(self, batch: int, row: int, faults: Faults, suffixes: Suffixes | None) -> Tensor:
+    def alone_answer(self, batch: int, row: int, faults: Draw, suffixes: Suffixes | None) -> Tensor:
         """A batch's outputs with the fault of one row only, every other row being golden."""
         with self._neurons.only([row]):
             try:
@@ -119,7 +119,7 @@ class NeuronTrialRunner(TrialRunner):
         if self.state.changed():
             self.state.restore()
 
-    def _forward(self, batch: int, faults: Faults, suffixes: Suffixes | None) -> Tensor:
+    def _forward(self, batch: int, faults: Draw, suffixes: Suffixes | None) -> Tensor:
         self._neurons.begin(batch)
         self.randomness.pin()
         resume = self._resume(faults, suffixes)
@@ -151,9 +151,9 @@ class NeuronTrialRunner(TrialRunner):
                     value, bit = int(generator.below(site.values, 1)[0]), int(generator.below(site.width, 1)[0])
                     bit = bit if k % 3 == 0 else max(site.width - 2, 0)
                     positions[self.batches.part(batch).start + row] = site.offset + value * site.width + bit
-                with space.corrupted(Faults(positions), self.batches.sizes), space.only(hit):
+                with space.corrupted(Upsets(positions), self.batches.sizes), space.only(hit):
                     try:
-                        found = self._forward(batch, Faults(positions), None)
+                        found = self._forward(batch, Upsets(positions), None)
                     except FaultyRunError:
                         continue  # such a batch is run one by one anyway
                     finally:
@@ -164,7 +164,7 @@ class NeuronTrialRunner(TrialRunner):
                     return True
         return False
 
-    def differs(self, twin: TrialRunner, faults: Faults, answers: Answers) -> str | None:
+    def differs(self, twin: TrialRunner, faults: Draw, answers: Answers) -> str | None:
         """What differs if another runner does some of the upsets one by one, each in a forward of its own."""
         assert isinstance(twin, NeuronTrialRunner)
         assert answers.outputs is not None
@@ -185,7 +185,7 @@ class NeuronTrialRunner(TrialRunner):
                         return f"the upset of sample {sample} changed other samples of its batch"
         return None
 
-    def blame(self, faults: Faults, answers: Answers) -> str | None:
+    def blame(self, faults: Draw, answers: Answers) -> str | None:
         """The shortcut without which the model itself answers otherwise; None if it is none of them."""
         assert answers.outputs is not None
         together = self.answers(faults, None)
@@ -218,7 +218,7 @@ class NeuronTrialRunner(TrialRunner):
         """Activations are what neuron campaigns start from: as much as an analysis may take by default."""
         return max(super().cache_bytes, 2**28)
 
-    def _resume(self, faults: Faults, suffixes: Suffixes | None) -> Callable[[int], Any] | None:
+    def _resume(self, faults: Draw, suffixes: Suffixes | None) -> Callable[[int], Any] | None:
         if suffixes is None:
             return None
         space = self._neurons
@@ -233,7 +233,7 @@ class NeuronTrialRunner(TrialRunner):
         return lambda batch: suffixes.resume_changed(cut, batch, change)
 
 
-def _row(runner: NeuronTrialRunner, batch: int, row: int, faults: Faults) -> Tensor | None:
+def _row(runner: NeuronTrialRunner, batch: int, row: int, faults: Draw) -> Tensor | None:
     """A batch's outputs with the upset of one row, run whole; None if the model raises."""
     try:
         return runner.alone_answer(batch, row, faults, None)

@@ -16,8 +16,8 @@ from flipproof.campaigns import Assessment
 from flipproof.campaigns.batches import Data, Output
 from flipproof.errors import ConfigError
 from flipproof.exploration.indicators import rap
-from flipproof.exploration.study import BASELINE, Study
-from flipproof.faults import BitErrorRate
+from flipproof.exploration.study import BASELINE, WEIGHTS, Study
+from flipproof.faults import BitErrorRate, Parameters
 from flipproof.formats import Affine, Format, TripleMSB
 from flipproof.hardening import Hardening, harden
 from flipproof.interrupts import gives_back
@@ -31,11 +31,11 @@ class Exploration:
     """What was tried, and what it came to.
 
     Attributes:
-        candidates: one row a stored form: `hardening`, `format`, `width`, `weights`, `memory` (stored bits),
-            `memory_ratio` and `time_ratio` to unprotected 8 bits (time of a forward that decodes packed words, see
-            `store_`), `accuracy` without faults, `drop` (the largest mean drop over the rates, a fraction) with
-            `drop_low` and `drop_high`, `rap`, `feasible`, `front`. A form below the accuracy threshold is not injected,
-            as in Algorithm 1: its `drop` is empty.
+        candidates: one row a stored form: `hardening`, `format`, `width`, `weights`, `memory` (stored bits), `coverage`
+            (of all that the model stores, see `FaultSpace`), `memory_ratio` and `time_ratio` to unprotected 8 bits
+            (time of a forward that decodes packed words, see `store_`), `accuracy` without faults, `drop` (the largest
+            mean drop over the rates, a fraction) with `drop_low` and `drop_high`, `rap`, `feasible`, `front`. A form
+            below the accuracy threshold is not injected, as in Algorithm 1: its `drop` is empty.
         rates: one row a stored form and rate: `accuracy_drop` with its interval, `p_drop` (Eq. 6 as printed) and
             `p_drop_published` (with the drop at the highest rate, as the paper's table has it).
         chosen: the narrowest feasible format, None if none is.
@@ -78,6 +78,7 @@ def explore(
     formats: Sequence[Format] = (),
     hardenings: Mapping[str, Hardening] | None = None,
     calibration: Data | None = None,
+    where: Parameters = WEIGHTS,
     trials: int = 100,
     margin: float | None = None,
     seed: int = 0,
@@ -112,6 +113,8 @@ def explore(
         formats: more stored forms to try, e.g. ``[fp.SECDED(fp.Affine(bits=8))]``.
         hardenings: by name, each combined with every stored form.
         calibration: data for the hardenings, not the data that is judged on.
+        where: what counts as memory and is hit. By default the weights alone, as in the paper; ``fp.Parameters()``
+            takes everything, what a format does not store in its own type, and charges hardenings for their bounds.
         trials: see `assess`.
         margin: see `assess`.
         seed: of all draws.
@@ -146,7 +149,7 @@ def explore(
         raise ConfigError("explore hardens on calibration= data, which must not be the data that is judged on")
     study = Study(
         *(model, list(data), faults or BitErrorRate(RATES), accuracy, drop, trials, margin, seed),
-        *(Path(store) if store is not None else None, workers, output, device, progress),
+        *(Path(store) if store is not None else None, workers, output, device, progress, where),
     )
     study.try_(BASELINE, full=True)
     feasible: dict[int, bool] = {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flipproof.campaigns import assess
 from flipproof.campaigns.batches import Data, Output
 from flipproof.errors import ConfigError
-from flipproof.exploration.study import slug
+from flipproof.exploration.study import WEIGHTS, slug
 from flipproof.faults import BitErrorRate, FaultSpace, Parameters
 from flipproof.formats import Affine, Format, TripleMSB
 
@@ -40,7 +40,8 @@ class Choice(NamedTuple):
     """What `mixed_widths` chose.
 
     Attributes:
-        formats: {qualified name: format}, for `assess` and `store_`.
+        formats: {qualified name: format}, for `store_`, and for `assess`, which then hits what is not in it in its own
+            type, or with ``where=fp.Parameters(kinds=("weight",))`` the weights alone.
         table: one row a weight and option: `layer`, `format`, `bits`, `cost`, `chosen`.
         bits: stored bits of all together.
     """
@@ -96,7 +97,7 @@ def mixed_widths(
         (['0.weight', '2.weight'], True)
     """
     batches = list(data)
-    sites = FaultSpace(model, format=Affine()).sites
+    sites = [site for site in FaultSpace(model, format=Affine(), where=WEIGHTS).sites if site.format == Affine()]
     base = assess(
         model, data=batches, faults=BitErrorRate(0.0), metrics={"doubt": doubt}, trials=1, output=output, progress=False
     ).golden["doubt"]
@@ -118,7 +119,7 @@ def mixed_widths(
                 progress=progress,
             )
             cost = float(found.summary["doubt"].iloc[0]) - base
-            rows.append((site.name, format, site.values * format.width, cost))
+            rows.append((site.name, format, format.layout(site.values).bits, cost))
     picked = _cheapest([site.name for site in sites], rows, memory)
     table = pd.DataFrame(
         [(name, repr(format), bits, cost, picked[name] == format) for name, format, bits, cost in rows],

@@ -17,12 +17,15 @@ from flipproof.campaigns.batches import Output, call, read_batches
 from flipproof.campaigns.evaluation import eval_mode, one_thread
 from flipproof.errors import FormatError
 from flipproof.exploration.indicators import p_drop
-from flipproof.faults import BitErrorRate, FaultModel, FaultSpace
+from flipproof.faults import BitErrorRate, FaultModel, FaultSpace, Parameters
 from flipproof.formats import Affine, Format
 from flipproof.formats.storage import store_
 
 BASELINE = Affine(bits=8)
 """What memory and time are relative to, as in the paper: unprotected 8 bits."""
+
+WEIGHTS = Parameters(kinds=("weight",))
+"""FORTUNE's view of memory: the weights and nothing else. Biases, norms and the bounds of hardenings are not in it."""
 
 
 @dataclass
@@ -42,6 +45,7 @@ class Study:
     output: Output
     device: str | torch.device | None
     progress: bool | None
+    where: Parameters = WEIGHTS
     rows: list[dict[str, object]] = field(default_factory=list)
     rates: list[pd.DataFrame] = field(default_factory=list)
     assessments: dict[str, Assessment] = field(default_factory=dict)
@@ -57,11 +61,12 @@ class Study:
         name = f"{hardening}/{format!r}" if hardening != "none" else repr(format)
         if name in self.assessments:
             return bool(next(row["feasible"] for row in self.rows if row["name"] == name))
-        space = FaultSpace(net, format=format)
+        space = FaultSpace(net, format=format, where=self.where)
         golden = self._assess(net, format, BitErrorRate(0.0), None).golden["accuracy"]
         row: dict[str, object] = {
             **{"name": name, "hardening": hardening, "format": repr(format), "width": format.width},
-            **{"weights": sum(site.values for site in space.sites), "memory": space.bits, "accuracy": golden},
+            **{"weights": sum(site.values for site in space.sites), "memory": space.bits},
+            **{"coverage": space.coverage, "accuracy": golden},
             **{
                 "time_ratio": self._time_ratio(net, format),
                 "drop": float("nan"),
@@ -86,6 +91,7 @@ class Study:
             data=self.data,
             faults=faults,
             format=format,
+            where=self.where,
             trials=self.trials,
             margin=self.margin if name else None,
             seed=self.seed,
@@ -104,7 +110,8 @@ class Study:
         device = next((t.device for t in net.parameters()), torch.device("cpu"))
         inputs = read_batches(self.data[:1], device).inputs[0]
         try:
-            both = [store_(deepcopy(model), held) for model, held in ((net, format), (self.model, BASELINE))]
+            pairs = ((net, format), (self.model, BASELINE))
+            both = [store_(deepcopy(model), held, where=self.where) for model, held in pairs]
         except FormatError:
             return float("nan")
         seconds: list[list[float]] = [[], []]

@@ -1,6 +1,6 @@
 """Fault spaces, fault models and injection."""
 
-from flipproof.faults.models import BitErrorRate, BitPosition, FaultModel, Faults, RandomBits, StuckAt
+from flipproof.faults.models import BitErrorRate, BitPosition, FaultModel, Faults, RandomBits, StuckAt, Upsets
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.faults.sites import Parameters, Site
 from flipproof.faults.space import FaultSpace
@@ -16,4 +16,5 @@ __all__ = [
     "Site",
     "StuckAt",
     "TrialGenerator",
+    "Upsets",
 ]

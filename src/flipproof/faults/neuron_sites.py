@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flipproof.errors import FaultSpaceError, FormatError
-from flipproof.faults.selection import _NATIVE, FormatChoice
+from flipproof.faults.selection import FormatChoice, own_format
 from flipproof.faults.sites import Sized
 from flipproof.formats.base import Coding, Format, word_dtype
 
@@ -93,16 +93,15 @@ class NeuronSite(Sized):
         return (*inside[: self.axis], rows, *inside[self.axis :])
 
 
-def choose_neuron_format(layer: str, dtype: torch.dtype, choice: FormatChoice) -> Format | None:
-    """The format of a layer's output; None if no pattern fits it."""
+def choose_neuron_format(layer: str, dtype: torch.dtype, choice: FormatChoice) -> Format:
+    """The format of a layer's output; its own type if no pattern fits it."""
+    patterns = isinstance(choice, Mapping)
     if isinstance(choice, Mapping):
         choice = next((fmt for pattern, fmt in choice.items() if _matches(layer, (pattern,))), None)
-        if choice is None:
-            return None
     if choice is not None:
         if choice.together > 1:
             raise FormatError(f"{layer}: {choice!r} codes blocks of words; a neuron's output is a word by itself")
         return choice
-    if dtype not in _NATIVE:
-        raise FaultSpaceError(f"{layer} gives {dtype}, which has no format of its own; pass format=")
-    return _NATIVE[dtype]
+    if not dtype.is_floating_point or (dtype == torch.float64 and not patterns):
+        raise FaultSpaceError(f"{layer} gives {dtype}: pass format= to say how it is stored")
+    return own_format(dtype)

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from flipproof.errors import FaultModelError, FaultSpaceError, FormatError
-from flipproof.faults.models import BitPosition, FaultModel, Faults, RandomBits
+from flipproof.faults.models import BitPosition, Draw, FaultModel, RandomBits, Upsets
 from flipproof.faults.neuron_sites import Neurons, NeuronSite, choose_neuron_format
 from flipproof.faults.observing import Observer
+from flipproof.faults.outputs import Outputs
 from flipproof.faults.sampling import Positions, TrialGenerator
-from flipproof.faults.selection import FormatChoice
+from flipproof.faults.selection import FormatChoice, check_format, check_model
 
 Change = Callable[[NeuronSite, Tensor], Tensor | None]
 """Given a site and its stored output: the output to go on with, or None for the same."""
@@ -33,8 +34,8 @@ class NeuronSpace:
         model: any module; hooks are on it only while `stored()` is active.
         forwards: one function a batch that runs the model, and the samples of that batch.
         where: which layers.
-        format: how outputs are stored: None for each tensor's own type, one Format, or {pattern: Format}. `Affine`
-            takes its range from the fault-free outputs over all batches.
+        format: how outputs are stored: None for each tensor's own type, one Format, or {pattern: Format} (what no
+            pattern fits keeps its own type). `Affine` takes its range from the fault-free outputs over all batches.
 
     Raises:
         FaultSpaceError: if no layer is left, with the reason for each.
@@ -49,19 +50,21 @@ class NeuronSpace:
         where: Neurons | None = None,
         format: FormatChoice = None,
     ) -> None:
-        where = where or Neurons()
+        where = Neurons() if where is None else where
+        if not isinstance(where, Neurons):
+            raise FaultSpaceError(f"a neuron space takes where=fp.Neurons(…), got {where!r}")
+        check_format(format)
+        check_model(model)
         self.model = model
         self.left_out: dict[str, str] = {}
         """Layers that are not in the space, and why."""
         seen = Observer(model, where, self.left_out)
-        seen.watch(forwards)
+        with Outputs(model) as outputs:
+            seen.watch(forwards)
         sites: list[NeuronSite] = []
         offset = 0
         for (layer, call), (shape, axis, dtype, low, high) in seen.found.items():
             chosen = choose_neuron_format(layer, dtype, format)
-            if chosen is None:
-                self.left_out[layer] = "no pattern of format= fits it"
-                continue
             try:  # only extremes matter to the formats that look at a whole tensor; one of them may be a constant
                 coding = chosen.fit(torch.stack([low, high]))
             except FormatError as error:
@@ -79,6 +82,14 @@ class NeuronSpace:
             )
         self.sites: tuple[NeuronSite, ...] = tuple(sites)
         self.bits = offset
+        hit = {site.layer for site in sites}
+        seen_bits = outputs.bits_a_sample(samples=sum(size for _, size in forwards))
+        outside = {name: bits for name, bits in seen_bits.items() if name not in hit}
+        for name in outside:
+            self.left_out.setdefault(name, "fp.Neurons() takes Conv, Linear, LSTM and GRU layers")
+        self.left_out_bits = sum(outside.values())
+        """Bits a sample of all that, each output in its own type."""
+        self._unasked = {name: bits for name, bits in outside.items() if where.selects(name or "*")}
         self.calls = {s.layer: 1 + max(o.call for o in sites if o.layer == s.layer) for s in sites}
         self._firsts = np.array([site.offset for site in sites], np.int64)
         self._by_call = {(s.layer, s.call): s for s in sites}
@@ -106,6 +117,28 @@ class NeuronSpace:
         raise FaultSpaceError(f"{name!r} is not in the neuron space; it holds {[s.name for s in self.sites]}")
 
     @property
+    def coverage(self) -> float:
+        """Bits that can be hit ÷ bits of the outputs of all modules with weights that multiply, for one sample.
+
+        These are Conv, Linear, Bilinear, recurrent and MultiheadAttention modules that the forward calls; outputs that
+        can be hit count in their format, others in their own type. What functions compute (`F.linear`, `matmul`, sums)
+        is not seen.
+        """
+        return self.bits / (self.bits + self.left_out_bits)
+
+    def shortfall(self) -> str | None:
+        """A sentence on what is missing, if more than 1 % of those bits are outside without being asked for."""
+        if sum(self._unasked.values()) <= 0.01 * (self.bits + self.left_out_bits):
+            return None
+        named = [f"{name} ({bits:,} bits; {self.left_out[name]})" for name, bits in list(self._unasked.items())[:3]]
+        more = f" and {len(self._unasked) - 3} more" if len(self._unasked) > 3 else ""
+        return (
+            f"only {100 * self.coverage:.3g} % of the bits that layers compute for a sample can be hit. Outside the "
+            f"fault space: {'; '.join(named)}{more}. Leave them out on purpose with where=fp.Neurons(exclude=[…]) and "
+            f"this is not said"
+        )
+
+    @property
     def repeated(self) -> bool:
         """Whether some layer is called more than once in a forward."""
         return any(count > 1 for count in self.calls.values())
@@ -119,7 +152,7 @@ class NeuronSpace:
             )
         point.check(self)  # type: ignore[arg-type]
 
-    def draw(self, point: FaultModel, samples: int, generator: TrialGenerator) -> Faults:
+    def draw(self, point: FaultModel, samples: int, generator: TrialGenerator) -> Upsets:
         """One bit a sample, all in the output of one layer, which is drawn first, in proportion to its bits.
 
         So every sample's fault is uniform over the space; those of one trial share the layer, which lets the trial
@@ -130,14 +163,14 @@ class NeuronSpace:
         borders = np.cumsum(sizes)
         chosen = self.sites[int(np.searchsorted(borders, generator.below(int(borders[-1]), 1)[0], side="right"))]
         if bit is None:
-            return Faults(chosen.offset + generator.below(chosen.bits, samples))
-        return Faults(chosen.offset + generator.below(chosen.values, samples) * chosen.width + int(bit))
+            return Upsets(chosen.offset + generator.below(chosen.bits, samples))
+        return Upsets(chosen.offset + generator.below(chosen.values, samples) * chosen.width + int(bit))
 
-    def layer_of(self, faults: Faults) -> NeuronSite:
+    def layer_of(self, faults: Draw) -> NeuronSite:
         """The site that a trial's faults share."""
         return self.sites[int(self._located(faults.positions[:1])[0][0])]
 
-    def places(self, faults: Faults) -> list[tuple[str, int, int]]:
+    def places(self, faults: Draw) -> list[tuple[str, int, int]]:
         """The faults as (layer, neuron, bit), one a sample."""
         which, value, bit = self._located(faults.positions)
         return [
@@ -181,12 +214,18 @@ class NeuronSpace:
             self._change = None
 
     @contextmanager
-    def corrupted(self, faults: Faults, sizes: Sequence[int]) -> Iterator[int]:
+    def corrupted(self, faults: Draw, sizes: Sequence[int]) -> Iterator[int]:
         """While active, sample i's inference has the i-th of these faults; `begin` tells which batch runs.
 
         Yields:
             How many bits change: one a sample.
         """
+        if not isinstance(faults, Upsets):
+            raise FaultSpaceError(f"a neuron space takes Upsets, one a sample, got {type(faults).__name__}")
+        if len(faults) != sum(sizes):
+            raise FaultSpaceError(f"{len(faults)} upsets for {sum(sizes)} samples: there must be one for each")
+        if len(faults) and int(faults.positions.max()) >= self.bits:
+            raise FaultSpaceError(f"upsets lie outside the space of {self.bits:,} bits: {faults.positions.max()}")
         self._faults = (*self._located(faults.positions), np.cumsum([0, *sizes]))
         try:
             with self.changed(self._hit):

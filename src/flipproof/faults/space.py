@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -9,12 +10,20 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from flipproof.errors import FaultSpaceError, FormatError
+from flipproof.errors import FaultSpaceError, FlipproofWarning, FormatError
 from flipproof.faults.memory import CLEAR, FLIP, SET, DirectMemory, UndoLog
 from flipproof.faults.models import Faults
 from flipproof.faults.sampling import Positions
-from flipproof.faults.selection import FormatChoice, candidates, choose_format
-from flipproof.faults.sites import Parameters, Site
+from flipproof.faults.selection import (
+    Candidate,
+    FormatChoice,
+    check_format,
+    check_hit,
+    choose_format,
+    inventory,
+    unmatched,
+)
+from flipproof.faults.sites import Parameters, Site, check_where
 from flipproof.faults.words import Undo, corrupt_words, scatter
 from flipproof.formats.base import Coding, dense
 from flipproof.interrupts import whole
@@ -27,13 +36,27 @@ class FaultSpace:
     place; for every other format the model holds decoded values while `stored()` is active (which keeps one copy of
     the originals), and a fault re-decodes only the words it touches.
 
+    Everything that the model stores is either in the space or in `left_out`, with the reason:
+
+    coverage = bits that can be hit / (bits that can be hit + `left_out_bits`)
+
+    Stored are parameters, buffers (non-persistent ones too) and packed objects of torch.ao. What is in the space counts
+    in the format it is stored in, what is not in its own type; memory that several tensors share counts once. Not
+    counted are what inference never reads (`num_batches_tracked`) and the constants of formats (scale and zero point),
+    which are taken to lie in protected memory. Plain attributes of modules that are neither parameter nor buffer are
+    not seen.
+
     Args:
-        model: any module.
-        where: which of its tensors.
-        format: how they are stored, see `assess`.
+        model: any eager module.
+        where: which of its tensors; every parameter by default.
+        format: how they are stored, see `assess`: what it does not store is hit in its own type.
 
     Raises:
         FaultSpaceError: if nothing is selected, or naming each tensor that cannot be hit.
+        FormatError: if `format` is none.
+
+    Warns:
+        FlipproofWarning: if a pattern of `format` fits nothing that the model stores.
 
     Example:
         >>> import flipproof as fp, torch
@@ -47,27 +70,33 @@ class FaultSpace:
         True
         >>> torch.equal(net.weight, before)
         True
+        >>> weights = fp.FaultSpace(net, where=fp.Parameters(kinds=("weight",)), format=fp.Affine(bits=8))
+        >>> weights.bits, weights.left_out, weights.left_out_bits, round(weights.coverage, 3)
+        (16, {'bias': 'not selected by where='}, 32, 0.333)
     """
 
     def __init__(self, model: nn.Module, *, where: Parameters | None = None, format: FormatChoice = None) -> None:
-        where = where or Parameters()
+        where = check_where(where)
+        check_format(format)
         self._asked = (where, format)
         sites: list[Site] = []
         tensors: list[Tensor] = []
         held: list[bool] = []
         packed: list[bool] = []
         self.left_out: dict[str, str] = {}
-        """Tensors that are not in the space, and why."""
+        """What the model stores and is not in the space, and why."""
+        self.left_out_bits = 0
+        """Stored bits of all that, each in its own type."""
+        self._unasked: list[Candidate] = []
         offset = 0
-        found = candidates(model, buffers=where.buffers)
+        found = inventory(model)
+        why = {candidate.name: where.leaves_out(candidate) for candidate in found}
+        check_hit([candidate for candidate in found if not why[candidate.name]])
         for candidate in found:
-            if not where.selects(candidate):
-                self.left_out[candidate.name] = "not selected by where="
+            if reason := why[candidate.name]:
+                self._leave_out(candidate, reason, asked=not where.asks_for(candidate))
                 continue
             chosen = choose_format(candidate, format)
-            if isinstance(chosen, str):
-                self.left_out[candidate.name] = chosen
-                continue
             t = candidate.tensor
             like = candidate.packed or t
             names, shape = candidate.names, tuple(like.shape)
@@ -78,10 +107,17 @@ class FaultSpace:
             sites.append(site)
             tensors.append(t)
         if not sites:
-            known = "\n  ".join(f"{c.name} ({c.kind})" for c in found[:20]) or "none at all"
+            known = "\n  ".join(f"{c.name} ({c.kind}){f': {c.problem}' if c.problem else ''}" for c in found[:20])
             raise FaultSpaceError(
                 f"no parameter is left to hit with {where!r} and format={format!r}; "
-                f"the model's parameters are\n  {known}"
+                f"the model's parameters are\n  {known or 'none at all'}"
+            )
+        for pattern in unmatched(found, format):
+            warnings.warn(
+                f"the pattern {pattern!r} of format= fits nothing that this {type(model).__name__} stores; what it was "
+                f"meant for is hit in its own type",
+                FlipproofWarning,
+                stacklevel=2,
             )
         self.sites: tuple[Site, ...] = tuple(sites)
         self.bits = offset
@@ -92,9 +128,42 @@ class FaultSpace:
         self._borders = np.array([*(site.offset for site in sites), offset], np.int64)
         self._firsts = self._borders[:-1]
         self._widths = np.array([site.width for site in sites], np.int64)
+        self._uneven = [i for i, site in enumerate(sites) if not site.is_even]
         self._originals: dict[int, Tensor] | None = None
         self._codings: dict[int, Coding] = {}
         self._direct: tuple[tuple[tuple[int, int], ...], DirectMemory | None, list[int]] | None = None
+
+    def _leave_out(self, candidate: Candidate, reason: str, *, asked: bool) -> None:
+        self.left_out[candidate.name] = reason
+        if candidate.unread:
+            return
+        self.left_out_bits += candidate.bits
+        if not asked:
+            self._unasked.append(candidate)
+
+    @property
+    def coverage(self) -> float:
+        """Bits that can be hit ÷ all stored bits of the model, see above."""
+        return self.bits / (self.bits + self.left_out_bits)
+
+    def shortfall(self) -> str | None:
+        """A sentence on what is missing, if more than 1 % of the stored bits are outside without being asked for."""
+        missing = sum(candidate.bits for candidate in self._unasked)
+        if missing <= 0.01 * (self.bits + self.left_out_bits):
+            return None
+        by_reason: dict[str, list[Candidate]] = {}
+        for candidate in self._unasked:
+            by_reason.setdefault(self.left_out[candidate.name], []).append(candidate)
+        parts = [
+            f"{', '.join(c.name for c in group[:3])}{f' and {len(group) - 3} more' if len(group) > 3 else ''} "
+            f"({sum(c.bits for c in group):,} bits; {reason})"
+            for reason, group in by_reason.items()
+        ]
+        return (
+            f"only {100 * self.coverage:.3g} % of the model's stored bits can be hit. Outside the fault space: "
+            f"{'; '.join(parts)}. Leave it out on purpose with where=fp.Parameters(exclude=[…]) or kinds=(…) and "
+            f"this is not said"
+        )
 
     def __getstate__(self) -> dict[str, object]:
         """Addresses mean nothing in another process: they are looked up again there."""
@@ -142,12 +211,15 @@ class FaultSpace:
             if name not in self._index:
                 raise FaultSpaceError(f"{name!r} is not in the fault space; it holds {[s.name for s in self.sites]}")
             site = self.sites[self._index[name]]
-            if not (0 <= value < site.values and 0 <= bit < site.width):
+            width = site.width
+            if 0 <= value < site.values and not site.is_even:
+                width = int(site.layout.width(np.array([value]))[0])
+            if not (0 <= value < site.values and 0 <= bit < width):
                 raise FaultSpaceError(
-                    f"{name} has values 0 to {site.values - 1} of bits 0 to {site.width - 1}, "
-                    f"got value {value}, bit {bit}"
+                    f"{name} has values 0 to {site.values - 1} of bits 0 to {width - 1}, got value {value}, bit {bit}"
                 )
-            positions.append(site.offset + value * site.width + bit)
+            first = value * width if site.is_even else int(site.layout.first(np.array([value]))[0])
+            positions.append(site.offset + first + bit)
         unique = np.unique(np.array(positions, np.int64))
         if unique.size != len(positions):
             raise FaultSpaceError("the same bit is named twice; two flips of one bit cancel out")
@@ -168,7 +240,11 @@ class FaultSpace:
 
     def _located(self, faults: Faults) -> tuple[Positions, Positions, Positions]:
         which = np.searchsorted(self._firsts, faults.positions, side="right") - 1
-        value, bit = np.divmod(faults.positions - self._firsts[which], self._widths[which])
+        inside = faults.positions - self._firsts[which]
+        value, bit = np.divmod(inside, self._widths[which])
+        for i in self._uneven:
+            here = which == i
+            value[here], bit[here] = self.sites[i].locate(inside[here])
         return which, value, bit
 
     def touched_names(self, faults: Faults) -> list[str]:
@@ -234,6 +310,8 @@ class FaultSpace:
         Raises:
             FaultSpaceError: if a fault lies outside the space.
         """
+        if not isinstance(faults, Faults):
+            raise FaultSpaceError(f"a space of stored bits takes Faults, got {type(faults).__name__}")
         positions = faults.positions
         if positions.size and (positions[0] < 0 or positions[-1] >= self.bits):
             raise FaultSpaceError(

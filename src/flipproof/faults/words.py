@@ -40,7 +40,7 @@ def corrupt_words(
         packed: memory holds packed words: its bytes are the words, and stand for themselves.
     """
     width = 8 if packed else site.width
-    values, places = np.divmod(bits, width)
+    values, places = np.divmod(bits, width) if packed else site.locate(bits)
     starts = np.flatnonzero(np.diff(values, prepend=-1))
     masks = np.bitwise_or.reduceat(np.uint64(1) << places.astype(np.uint64), starts)
     index = torch.from_numpy(values[starts]).to(tensor.device)

@@ -4,7 +4,8 @@ from flipproof.formats.affine import Affine
 from flipproof.formats.base import Format, Stored
 from flipproof.formats.clipped import BitClipped
 from flipproof.formats.fixed import FixedPoint
-from flipproof.formats.floating import BFloat16, Float8E4M3, Float8E5M2, Float16, Float32
+from flipproof.formats.floating import BFloat16, Float8E4M3, Float8E5M2, Float16, Float32, Float64
+from flipproof.formats.integer import Integer
 from flipproof.formats.protected import Parity, TripleMSB
 from flipproof.formats.secded import SECDED
 
@@ -18,7 +19,9 @@ __all__ = [
     "Float8E5M2",
     "Float16",
     "Float32",
+    "Float64",
     "Format",
+    "Integer",
     "Parity",
     "Stored",
     "TripleMSB",

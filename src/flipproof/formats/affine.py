@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flipproof.errors import FormatError
 from flipproof.formats.base import Coding, Format, word_dtype
+from flipproof.formats.rounding import cast
 
 
 @dataclass(frozen=True)
@@ -18,14 +19,15 @@ class Affine(Format):
 
     s = (max − min) / (2^m − 1), z = −min / s, word = round(x / s + z), value = s · (word − z)
 
-    Ties round to even; words are clamped to [0, 2^m − 1]. All in float64, then cast to the tensor's type. With
+    Ties round to even; words are clamped to [0, 2^m − 1]. All in float64, then rounded once to the tensor's type. With
     ``axis=None`` s and z are per tensor and z stays real (the paper's text); with ``axis=0`` they are per output
     channel and z is rounded to an integer (the authors' code), which can cost half a step at both ends. A constant
     tensor (or channel) has no spread: s is then |c| / (2^m − 1), 1 / (2^m − 1) for c = 0, and its word 0 reads as
     exactly c. −0.0 reads as +0.0 or whatever value is nearest. NaN and infinities have no word and are refused.
 
     Scale and zero point are taken to be protected: faults hit the words only, as in the paper. Given alone to
-    `assess`, the format stores the weights of Conv, Linear and recurrent layers and nothing else.
+    `assess`, the format stores the weights of every layer (what is called a weight and has two dimensions or more); the
+    rest stays in the fault space in its own type. ``{"*": Affine(8)}`` stores biases and norms this way too.
 
     Args:
         bits: 2 to 8.
@@ -90,4 +92,4 @@ class Affine(Format):
 
     def decode_words(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> Tensor:
         scale, zero = coding
-        return (scale * (words.to(torch.float64) - zero)).to(dtype)
+        return cast(scale * (words.to(torch.float64) - zero), dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flipproof.errors import FormatError
+from flipproof.formats.layout import Layout
 
 Coding = tuple[Tensor, ...]
 """What a format keeps of a tensor besides its words, e.g. ``(scale, zero)``: each a scalar or one entry a slice
@@ -43,7 +44,7 @@ class Format(ABC):
 
     A code over blocks sets `together`: its two methods then take whole blocks of so many consecutive words, row-major
     (what is left over at the end of a tensor belongs to its last block, which is longer), and the values of a block
-    depend on all its words.
+    depend on all its words. Where its words are not equally wide it says so in `layout`; `width` is then the widest.
     """
 
     @property
@@ -53,13 +54,17 @@ class Format(ABC):
 
     @property
     def weights_only(self) -> bool:
-        """True where the format, given alone, stores only the weights of Conv, Linear and recurrent layers."""
+        """True where the format, given alone, stores only the weights of layers; the rest keeps its own type."""
         return False
 
     @property
     @abstractmethod
     def width(self) -> int:
-        """Stored bits a value, check bits included."""
+        """Stored bits a value, check bits included; of the widest word, where they differ."""
+
+    def layout(self, values: int) -> Layout:
+        """Which bits of the words of a tensor of so many values are stored, one behind the other."""
+        return Layout.even(values, self.width)
 
     def fit(self, x: Tensor) -> Coding:
         """What has to be known of the whole tensor to encode it; nothing by default."""

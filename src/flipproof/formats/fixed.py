@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flipproof.errors import FormatError
 from flipproof.formats.base import Coding, Format, word_dtype
+from flipproof.formats.rounding import cast
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,8 @@ class FixedPoint(Format):
     """Signed fixed point: word = round(x · 2^fraction_bits), two's complement, sign at the top.
 
     Width is 1 + integer_bits + fraction_bits. Values outside [−2^i, 2^i − 2^−f] saturate, infinities with them; −0.0
-    becomes 0; NaN has no word and is refused. Decoding is exact in float64 and then rounded to the tensor's type, so
-    a word of more than 24 significant bits reads as the nearest float32.
+    becomes 0; NaN has no word and is refused. Decoding is exact in float64 and then rounded once to the tensor's type,
+    so a word of more than 24 significant bits reads as the nearest float32.
 
     Args:
         integer_bits: bits left of the point, without the sign.
@@ -72,4 +73,4 @@ class FixedPoint(Format):
     def decode_words(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> Tensor:
         blank = 64 - self.width  # shift the sign to bit 63 and back: sign extension
         signed = (words.to(torch.int64) << blank) >> blank
-        return (signed.to(torch.float64) * 2.0**-self.fraction_bits).to(dtype)
+        return cast(signed.to(torch.float64) * 2.0**-self.fraction_bits, dtype)

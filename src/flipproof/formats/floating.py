@@ -1,4 +1,4 @@
-"""IEEE-754 binary32 and binary16, bfloat16 and the two 8-bit floats, as torch stores them."""
+"""IEEE-754 binary64, binary32 and binary16, bfloat16 and the two 8-bit floats, as torch stores them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from flipproof.formats.base import Coding, Format, word_dtype
+from flipproof.formats.rounding import cast
 
 
 @dataclass(frozen=True)
 class _Floating(Format):
     """A float type of torch: a word is the value's bit pattern.
 
-    Rounding is to nearest, ties to even, as torch's own casts do it. NaN, infinities, subnormals and −0.0 have words
-    and come back as they were; a tensor that already has this type keeps its very bits, NaN payloads included.
+    Rounding is to nearest, ties to even, and happens once, from float64 too (torch's own casts pass through float32 and
+    round twice). NaN, infinities, subnormals and −0.0 have words and come back as they were; a tensor that already has
+    this type keeps its very bits, NaN payloads included.
     """
 
     storage: ClassVar[torch.dtype]
@@ -26,13 +28,26 @@ class _Floating(Format):
         return self.storage.itemsize * 8
 
     def encode_values(self, x: Tensor, coding: Coding) -> Tensor:
-        return x.to(self.storage, copy=True).contiguous().view(word_dtype(self.width))
+        return cast(x, self.storage).contiguous().view(word_dtype(self.width))
 
     def decode_words(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> Tensor:
-        return words.contiguous().view(self.storage).to(dtype, copy=True)
+        return cast(words.contiguous().view(self.storage), dtype)
 
     def is_native(self, dtype: torch.dtype) -> bool:
         return dtype == self.storage
+
+
+@dataclass(frozen=True)
+class Float64(_Floating):
+    """IEEE-754 binary64: bit 63 sign, 62…52 exponent, 51…0 fraction. It is the own format of float64 models.
+
+    Example:
+        >>> import torch
+        >>> Float64().encode(torch.tensor([-0.0], dtype=torch.float64)).words.tolist()  # the sign alone
+        [-9223372036854775808]
+    """
+
+    storage: ClassVar[torch.dtype] = torch.float64
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flipproof.formats.base import Coding, Format, dense, word_dtype
+from flipproof.formats.layout import Layout, Whole
 from flipproof.kernels import kernel
 
 TABLE_WIDTH = 10
 """Up to this width a word is looked up in a table of all values it can stand for."""
 
 
-def pack(words: Tensor, width: int) -> Tensor:
+def pack(words: Tensor, width: int | Layout) -> Tensor:
     """Words as uint8: bit b of word v is bit v · width + b of the stream, the lowest bit of a byte first.
+
+    A `Layout` says it where words are not equally wide: then only the bits that it counts are stored.
 
     Example:
         >>> pack(torch.tensor([0b101, 0b011, 0b110], dtype=torch.uint8), 3).tolist()  # 110 011 101, from the right
@@ -25,31 +29,58 @@ def pack(words: Tensor, width: int) -> Tensor:
     """
     flat = words.detach().reshape(-1).cpu().contiguous().numpy()
     wide = flat.astype(np.int64).view(np.uint64)
-    out = np.zeros(math.ceil(flat.size * width / 8), np.uint8)
-    _pack(wide, width, out)
+    layout = _layout(width, flat.size)
+    out = np.zeros(math.ceil(layout.bits / 8), np.uint8)
+    for words_, base, starts in _pieces(layout, wide):
+        _pack(words_, base, starts, out)
     return torch.from_numpy(out).to(words.device)
 
 
-def unpack(packed: Tensor, width: int, shape: tuple[int, ...]) -> Tensor:
+def unpack(packed: Tensor, width: int | Layout, shape: tuple[int, ...]) -> Tensor:
     """The words of a stream, in the integer type that the width takes.
 
     Raises:
         ValueError: if the stream has another length than that many words need.
     """
     count = math.prod(shape)
-    if packed.numel() != math.ceil(count * width / 8):
+    layout = _layout(width, count)
+    if packed.numel() != math.ceil(layout.bits / 8):
         raise ValueError(
-            f"{count} words of {width} bits fill {math.ceil(count * width / 8)} bytes, got {packed.numel()}"
+            f"{count} words of {layout.widest} bits, {layout.bits} in all, fill {math.ceil(layout.bits / 8)} bytes, "
+            f"got {packed.numel()}"
         )
     if _in_reach(packed):
         out = np.empty(count, np.uint64)
-        _unpack(packed.contiguous().numpy(), width, out)
-        return torch.from_numpy(out.view(np.int64)).to(word_dtype(width)).reshape(shape)
+        for words, base, starts in _pieces(layout, out):
+            _unpack(packed.contiguous().numpy(), base, starts, words)
+        return torch.from_numpy(out.view(np.int64)).to(word_dtype(layout.widest)).reshape(shape)
+    widest = layout.widest
     # division and remainder instead of shifts: every exporter knows them
     powers = torch.tensor([1 << place for place in range(8)], device=packed.device)
-    bits = (packed.to(torch.int64).unsqueeze(-1) // powers % 2).reshape(-1)[: count * width].reshape(count, width)
-    weights = torch.tensor([1 << place if place < 63 else -(1 << 63) for place in range(width)], device=packed.device)
-    return (bits * weights).sum(dim=-1).to(word_dtype(width)).reshape(shape)
+    bits = (packed.to(torch.int64).unsqueeze(-1) // powers % 2).reshape(-1)
+    weights = torch.tensor([1 << place if place < 63 else -(1 << 63) for place in range(widest)], device=packed.device)
+    if layout.is_even:
+        bits = bits[: layout.bits].reshape(count, widest)
+    else:  # a narrower word reads 0 where it has no bit: that is what lies behind the stream's end
+        values = np.arange(count, dtype=np.int64)
+        places = layout.first(values)[:, None] + np.arange(widest)
+        places[np.arange(widest) >= layout.width(values)[:, None]] = bits.numel()
+        bits = torch.cat([bits, bits.new_zeros(1)])[torch.from_numpy(places).to(packed.device)]
+    return (bits * weights).sum(dim=-1).to(word_dtype(widest)).reshape(shape)
+
+
+def _layout(width: int | Layout, values: int) -> Layout:
+    return Layout.even(values, width) if isinstance(width, int) else width
+
+
+def _pieces(layout: Layout, words: NDArray[np.uint64]) -> list[tuple[NDArray[np.uint64], int, Whole]]:
+    """The words of the whole blocks and those behind them: (words, position of the first, starts within a block)."""
+    inside, behind = layout.starts
+    whole = len(layout.block) * layout.blocks
+    pieces = [(words[:whole], 0, inside)]
+    if layout.tail:
+        pieces.append((words[whole:], layout.blocks * int(inside[-1]), behind))
+    return pieces
 
 
 class Packed(nn.Module):
@@ -68,7 +99,8 @@ class Packed(nn.Module):
     def right_inverse(self, values: Tensor) -> tuple[Tensor, ...]:
         """Values to (packed words, constants); constants as two whole numbers m · 2^e, which no `.half()` can round."""
         stored = self.format.encode(values)
-        return pack(stored.words, self.format.width), *(_as_integers(c) for c in stored.coding)
+        layout = self.format.layout(stored.words.numel())
+        return pack(stored.words, layout), *(_as_integers(c) for c in stored.coding)
 
     def forward(self, packed: Tensor, *constants: Tensor) -> Tensor:
         """The parameter."""
@@ -83,7 +115,7 @@ class Packed(nn.Module):
             out = torch.empty(self.shape)
             _look_up(packed.numpy(), self.format.width, table.numpy(), count // rows, out.view(-1).numpy())
             return out
-        words = unpack(packed, self.format.width, self.shape)
+        words = unpack(packed, self.format.layout(count), self.shape)
         return self.format.decode_words(words, dense(coding, words.shape), self.dtype)
 
     def extra_repr(self) -> str:
@@ -107,9 +139,13 @@ def _in_reach(packed: Tensor) -> bool:
 
 
 @kernel()
-def _pack(words: Any, width: int, out: Any) -> None:
+def _pack(words: Any, base: int, starts: Any, out: Any) -> None:
+    """Words into a stream of zeros from bit `base` on; word j of a block lies at starts[j] to starts[j + 1] of it."""
+    together = starts.size - 1
     for v in range(words.size):
-        word, position, left = words[v], v * width, width
+        j = v % together
+        word, left = words[v], starts[j + 1] - starts[j]
+        position = base + v // together * starts[together] + starts[j]
         while left > 0:
             shift = position & 7
             taken = min(8 - shift, left)
@@ -121,8 +157,8 @@ def _pack(words: Any, width: int, out: Any) -> None:
 
 
 @kernel()
-def _word(packed: Any, width: int, v: int) -> Any:
-    word, position, done = np.uint64(0), v * width, 0
+def _word(packed: Any, position: int, width: int) -> Any:
+    word, done = np.uint64(0), 0
     while done < width:
         shift = position & 7
         taken = min(8 - shift, width - done)
@@ -134,9 +170,12 @@ def _word(packed: Any, width: int, v: int) -> Any:
 
 
 @kernel()
-def _unpack(packed: Any, width: int, out: Any) -> None:
+def _unpack(packed: Any, base: int, starts: Any, out: Any) -> None:
+    """The inverse of `_pack`."""
+    together = starts.size - 1
     for v in range(out.size):
-        out[v] = _word(packed, width, v)
+        j = v % together
+        out[v] = _word(packed, base + v // together * starts[together] + starts[j], starts[j + 1] - starts[j])
 
 
 @kernel()
@@ -157,5 +196,5 @@ def _look_up(packed: Any, width: int, table: Any, slice_size: int, out: Any) -> 
                     out[v + k] = values[(group >> np.uint64(k * width)) & mask]
                 v += 8
             else:
-                out[v] = values[_word(packed, width, v)]
+                out[v] = values[_word(packed, v * width, width)]
                 v += 1

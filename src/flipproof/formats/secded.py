@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flipproof.errors import FormatError
 from flipproof.formats.base import Format
+from flipproof.formats.layout import Layout
 from flipproof.formats.protected import Protected, parity
 
 
@@ -26,8 +27,8 @@ class SECDED(Protected):
     With `block`, as many consecutive words as fit into that many data bits share one code word: server memory's
     (72, 64) is ``SECDED(Affine(bits=8), block=64)``, 9 bits a weight, not 13. A detected double fault then reads as 0.0
     in all words of the block. Words left over at the end of a tensor belong to its last block, which is longer. The
-    check bits are spread evenly over the words of the block, above the inner word; where that leaves a place over, it
-    is stored, and hit, and read by nobody: (39, 32) over four 8-bit words takes 10 bits a word, not 9.75.
+    check bits lie above the inner words, ⌈check bits / words⌉ in each of the first ones, and none in those behind: (39,
+    32) over four 8-bit words stores words of 10, 10, 10 and 9 bits, 9.75 a value, and `width` is 10.
 
     Args:
         inner: the format that is protected.
@@ -44,8 +45,11 @@ class SECDED(Protected):
         (39, tensor([0.5000]))
         >>> stored.decode_at(torch.tensor([0]), stored.words ^ (1 << 30) ^ 1)  # two faults
         tensor([0.])
-        >>> fp.SECDED(fp.Affine(bits=8), block=64).width
-        9
+        >>> server = fp.SECDED(fp.Affine(bits=8), block=64)
+        >>> server.width, server.layout(values=800).bits / 800
+        (9, 9.0)
+        >>> fp.SECDED(fp.Affine(bits=4), block=64).layout(values=800).bits / 800
+        4.5
     """
 
     block: int | None = None
@@ -67,6 +71,22 @@ class SECDED(Protected):
     @property
     def checks(self) -> int:
         return -(-_code(self.inner.width, self.together).checks // self.together)
+
+    def layout(self, values: int) -> Layout:
+        """The words with exactly the check bits that there are: none is rounded up to a bit a word."""
+        if self.block is None:
+            return super().layout(values)
+        whole, over = divmod(values, self.together)
+        if over:  # the last block takes them; a tensor smaller than a block, which is refused later, is one by itself
+            whole = max(whole - 1, 0)
+        return Layout(self._widths(self.together), whole, self._widths(values - whole * self.together))
+
+    def _widths(self, words: int) -> tuple[int, ...]:
+        """Stored bits of each word of a block of so many."""
+        if not words:
+            return ()
+        checks = _code(self.inner.width, words).checks
+        return tuple(self.inner.width + min(max(checks - j * self.checks, 0), self.checks) for j in range(words))
 
     def protect_words(self, data: Tensor) -> Tensor:
         return self._by_block(data, self._protect)

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from flipproof.errors import FormatError
-from flipproof.faults.selection import FormatChoice, candidates, choose_format
-from flipproof.faults.sites import Parameters
+from flipproof.faults.selection import FormatChoice, asked_format, check_format, check_hit, inventory
+from flipproof.faults.sites import Parameters, check_where
 from flipproof.formats.base import Format
 from flipproof.formats.packing import Packed
 from flipproof.interrupts import held
@@ -25,9 +25,9 @@ def store_(model: nn.Module, format: FormatChoice, *, where: Parameters | None =
 
     Args:
         model: any module.
-        format: as in `assess`: one Format (quantising ones store the weights of Conv, Linear and recurrent layers) or a
-            mapping {pattern: Format}.
-        where: which parameters, all by default.
+        format: as in `assess`: one Format (quantising ones store the weights of layers) or a mapping {pattern: Format},
+            which means what it says. What it does not store stays as it is, in its own type.
+        where: which parameters, all by default; buffers are never packed.
 
     Returns:
         The model itself.
@@ -45,15 +45,18 @@ def store_(model: nn.Module, format: FormatChoice, *, where: Parameters | None =
         >>> net(torch.zeros(1, 64)).shape
         torch.Size([1, 32])
     """
-    where = where or Parameters()
-    chosen: list[tuple[str, Format]] = []
-    for candidate in candidates(model, buffers=False):
+    where = check_where(where)
+    check_format(format)
+    parameters = [candidate for candidate in inventory(model) if not candidate.is_buffer]
+    for candidate in parameters:
         if candidate.packed is not None:
             raise FormatError(f"{candidate.name} is stored as {candidate.packed.format!r} already")
-        if not where.selects(candidate):
-            continue
-        found = choose_format(candidate, format)
-        if isinstance(found, str):
+    selected = [candidate for candidate in parameters if not where.leaves_out(candidate)]
+    check_hit(selected)
+    chosen: list[tuple[str, Format]] = []
+    for candidate in selected:
+        found = asked_format(candidate, format)
+        if found is None:
             continue
         if len(candidate.names) > 1:
             raise FormatError(
@@ -86,6 +89,8 @@ def stored_bytes(model: nn.Module) -> int:
 
 
 def _store(module: nn.Module, name: str, format: Format) -> None:
+    # fault spaces number bits in the order of the parameters, whichever of them are packed
+    module.__dict__.setdefault("_stored_order", tuple(module._parameters))
     values = module._parameters.pop(name)
     assert values is not None
     module.register_buffer(name, values.detach())  # words cannot be parameters: they have no gradient

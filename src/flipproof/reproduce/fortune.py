@@ -27,7 +27,7 @@ from flipproof.errors import ConfigError
 from flipproof.exploration import Exploration, explore, mixed_widths
 from flipproof.exploration.fortune import short_name
 from flipproof.exploration.mixed import doubt
-from flipproof.exploration.study import slug
+from flipproof.exploration.study import WEIGHTS, slug
 from flipproof.faults import BitErrorRate, FaultSpace
 from flipproof.formats import SECDED, Affine, TripleMSB
 from flipproof.models import alexnet_227, inception_v3, lenet5, load_weights, resnet18, resnet20, vgg11
@@ -84,6 +84,7 @@ def reproduce(
             search="exhaustive",
             faults=BitErrorRate(RATES[scale]),
             formats=MORE,
+            where=WEIGHTS,
             trials=TRIALS[scale],
             store=out / "journals" / slug(subject.name),
             workers=workers,
@@ -99,7 +100,7 @@ def reproduce(
 def _mixed(net: nn.Module, subject: Subject, scale: str, out: Path, workers: int, console: Console) -> pd.DataFrame:
     """Widths chosen layer by layer for the memory of uniform P-3-bit, and both in the same campaign."""
     uniform = FORTUNE
-    memory = FaultSpace(net, format=uniform).bits
+    memory = FaultSpace(net, format=uniform, where=WEIGHTS).bits
     journals = out / "journals" / f"{slug(subject.name)}-mixed"
     chosen = mixed_widths(
         net, subject.calibration, memory=memory, ber=max(RATES[scale]), trials=10, store=journals, progress=False
@@ -113,6 +114,7 @@ def _mixed(net: nn.Module, subject: Subject, scale: str, out: Path, workers: int
             data=subject.test,
             faults=BitErrorRate(RATES[scale]),
             format=format,
+            where=WEIGHTS,
             metrics=("accuracy", doubt),
             trials=TRIALS[scale],
             workers=workers,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import FrozenInstanceError, fields
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -179,14 +180,16 @@ class FormatContract:
         model = model.to(dtype)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         space = FaultSpace(model, format={"*": self.format})
-        assert space.bits == 4 * rows * self.format.width
+        assert space.bits == self.format.layout(3 * rows).bits + self.format.layout(rows).bits
         with space.stored():
             golden = {name: p.detach().clone() for name, p in model.named_parameters()}
             for site in space.sites:
                 stored = self.format.encode(before[site.name])
                 assert same_bits(golden[site.name], stored.decode())
-                for value in range(site.values):
-                    for bit in range(site.width):
+                widths = site.layout.width(np.arange(site.values)).tolist()
+                assert sum(widths) == site.bits
+                for value, width in enumerate(widths):
+                    for bit in range(width):
                         expected = dict(golden)
                         expected[site.name] = flipped(stored, value, bit).decode()
                         with space.corrupted(space.faults([(site.name, value, bit)])) as changed:

@@ -1,0 +1,82 @@
+"""Whole numbers as they lie in memory: what quantised checkpoints keep their weights in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flipproof.errors import FormatError
+from flipproof.formats.base import Coding, Format, Stored, word_dtype
+
+
+@dataclass(frozen=True)
+class Integer(Format):
+    """Two's complement (or unsigned) integers of torch: a word is the value's bit pattern.
+
+    It is the own format of integer tensors, which a fault space takes as they are; it stores no floating-point values.
+
+    Args:
+        bits: 8, 16, 32 or 64.
+        signed: whether the top bit counts −2^(bits−1).
+
+    Raises:
+        FormatError: for another width, or a tensor of another type.
+
+    Example:
+        >>> import torch
+        >>> stored = Integer(8).encode(torch.tensor([-1, 5], dtype=torch.int8))
+        >>> stored.words.tolist(), Integer(8).decode_words(stored.words ^ 128, (), torch.int8).tolist()
+        ([255, 5], [127, -123])
+    """
+
+    bits: int
+    signed: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or self.bits not in (8, 16, 32, 64):
+            raise FormatError(f"Integer stores 8, 16, 32 or 64 bits a value, got bits={self.bits!r}")
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> Integer:
+        """The format that a tensor of this type is already in.
+
+        Raises:
+            FormatError: if it is no integer type.
+        """
+        if dtype not in _TYPES:
+            raise FormatError(f"{dtype} is no integer type that a Format stores; these are {list(_TYPES)}")
+        return cls(*_TYPES[dtype])
+
+    @property
+    def width(self) -> int:
+        return self.bits
+
+    def is_native(self, dtype: torch.dtype) -> bool:
+        return _TYPES.get(dtype) == (self.bits, self.signed)
+
+    def encode(self, x: Tensor) -> Stored:
+        if not self.is_native(x.dtype):
+            raise FormatError(f"{self!r} stores integers of its own type alone, got a tensor of {x.dtype}")
+        return Stored(self, self.encode_values(x.detach(), ()), (), x.dtype)
+
+    def encode_values(self, x: Tensor, coding: Coding) -> Tensor:
+        return x.clone(memory_format=torch.contiguous_format).view(word_dtype(self.bits))
+
+    def decode_words(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> Tensor:
+        return words.clone(memory_format=torch.contiguous_format).view(dtype)
+
+
+_TYPES: dict[torch.dtype, tuple[int, bool]] = {
+    torch.int8: (8, True),
+    torch.int16: (16, True),
+    torch.int32: (32, True),
+    torch.int64: (64, True),
+    torch.uint8: (8, False),
+    torch.uint16: (16, False),
+    torch.uint32: (32, False),
+    torch.uint64: (64, False),
+}
+INTEGERS = tuple(_TYPES)
+"""The integer types of torch; a Boolean is none."""
