@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from flipproof.campaigns.journal import Journal
-from flipproof.campaigns.statistics import all_within, bootstrap_interval, mean_interval
+from flipproof.campaigns.statistics import all_within, mean_interval
 from flipproof.campaigns.trial import Trial
 from flipproof.errors import ConfigError
 from flipproof.metrics import METRIC_NAMES, resolve

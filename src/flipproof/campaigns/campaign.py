@@ -15,10 +15,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from flipproof.campaigns.answers import encode_golden
 from flipproof.campaigns.assessment import CHECK_EVERY, Assessment, answer, narrow, planned
 from flipproof.campaigns.batches import Data, Output, check_labels, read_batches, tensor_bytes
 from flipproof.campaigns.evaluation import eval_mode, golden_run, one_thread
 from flipproof.campaigns.executors import Executor, Job, executor
+from flipproof.campaigns.golden import golden_interval
 from flipproof.campaigns.journal import Journal
 from flipproof.campaigns.neuron_trial import NeuronTrialRunner, neuron_space
 from flipproof.campaigns.progress import Step, progress_bar
@@ -229,6 +231,12 @@ def _header(
             "output": _name_of(runner.output),
         },
         "golden": golden,
+        "golden_answers": encode_golden(runner.decision.classes_of(runner.golden) == runner.batches.targets),
+        "golden_intervals": {
+            metric.name: golden_interval(metric, runner.golden, runner.batches.targets, runner.decision, confidence)
+            for metric in runner.metrics
+        },
+        "metrics": {metric.name: metric.scale.to_json() for metric in runner.metrics},
         "decision": {"outputs": runner.decision.outputs, "threshold": runner.decision.threshold},
         "points": [
             {"faults": repr(p), "coordinates": p.coordinates(), "repeats": runner.repeats(p)} for p in runner.points

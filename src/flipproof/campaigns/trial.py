@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flipproof.campaigns.answers import encode_answers
 from flipproof.campaigns.batches import Batches, Output
 from flipproof.campaigns.evaluation import FaultyRunError, eval_mode, one_thread, run
 from flipproof.campaigns.suffix import Suffixes
@@ -47,6 +48,8 @@ class Trial:
         seconds: wall time, the only field that differs between two runs of a campaign.
         versions: what computed it.
         error: why every sample is a DUE, if the faulty model raised or gave outputs of another shape.
+        answers: how each sample ended and whether it is correct, see `decode_answers`; None if nobody noted it.
+        layer: the layer that a neuron campaign's upsets of this trial share; None for stored bits.
     """
 
     point: int
@@ -62,6 +65,8 @@ class Trial:
     versions: dict[str, str]
     where: list[tuple[str, int, int]] = field(default_factory=list)
     error: str | None = None
+    answers: str | None = None
+    layer: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object, which has no word for such numbers: NaN is null, infinities are "inf" and "-inf"."""
@@ -150,7 +155,8 @@ class TrialRunner:
                         error = f"outputs of shape {tuple(outputs.shape)} instead of {tuple(self.golden.shape)}"
         if error is not None:
             outputs = torch.full_like(self.golden, float("nan"))
-        counts = torch.bincount(classify(self.golden, outputs, self.decision), minlength=len(OUTCOMES)).tolist()
+        ended = classify(self.golden, outputs, self.decision)
+        counts = torch.bincount(ended, minlength=len(OUTCOMES)).tolist()
         targets = self.batches.targets
         return Trial(
             point=point,
@@ -166,6 +172,8 @@ class TrialRunner:
             versions=versions(),
             where=self._where(faults),
             error=error,
+            answers=encode_answers(ended, self.decision.classes_of(outputs) == targets),
+            layer=self.space.layer_of(faults).name if isinstance(self.space, NeuronSpace) else None,
         )
 
     def repeats(self, point: FaultModel) -> bool:
