@@ -18,7 +18,7 @@ from flipproof.faults import Parameters
 from flipproof.faults.neuron_sites import Neurons
 from flipproof.faults.selection import FormatChoice
 from flipproof.hardening import load_hardened
-from flipproof.metrics import METRIC_NAMES
+from flipproof.metrics import METRIC_NAMES, Metric
 from flipproof.models.weights import load_weights
 from flipproof.specs import load_object, parse_faults, parse_format, parse_output
 
@@ -91,7 +91,9 @@ class CampaignConfig:
             format=self._format(),
             where=self._where(),
             trials=self.trials,
-            metrics=[name if name in METRIC_NAMES else load_object(name) for name in self.metrics],
+            metrics=[
+                Metric(name) if name in METRIC_NAMES or ":" not in name else load_object(name) for name in self.metrics
+            ],
             seed=self.seed,
             store=folder / "journal.jsonl",
             workers=self.workers,

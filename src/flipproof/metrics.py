@@ -138,7 +138,8 @@ class Metric:
         if isinstance(function, str):
             if function not in _NAMED:
                 raise MetricError(
-                    f"unknown metric {function!r}: choose among {list(_NAMED)} or pass a function (outputs, targets)"
+                    f"unknown metric {function!r}: choose among {list(_NAMED)} or pass a function (outputs, targets), "
+                    f"on the command line MODULE:FUNCTION"
                 )
             self.scale = Scale("%", (0.0, 1.0), True, per_sample=function == "accuracy")
             if unit not in ("", "%") or range not in (None, (0, 1)) or higher_is_better is not True:
@@ -252,7 +253,9 @@ def _bare(metric: str | UserMetric, name: str | None = None) -> Metric:
 def _named(metric: UserMetric | Metric, name: str) -> Metric:
     if not isinstance(metric, Metric):
         if isinstance(metric, str):
-            raise MetricError(f"a metric is a name or a function (outputs, targets) → number, got {metric!r} for {name!r}")
+            raise MetricError(
+                f"a metric is a name or a function (outputs, targets) → number, got {metric!r} for {name!r}"
+            )
         return _bare(metric, name)
     found = copy(metric)
     found.name = _column(name)

@@ -80,7 +80,9 @@ def _unpacked(text: str, samples: int) -> Bytes:
     try:
         content = unpacking.decompress(b64decode(text, validate=True), samples + 1)
     except (ValueError, zlib.error) as error:
-        raise JournalError(f"the answers of a record cannot be read ({error}); the journal was edited or damaged") from None
+        raise JournalError(
+            f"the answers of a record cannot be read ({error}); the journal was edited or damaged"
+        ) from None
     if len(content) != samples:
         found = f"more than {samples}" if len(content) > samples else f"{len(content)}"
         raise JournalError(f"the answers of a record are of {found} samples, its campaign has {samples}")
@@ -90,11 +92,11 @@ def _unpacked(text: str, samples: int) -> Bytes:
 def holds(codes: Bytes, name: str) -> Signs:
     """1 for each sample that counts for this rate, else 0: an outcome, "critical_total", or "correct"."""
     if name == "correct":
-        return ((codes & 4) > 0).astype(np.int8)
+        return np.asarray((codes & 4) > 0, np.int8)
     outcome = codes & 3
     if name == "critical_total":
-        return np.isin(outcome, _CRITICAL).astype(np.int8)
-    return (outcome == OUTCOMES.index(name)).astype(np.int8)
+        return np.asarray(np.isin(outcome, _CRITICAL), np.int8)
+    return np.asarray(outcome == OUTCOMES.index(name), np.int8)
 
 
 @dataclass(frozen=True)

@@ -146,8 +146,8 @@ def assess(
             with _writing(journal, header) as done:
                 records = {(r.point, r.trial): r for r in planned(done, trials)}
                 runner.suffixes = _prepare_suffixes(runner, cache_bytes)
-                _fill(runner, records, journal, trials, workers, margin, confidence, progress)
-    return Assessment(header, answer(list(records.values()), header["plan"], list(found)))
+                _fill(runner, records, journal, header, workers, progress)
+    return Assessment(header, answer(list(records.values()), header))
 
 
 def _writing(journal: Journal | None, header: dict[str, Any]) -> AbstractContextManager[list[Trial]]:
@@ -158,13 +158,12 @@ def _fill(
     runner: TrialRunner,
     records: dict[Job, Trial],
     journal: Journal | None,
-    trials: int,
+    header: dict[str, Any],
     workers: int,
-    margin: float | None,
-    confidence: float,
     progress: bool | None,
 ) -> None:
     """Run whatever the records still lack."""
+    trials, margin = header["plan"]["trials"], header["plan"]["margin"]
     ceilings = [1 if runner.repeats(point) else trials for point in runner.points]
     labels = [" ".join(f"{k} {v:g}" for k, v in point.coordinates().items()) for point in runner.points]
 
@@ -184,8 +183,7 @@ def _fill(
             for wave in range(0, ceiling, CHECK_EVERY):
                 upto = min(wave + CHECK_EVERY, ceiling)
                 run((job for job in [(p, t) for t in range(wave, upto)] if job not in records), pool, step)
-                names = [metric.name for metric in runner.metrics]
-                if upto < ceiling and narrow([records[p, t] for t in range(upto)], names, margin, confidence):
+                if upto < ceiling and narrow([records[p, t] for t in range(upto)], header):
                     step(labels[p], ceiling - upto)
                     break
 

@@ -33,7 +33,7 @@ def golden_interval(
         >>> outputs, targets = torch.tensor([0.1, 0.4, 0.35, 0.8] * 10), torch.tensor([0, 0, 1, 1] * 10)
         >>> found = golden_interval(Metric("auroc"), outputs, targets, Decision.from_golden(outputs), 0.95)
         >>> [round(end, 2) for end in found]
-        [0.6, 0.86]
+        [0.55, 0.88]
     """
     if not isinstance(metric.function, str):
         return None

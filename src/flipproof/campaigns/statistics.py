@@ -104,11 +104,12 @@ def mean_intervals(rows: FloatArray, *, confidence: float = 0.95, bounds: Interv
 
     - M is no farther than 1.1·cₙ: at half the skewness, which corrects skewness to second order, moved out as
       Student's t is against the normal. Light tails get about what t gives.
-    - M is far out (fully from 1.43·cₙ), or seen at least twice: at (1 + 50/max(n, 20))·M, or at M itself if seen twice, in
-      any case within `bounds`. For two values this is exactly the interval of Clopper and Pearson.
+    - M is far out (fully from 1.43·cₙ): at (1 + 50/max(n, 20))·M, but within `bounds`: as much farther as few trials
+      may have missed.
+    - M was seen at least twice: at M. For two values this is the interval of Clopper and Pearson.
     - all trials agree: at the bound, so that the end is mean ∓ q·(distance to the bound), Clopper-Pearson of 0 of n.
 
-    Between the first two it moves linearly, and a light end that is narrower than t's goes half the way to it.
+    From the first to the second it moves linearly, and a light end that is narrower than t's goes half the way to it.
     What the interval cannot know is a kind of trial of which not one was seen among others that differ: that is
     `tail`.
 
@@ -226,6 +227,79 @@ def difference_interval(mean: float, interval: Interval, other_mean: float, othe
     below = ((mean - interval[0]) ** 2 + (other[1] - other_mean) ** 2) ** 0.5
     above = ((interval[1] - mean) ** 2 + (other_mean - other[0]) ** 2) ** 0.5
     return (difference - below, difference + above)
+
+
+def binomial_interval(successes: ArrayLike, n: ArrayLike, *, confidence: float = 0.95) -> tuple[FloatArray, FloatArray]:
+    """Clopper and Pearson's interval of proportions, elementwise: (low, high).
+
+    Example:
+        >>> low, high = binomial_interval([0, 8], [10, 10])
+        >>> low.round(4).tolist(), high.round(4).tolist()
+        ([0.0, 0.4439], [0.3085, 0.9748])
+    """
+    k, total = np.broadcast_arrays(np.asarray(successes, np.float64), np.asarray(n, np.float64))
+    alpha = (1 - confidence) / 2
+    low = np.where(k > 0, stats.beta.ppf(alpha, np.maximum(k, 0.5), total - k + 1), 0.0)
+    high = np.where(k < total, stats.beta.ppf(1 - alpha, k + 1, np.maximum(total - k, 0.5)), 1.0)
+    return low, high
+
+
+def two_way_interval(
+    mean: float,
+    over_trials: Interval,
+    over_samples: Interval,
+    residual: float,
+    *,
+    confidence: float = 0.95,
+    bounds: Interval | None = None,
+) -> Interval:
+    """Interval of a mean over trials × samples when both could have been others.
+
+    Trials and samples are crossed random effects: Var = S_T²/T + S_I²/N − S_TI²/(TN), where both one-way variances
+    hold the residual and it is taken off once (Cameron, Gelbach and Miller 2011; Owen 2007). The distances to the
+    one-way ends add as squares (MOVER), so that a skewed interval over trials stays skewed.
+
+    Args:
+        mean: the estimate.
+        over_trials: its interval for these samples.
+        over_samples: its interval for these trials.
+        residual: S_TI²/(TN), see `Crossed.residual`.
+        confidence: of the intervals.
+        bounds: lowest and highest possible value.
+
+    Returns:
+        (low, high), no narrower than either; (nan, nan) if one of them is unknown.
+
+    Example:
+        >>> [round(end, 3) for end in two_way_interval(0.5, (0.47, 0.53), (0.46, 0.54), 0.0)]
+        [0.45, 0.55]
+    """
+    z = float(stats.norm.ppf((1 + confidence) / 2))
+    ends = []
+    for sign, trial, sample in ((-1, over_trials[0], over_samples[0]), (1, over_trials[1], over_samples[1])):
+        one, other = (trial - mean) ** 2, (sample - mean) ** 2
+        ends.append(mean + sign * max(one + other - z**2 * residual, one, other) ** 0.5)
+    if any(np.isnan(end) for end in (*over_trials, *over_samples)):
+        return (float("nan"), float("nan"))
+    low, high = bounds if bounds is not None else (-np.inf, np.inf)
+    return (max(float(low), ends[0]), min(float(high), ends[1]))
+
+
+LOOKS = 0.6
+"""With looks every 20 trials each interval is taken at 1 − 0.6·(1 − confidence); see docs/results/coverage."""
+
+
+def level_at_looks(confidence: float, margin: float | None) -> float:
+    """The level at which an interval is taken so that it covers with `confidence` where a margin stopped the trials.
+
+    A campaign that stops when its interval is narrow stops more often when it was lucky. 1 − 0.6·(1 − confidence)
+    makes good for it (by simulation, docs/results/coverage); without a margin it is `confidence`.
+
+    Example:
+        >>> round(level_at_looks(0.95, 0.01), 4), level_at_looks(0.95, None)
+        (0.97, 0.95)
+    """
+    return confidence if margin is None else 1 - LOOKS * (1 - confidence)
 
 
 def half_width(interval: Interval) -> float:
