@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench coverage clean
 
 demo: $(VENV)/.installed
 	$(BIN)/flipproof demo
@@ -21,6 +21,10 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks
+
+# how often intervals hold the truth, by simulation: docs/results/coverage
+coverage: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.coverage
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
