@@ -73,7 +73,9 @@ class TestFindings:
         result = assess(trials=300)
         said = " ".join(findings(result))
         row = result.summary.iloc[1]
-        assert f"Without faults accuracy is {result.golden['accuracy']:.1%} over 30 samples" in said
+        low, high = result.golden_interval("accuracy")
+        interval = f"[{100 * low:.1f}, {100 * high:.1f}]"
+        assert f"Without faults accuracy is {result.golden['accuracy']:.1%} {interval} over 30 samples" in said
         assert f"{100 * row['accuracy_drop']:.1f} points" in said
         assert f"{row['critical_total']:.1%} of answers are lost" in said
         assert "over trials and samples" in said
@@ -223,9 +225,8 @@ class TestOtherMetrics:
         for found in (result, fp.Assessment.load(tmp_path / "a.jsonl")):  # the journal keeps what it means
             said, shown = " ".join(findings(found)), printed(summary_table(found))
             golden = f"{found.golden['perplexity']:.4g}"
-            assert (
-                f"Without faults perplexity is {golden}{' nats' if found.scale('perplexity').unit else ''} over" in said
-            )
+            unit = " nats" if found.scale("perplexity").unit else ""
+            assert f"Without faults perplexity is {golden}{unit} over" in said
             assert "perplexity %" not in shown
             for text in (said, shown):
                 assert "nan" not in text.lower()
@@ -249,7 +250,7 @@ class TestOtherMetrics:
 
     def test_a_bare_function_has_no_direction_and_no_bounds(self, assess):
         result = assess(fp.BitErrorRate([1e-2]), metrics=[perplexity], seed=5, format=fp.FixedPoint(4, 11))
-        assert "golden − mean" in printed(summary_table(result))
+        assert "− mean" in printed(summary_table(result))
         assert "it measurably changes: by −" in " ".join(findings(result)).replace("by -", "by −")
         assert np.isnan(result.summary["perplexity_tail"][0])
 

@@ -234,7 +234,8 @@ def gain(ours: Point, theirs: Point | None, name: str) -> Gain:
     scale = scale_in(ours.header, name)
     low, high = scale.range
     bounds = (low - high, high - low)
-    differences = np.subtract(one.values(name), other.values(name))
+    with np.errstate(invalid="ignore"):  # ∞ − ∞ is not known, and said to be
+        differences = np.subtract(one.values(name), other.values(name))
     mean = float(differences[0]) if len(set(differences.tolist())) == 1 else float(differences.mean())
     level = max(one.level, other.level)
     ends = mean_interval(differences, confidence=level, bounds=bounds)

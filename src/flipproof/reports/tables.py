@@ -109,7 +109,7 @@ def between(scale: Scale, low: float, high: float) -> str:
 def _change_word(scale: Scale) -> str:
     """A loss is a drop or a rise by what is worse; where nobody said, the signed difference is shown as such."""
     if scale.higher_is_better is None:
-        return "golden − mean"
+        return "golden\n− mean"
     return "drop" if scale.higher_is_better else "rise"
 
 
