@@ -110,7 +110,7 @@ def test_outputs_by_function(mine):
         ({"model": "builtins:dict"}, "gives a dict, not a torch.nn.Module"),
         ({"model": "torch.nn:Linear"}, "Linear cannot be called without arguments"),
         ({"weights": "absent.safetensors"}, "cannot read weights from absent.safetensors"),
-        ({"metrics": ["exactness"]}, "expected MODULE:NAME"),
+        ({"metrics": ["exactness"]}, "unknown metric .exactness.: choose among"),
         ({"format": "Float12"}, "Float12 is not among"),
     ],
 )
