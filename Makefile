@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint bench interrupts clean
+.PHONY: demo test lint bench coverage interrupts clean
 
 demo: $(VENV)/.installed
 	$(BIN)/flipproof demo
@@ -21,6 +21,10 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks
+
+# how often intervals hold the truth, by simulation: docs/results/coverage
+coverage: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.coverage
 
 # Ctrl-C at every function entry of every call: hours on one core. `make interrupts EVERY=10` tries a tenth.
 EVERY ?= 1

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,9 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+import flipproof as fp
 from flipproof.errors import MetricError
-from flipproof.metrics import METRIC_NAMES, resolve
+from flipproof.metrics import METRIC_NAMES, Scale, resolve
 from flipproof.outcomes import Decision
 
 NAN, INF = float("nan"), float("inf")
@@ -196,3 +199,58 @@ def test_a_mapping_names_functions():
 def test_bad_metrics_say_what_is_wrong(metrics, message):
     with pytest.raises(MetricError, match=message):
         resolve(metrics)
+
+
+class TestWhatANumberMeans:
+    def test_builtins_are_shares_and_bare_functions_are_unknown(self):
+        for name in METRIC_NAMES:
+            scale = resolve(name)[0].scale
+            assert (scale.unit, scale.range, scale.higher_is_better, scale.worst) == ("%", (0, 1), True, 0)
+        scale = resolve(len)[0].scale
+        assert (scale.unit, scale.range, scale.higher_is_better) == ("", (-INF, INF), None)
+        assert np.isnan(scale.worst)
+
+    def test_torchmetrics_know_which_way_is_better(self):
+        (metric,) = resolve(torchmetrics.classification.MulticlassF1Score(num_classes=2))
+        assert metric.scale.higher_is_better is True
+        (metric,) = resolve(torchmetrics.classification.MulticlassCalibrationError(num_classes=2))
+        assert metric.scale.higher_is_better is False
+
+    def test_said_by_the_user(self):
+        metric = fp.Metric(len, name="length", unit="m", range=(0, None), higher_is_better=False)
+        assert resolve([metric, "accuracy"])[0] is metric
+        assert metric.scale == Scale("m", (0, INF), False)
+        assert resolve({"other": metric})[0].name == "other"
+        assert metric.name == "length"
+        assert fp.Metric(len, range=(0, 5), higher_is_better=False).scale.worst == 5
+        assert fp.Metric("accuracy", name="top1").scale.per_sample
+
+    @pytest.mark.parametrize("scale", [Scale("%", (0, 1), True, True), Scale("m", (0, INF), False), Scale()])
+    def test_journals_keep_it(self, scale):
+        assert Scale.from_json(json.loads(json.dumps(scale.to_json(), allow_nan=False))) == scale
+
+    @pytest.mark.parametrize(
+        ("unit", "value", "text"),
+        [
+            ("", 11.3344, "11.33"), ("", INF, "∞"), ("", -INF, "−∞"), ("", NAN, "–"), ("%", 0.12345, "12.3"),
+            ("%", -1e-9, "0.0"), ("m", 0.00012345, "0.0001234"), ("", 123456.7, "123,457"),
+            ("", 0.0, "0"), ("", -0.0, "0"),
+        ],
+    )  # fmt: skip
+    def test_numbers_as_people_write_them(self, unit, value, text):
+        assert Scale(unit).text(value) == text
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"function": "f1"}, r"unknown metric 'f1': choose among \['accuracy', 'auroc', 'average_precision'\]"),
+            ({"function": 3}, "a metric is a name or a function"),
+            ({"function": len, "name": "due"}, "a column name of its own"),
+            ({"function": len, "range": (1, 0)}, "len: range= takes"),
+            ({"function": len, "range": "ab"}, "len: range= takes"),
+            ({"function": "auroc", "unit": "m"}, "auroc is a share"),
+        ],
+    )
+    def test_nonsense_is_named(self, arguments, message):
+        with pytest.raises(MetricError, match=message):
+            fp.Metric(**arguments)

@@ -28,6 +28,7 @@ def test_public_names_are_exactly_these():
         "Float8E5M2",
         "Guard",
         "HardeningReport",
+        "Metric",
         "Neurons",
         "Parameters",
         "Parity",

@@ -49,6 +49,7 @@ from flipproof.hardening import (
     save_hardened,
     scrub_,
 )
+from flipproof.metrics import Metric
 from flipproof.reports import compare, report
 
 __version__ = "0.1.0"
@@ -76,6 +77,7 @@ __all__ = [
     "Float32",
     "Guard",
     "HardeningReport",
+    "Metric",
     "Neurons",
     "Parameters",
     "Parity",

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import stats
 
 import flipproof as fp
+from flipproof.campaigns.statistics import mean_interval, wilson_interval
+from flipproof.campaigns.strata import stratified_rate
 from flipproof.errors import ConfigError
+from flipproof.outcomes import OUTCOMES
 
 
 @pytest.fixture
@@ -19,32 +26,149 @@ def test_columns(result):
         "point", "ber", "trial", "faults", "flips", "accuracy", "auroc", "masked", "non_critical_sdc", "critical_sdc",
         "due", "samples", "seconds", "digest", "error", "audited",
     ]  # fmt: skip
-    named = ("accuracy", "auroc", "accuracy_drop", "auroc_drop", "masked", "non_critical_sdc", "critical_sdc", "due")
-    bounds = [f"{name}{end}" for name in (*named, "critical_total") for end in ("", "_low", "_high")]
-    assert sorted(result.summary) == sorted(["point", "ber", "trials", "flips", "audited", "coverage", *bounds])
+    numbers = ("accuracy", "auroc", "accuracy_drop", "auroc_drop", *OUTCOMES, "critical_total")
+    ends = ("", "_low", "_high", "_samples_low", "_samples_high", "_both_low", "_both_high")
+    tails = ("accuracy_tail", "auroc_tail", "critical_total_tail")
+    expected = ["point", "ber", "trials", "flips", *tails, *(f"{name}{end}" for name in numbers for end in ends)]
+    assert sorted(result.summary) == sorted([*expected, "audited", "coverage"])
     assert list(result.summary)[-1] == "coverage"
 
 
-def test_summary_is_means_and_student_intervals_over_trials(result):
+def test_summary_is_means_and_intervals_over_trials(result):
+    q = stats.binomtest(0, 25).proportion_ci(0.95, method="exact").high
     for point, row in result.summary.iterrows():
         trials = result.trials.query(f"point == {point}")
         assert (row["trials"], row["flips"]) == (25, trials["flips"].mean())
-        mean = trials["accuracy"].mean()
-        low, high = stats.t.interval(0.95, 24, loc=mean, scale=stats.sem(trials["accuracy"]))
-        assert row["accuracy"] == pytest.approx(mean)
-        unseen = stats.binomtest(0, 25).proportion_ci(0.95).high  # share of trials that may be anything
-        assert row["accuracy_low"] == pytest.approx(max(min(low, (1 - unseen) * mean), 0))
-        assert row["accuracy_high"] == pytest.approx(min(max(high, (1 - unseen) * mean + unseen), 1))
-        assert row["accuracy_drop"] == pytest.approx(result.golden["accuracy"] - mean)
-        assert row["accuracy_drop_low"] == pytest.approx(result.golden["accuracy"] - row["accuracy_high"])
-        assert row["auroc_low"] <= row["auroc"] <= row["auroc_high"]
-        shares = trials[["masked", "non_critical_sdc", "critical_sdc", "due"]].div(trials["samples"], axis=0)
+        for name in ("accuracy", "auroc"):
+            mean = trials[name].mean()
+            assert row[name] == pytest.approx(mean)
+            assert (row[f"{name}_low"], row[f"{name}_high"]) == mean_interval(trials[name], bounds=(0, 1))
+            assert row[f"{name}_tail"] == pytest.approx((1 - q) * mean)
+            assert row[f"{name}_drop"] == pytest.approx(result.golden[name] - mean)
+            assert row[f"{name}_drop_low"] == pytest.approx(result.golden[name] - row[f"{name}_high"])
+        shares = trials[list(OUTCOMES)].div(trials["samples"], axis=0)
         assert row[list(shares)].sum() == pytest.approx(1)
         np.testing.assert_allclose(row[list(shares)].to_numpy(float), shares.mean())
         total = shares["critical_sdc"] + shares["due"]
         assert row["critical_total"] == pytest.approx(total.mean())
-        low, high = stats.t.interval(0.95, 24, loc=total.mean(), scale=stats.sem(total))
-        assert row["critical_total_high"] == pytest.approx(min(max(high, (1 - unseen) * total.mean() + unseen), 1))
+        ends = (row["critical_total_low"], row["critical_total_high"])
+        assert ends == pytest.approx(mean_interval(total, bounds=(0, 1)))
+        assert row["critical_total_tail"] == pytest.approx((1 - q) * total.mean() + q)
+
+
+def test_a_rare_fatal_trial_is_in_the_tail_and_not_in_every_interval(mlp, blobs):
+    """60 trials around 0.9 with an SD of 0.002: what a fatal one could do is not in their interval but in the tail."""
+    base = fp.assess(mlp, data=blobs, faults=fp.RandomBits(1), trials=60)
+    bell = stats.norm.ppf((np.arange(60) + 0.5) / 60)
+    values = (0.9 + 0.002 * bell / bell.std(ddof=1)).tolist()
+    records = [replace(r, metrics={"accuracy": v}) for r, v in zip(base.records, values, strict=True)]
+    row = fp.Assessment(base.header, records).summary.iloc[0]
+    assert row["accuracy_low"] == pytest.approx(0.8995, abs=1e-4)
+    assert row["accuracy_high"] == pytest.approx(0.9005, abs=1e-4)
+    assert row["accuracy_tail"] == pytest.approx(0.9 * 0.025 ** (1 / 60))
+
+
+class TestOverSamples:
+    def table(self, assessment, point, of):
+        codes = assessment.point(point).codes
+        return np.array([of(code) for code in codes], float)
+
+    def test_intervals_are_of_the_answers_in_the_records(self, result):
+        for point, row in result.summary.iterrows():
+            right = self.table(result, point, lambda code: code >> 2)
+            np.testing.assert_allclose(right.mean(axis=1), result.trials.query(f"point == {point}")["accuracy"])
+            over_samples = mean_interval(right.mean(axis=0), bounds=(0, 1))
+            assert (row["accuracy_samples_low"], row["accuracy_samples_high"]) == pytest.approx(over_samples)
+            assert row["accuracy_both_low"] <= min(row["accuracy_low"], row["accuracy_samples_low"])
+            assert row["accuracy_both_high"] >= max(row["accuracy_high"], row["accuracy_samples_high"])
+            lost = self.table(result, point, lambda code: (code & 3) >= 2)
+            over_samples = mean_interval(lost.mean(axis=0), bounds=(0, 1))
+            assert (row["critical_total_samples_low"], row["critical_total_samples_high"]) == pytest.approx(
+                over_samples
+            )
+
+    def test_a_drop_is_paired_by_sample(self, result):
+        """What the network gets wrong without faults is no news: the drop is of the difference of each sample."""
+        before = result.point(0).golden.astype(float)
+        gone = before - self.table(result, 0, lambda code: code >> 2).mean(axis=0)
+        row = result.summary.iloc[0]
+        ends = (row["accuracy_drop_samples_low"], row["accuracy_drop_samples_high"])
+        assert ends == pytest.approx(mean_interval(gone, bounds=(-1, 1)))
+        assert before.mean() == pytest.approx(result.golden["accuracy"])
+
+    def test_no_flips_lose_nothing_on_any_sample(self, mlp, blobs):
+        row = fp.assess(mlp, data=blobs, faults=fp.BitErrorRate(0.0), trials=5).summary.iloc[0]
+        for end in ("low", "high", "samples_low", "samples_high", "both_low", "both_high"):
+            assert row[f"critical_total_{end}"] == 0
+            assert row[f"accuracy_drop_{end}"] == 0
+        assert row["accuracy_both_low"] < row["accuracy"] < row["accuracy_both_high"]
+        assert row["accuracy_tail"] == row["accuracy"]
+
+    def test_other_metrics_say_that_nothing_is_known(self, result):
+        assert result.summary[["auroc_samples_low", "auroc_both_high"]].isna().all(axis=None)
+
+    def test_golden_accuracy_is_wilsons_over_samples(self, result):
+        right = round(30 * result.golden["accuracy"])
+        assert result.golden_interval("accuracy") == pytest.approx(wilson_interval(right, 30))
+        low, high = result.golden_interval("auroc")
+        assert 0.5 < low < result.golden["auroc"] < high < 1
+        with pytest.raises(ConfigError, match="no metric 'f1'"):
+            result.golden_interval("f1")
+
+    def test_a_journal_without_answers_is_read_and_says_unknown(self, mlp, blobs, tmp_path):
+        store = tmp_path / "old.jsonl"
+        result = fp.assess(mlp, data=blobs, faults=fp.BitErrorRate(2e-2), trials=9, store=store)
+        new = ("answers", "layer", "golden_answers", "golden_intervals", "metrics")
+        lines = [json.loads(line) for line in store.read_text().splitlines()]
+        old = [
+            json.dumps(
+                {key: value for key, value in line.items() if key not in new or (key == "metrics" and "point" in line)}
+            )
+            for line in lines
+        ]
+        store.write_text("\n".join(old) + "\n")
+        row, expected = fp.Assessment.load(store).summary.iloc[0], result.summary.iloc[0]
+        assert (row["accuracy_low"], row["accuracy_high"]) == (expected["accuracy_low"], expected["accuracy_high"])
+        assert np.isnan(row["accuracy_samples_low"])
+        assert np.isnan(row["critical_total_both_high"])
+
+
+class TestNeurons:
+    @pytest.fixture
+    def result(self, mlp, blobs):
+        return fp.assess(mlp, data=blobs, faults=fp.RandomBits(1), where=fp.Neurons(), trials=60, seed=2)
+
+    def test_rates_are_stratified_by_layer(self, result):
+        shares = {"0": 8 / 11, "2": 3 / 11}
+        assert {record.layer for record in result.records} == set(shares)
+        assert all(place[0] == record.layer for record in result.records for place in record.where)
+        hits = result.trials["critical_sdc"] + result.trials["due"]
+        layers = [record.layer for record in result.records]
+        row = result.summary.iloc[0]
+        found = (row["critical_total"], row["critical_total_low"], row["critical_total_high"])
+        assert found == pytest.approx(stratified_rate(hits, 30, layers, shares))
+        by_layer = (hits / 30).groupby(layers).mean()
+        assert row["critical_total"] == pytest.approx(sum(share * by_layer[name] for name, share in shares.items()))
+        assert row["accuracy"] == pytest.approx(result.golden["accuracy"] - row["accuracy_drop"])
+
+    def test_it_holds_the_rate_of_every_single_upset(self, mlp, blobs, result):
+        """All (neuron, bit) of all samples, flipped one by one by hand."""
+        x = torch.cat([inputs for inputs, _ in blobs])
+        with torch.no_grad():
+            golden = mlp(x).argmax(dim=1)
+            first = mlp[0](x)
+            lost = []
+            for bit in range(32):
+                mask = torch.tensor(-(2**31) if bit == 31 else 2**bit, dtype=torch.int32)
+                for layer, clean, rest in ((8, first, mlp[1:]), (3, mlp(x), torch.nn.Identity())):
+                    for neuron in range(layer):
+                        faulty = clean.clone()
+                        faulty[:, neuron] = (clean[:, neuron].contiguous().view(torch.int32) ^ mask).view(torch.float32)
+                        out = rest(faulty)
+                        lost.append((out.argmax(dim=1) != golden) | out.isnan().any(dim=1))
+        truth = float(torch.stack(lost).float().mean())
+        row = result.summary.iloc[0]
+        assert row["critical_total_low"] <= truth <= row["critical_total_high"]
 
 
 def test_confidence_widens_intervals(mlp, blobs):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import flipproof as fp
-from flipproof.campaigns.statistics import half_width, mean_interval
+from flipproof.campaigns.statistics import half_width, level_at_looks, mean_interval
 from flipproof.errors import ConfigError
 
 SWEEP = fp.BitErrorRate([2e-3, 1e-2])
@@ -135,22 +135,24 @@ class TestMargin:
         return {"data": blobs, "faults": fp.BitErrorRate([5e-4, 2e-2]), "trials": 200, "seed": 1, **change}
 
     def test_stops_at_the_first_look_that_is_narrow_enough(self, mlp, blobs):
-        result = fp.assess(mlp, **self.setup_for(blobs, margin=0.025))
+        result = fp.assess(mlp, **self.setup_for(blobs, margin=0.04))
         full = fp.assess(mlp, **self.setup_for(blobs))
-        counts = result.summary["trials"].tolist()
+        counts, level = result.summary["trials"].tolist(), level_at_looks(0.95, 0.04)
         for point, count in enumerate(counts):
             of_point = [r for r in records_of(full) if r.point == point]
             assert [r for r in records_of(result) if r.point == point] == of_point[:count]
             widths = {
-                n: half_width(mean_interval([r.metrics["accuracy"] for r in of_point[:n]], bounds=(0, 1)))
+                n: half_width(
+                    mean_interval([r.metrics["accuracy"] for r in of_point[:n]], confidence=level, bounds=(0, 1))
+                )
                 for n in range(20, 201, 20)
             }
-            assert count == min(n for n, width in widths.items() if width <= 0.025)
+            assert count == min(n for n, width in widths.items() if width <= 0.04)
         assert counts[0] < counts[1] < 200  # fewer faults, less scatter, fewer trials
 
     def test_workers_do_not_matter(self, mlp, blobs):
-        one = fp.assess(mlp, **self.setup_for(blobs, margin=0.025))
-        two = fp.assess(mlp, **self.setup_for(blobs, margin=0.025, workers=2))
+        one = fp.assess(mlp, **self.setup_for(blobs, margin=0.04))
+        two = fp.assess(mlp, **self.setup_for(blobs, margin=0.04, workers=2))
         assert records_of(one) == records_of(two)
 
     def test_the_ceiling_holds(self, mlp, blobs):

@@ -127,8 +127,11 @@ def test_compare_names_gains(run, tmp_path):
     assert set(pd.read_csv("both.csv")["campaign"]) == {"one", "two"}
     assert (tmp_path / "both.png").stat().st_size > 1000
     code, out, _ = run("compare", "a=run0/journal.jsonl", "b=run0/journal.jsonl")
-    assert "accuracy gains +0.0 points" in out
-    assert "(paired)" in out
+    assert "accuracy: no difference, it is the same campaign" in out
+    code, out, _ = run("compare", "[bold]x=run0/journal.jsonl", "$y_1$=run1/journal.jsonl")
+    assert code == 0
+    assert "[bold]x" in out
+    assert "$y_1$" in out
     assert run("compare", "a=run0/journal.jsonl", "a=run1/journal.jsonl")[0] == 2
 
 
@@ -137,6 +140,7 @@ def test_compare_names_gains(run, tmp_path):
     [
         (("assess",), "model, data, faults must be given"),
         ((*ASSESS, "--faults", "BitErrorRate(2)"), "FaultModelError"),
+        ((*ASSESS, "--faults", "BitErrorRate(1e-3)", "--metrics", "f1"), "'average_precision'"),
         ((*ASSESS, "--faults", "BitErrorRate(1e-3)", "--include", "conv*"), "FaultSpaceError"),
         (("assess", "ours.py:nothing", "--data", "ours.py:batches", "--faults", "RandomBits(1)"), "has no 'nothing'"),
         ((*ASSESS[:4], "--faults", "RandomBits(1)"), "output="),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from matplotlib import cbook
 from matplotlib.collections import FillBetweenPolyCollection
+from matplotlib.ticker import PercentFormatter
 
 import flipproof as fp
 from flipproof.errors import ConfigError
@@ -70,3 +72,24 @@ def test_many_campaigns_stay_apart(sweep):
     looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
     assert len(looks) == 9
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [str(i) for i in range(9)]
+
+
+@pytest.mark.parametrize("name", ["$x_1$", "_base", "<b>", "[bold]x", "100 $"])
+def test_names_are_drawn_as_they_are(sweep, tmp_path, name):
+    figure = metric_figure({name: sweep, "other": sweep})
+    texts = figure.axes[0].get_legend().get_texts()
+    assert len(texts) == 2
+    assert texts[0].get_text().replace("\\$", "$").strip() == name
+    assert cbook.is_math_text(texts[0].get_text()) is False
+    assert save(figure, tmp_path / "figure.png").exists()
+
+
+def test_only_shares_are_percent(mlp, blobs):
+    def margin(outputs, targets):
+        return outputs.max()
+
+    result = fp.assess(mlp, data=blobs, faults=fp.BitErrorRate([1e-3, 1e-2]), trials=5, metrics=[margin, "accuracy"])
+    (own,), (share,) = (metric_figure({"a": result}, metric=name).axes for name in ("margin", "accuracy"))
+    assert not isinstance(own.yaxis.get_major_formatter(), PercentFormatter)
+    assert isinstance(share.yaxis.get_major_formatter(), PercentFormatter)
+    assert "over trials" in share.get_title(loc="left")

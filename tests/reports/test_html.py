@@ -68,10 +68,12 @@ def test_every_number_of_the_tables_is_on_the_page(assess, tmp_path):
                 assert f"{mean} [{low}, {high}]" in cells
     table = fp.compare(base=base, half=half)
     gain = table.iloc[2]
-    assert (
-        f"{100 * gain['auroc_gain']:+.2f} [{100 * gain['auroc_gain_low']:.2f}, {100 * gain['auroc_gain_high']:.2f}]"
-        in cells
-    )
+    value, low, high = (100 * gain[f"auroc_gain{end}"] for end in ("", "_low", "_high"))
+    assert f"{value:+.1f} [{low:.1f}, {high:.1f}]" in cells
+    low, high = 100 * gain["accuracy_gain_both_low"], 100 * gain["accuracy_gain_both_high"]
+    assert f"[{low:.1f}, {high:.1f}]".replace("-0.0", "0.0") in cells
+    for heading in ("accuracy % [over trials]", "accuracy [over trials and samples]", "accuracy tail"):
+        assert heading in cells
     assert "0.500 ×" in cells
 
 
@@ -111,3 +113,13 @@ def test_nothing_to_report_leaves_the_old_page(assess, tmp_path):
         fp.report(path, a=full, b=assess(metrics=("auroc",)))
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize("name", ["<b>bold</b>", "$x_1$", "[bold]x", "</script>"])
+def test_names_are_text(assess, tmp_path, name):
+    base = assess()
+    content = fp.report(tmp_path / "report.html", **{name: base, "other": assess(seed=3)}).read_text(encoding="utf-8")
+    page = Page(content)
+    assert page.open == []
+    assert name in {cell for row in page.rows for cell in row}
+    assert "<b>bold" not in content

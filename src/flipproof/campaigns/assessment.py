@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from flipproof.campaigns.estimates import Point, scale_in
 from flipproof.campaigns.journal import Journal
-from flipproof.campaigns.statistics import all_within, bootstrap_interval, mean_interval
+from flipproof.campaigns.statistics import all_within, wilson_interval
 from flipproof.campaigns.trial import Trial
 from flipproof.errors import ConfigError
-from flipproof.metrics import METRIC_NAMES, resolve
+from flipproof.metrics import Scale
 from flipproof.outcomes import OUTCOMES
 
 CHECK_EVERY = 20
@@ -51,7 +52,7 @@ class Assessment:
             JournalError: if it is not one.
         """
         header, trials = Journal(path).read()
-        return cls(header, answer(trials, header["plan"], list(header["golden"])))
+        return cls(header, answer(trials, header))
 
     @property
     def golden(self) -> dict[str, float]:
@@ -87,35 +88,62 @@ class Assessment:
     def summary(self) -> pd.DataFrame:
         """One row a point: means with `_low` and `_high`, drops against the golden run, outcomes as rates.
 
-        `accuracy_drop` = golden accuracy − mean accuracy; `critical_total` = critical SDC + DUE; `flips` is the mean
-        number of changed bits a trial. Intervals are over trials, at the campaign's confidence (`mean_interval`;
-        bootstrap for AUROC and average precision), never narrower than what unseen trials could change; points that
-        draw nothing at random have intervals of no width.
+        Every number has `_low` and `_high`: its interval **over trials**, for these samples, at the campaign's
+        confidence (`mean_interval`; in neuron campaigns rates are stratified by layer, `stratified_rate`). Accuracy
+        and outcome rates also have `_samples_low`, `_samples_high`: **over samples**, for these trials, and
+        `_both_low`, `_both_high`: **over trials and samples** (`two_way_interval`), which is what holds for other
+        inputs of the same kind; they are NaN for other metrics. `accuracy_drop` = golden accuracy − mean accuracy;
+        over samples it is of the paired difference.
+
+        `accuracy_tail` is the mean if a share q of trials, of a kind of which none was drawn, had the worst value
+        (`tail`): what a rare fatal flip could still do. NaN where the worst value is not known. The same upwards for
+        `critical_total_tail`. `critical_total` = critical SDC + DUE; `flips` is the mean number of changed bits a
+        trial. Points that draw nothing at random have intervals over trials of no width.
         """
-        confidence = float(self.header["plan"]["confidence"])
         rows = []
         for index, point in enumerate(self.header["points"]):
-            records = [record for record in self.records if record.point == index]
-            if not records:
+            if (found := self.point(index)) is None:
                 continue
             row: dict[str, Any] = {"point": index, **point["coordinates"]}
-            certain = bool(point["repeats"])
             for name in self.metrics:
-                golden = float(self.header["golden"][name])
-                mean, low, high = _estimate(name, [r.metrics[name] for r in records], confidence, certain)
-                row |= {name: mean, f"{name}_low": low, f"{name}_high": high}
-                row |= {
-                    f"{name}_drop": golden - mean,
-                    f"{name}_drop_low": golden - high,
-                    f"{name}_drop_high": golden - low,
-                }
+                estimate = found.estimate(name)
+                row |= estimate.columns(name) | {f"{name}_tail": estimate.tail}
+                row |= found.drop(name).columns(f"{name}_drop")
             for outcome in (*OUTCOMES, "critical_total"):
-                mean, low, high = _estimate(outcome, rates(records, outcome), confidence, certain)
-                row |= {outcome: mean, f"{outcome}_low": low, f"{outcome}_high": high}
-            row |= {"trials": len(records), "flips": float(np.mean([r.flips for r in records]))}
-            row |= {"audited": sum(r.audited for r in records), "coverage": self.coverage}
+                estimate = found.estimate(outcome)
+                row |= estimate.columns(outcome)
+            row |= {"critical_total_tail": estimate.tail}
+            row |= {"trials": len(found.records), "flips": float(np.mean([r.flips for r in found.records]))}
+            row |= {"audited": sum(r.audited for r in found.records), "coverage": self.coverage}
             rows.append(row)
         return pd.DataFrame(rows)
+
+    def point(self, index: int) -> Point | None:
+        """The trials of one point; None if there is none yet."""
+        records = [record for record in self.records if record.point == index]
+        return Point(self.header, records) if records else None
+
+    def scale(self, name: str) -> Scale:
+        """Unit, range and direction of a metric or outcome rate."""
+        return scale_in(self.header, name)
+
+    def golden_interval(self, name: str) -> tuple[float, float]:
+        """Interval of a fault-free metric over samples, at the campaign's confidence.
+
+        Accuracy: Wilson's. AUROC and average precision: from a bootstrap over samples when the campaign was begun, at
+        the confidence it then had. (nan, nan) for a user's metric.
+
+        Raises:
+            ConfigError: if the campaign has no such metric.
+        """
+        if name not in self.metrics:
+            raise ConfigError(f"the campaign has no metric {name!r}; it has {self.metrics}")
+        if self.scale(name).per_sample:
+            samples = int(self.header["fingerprint"]["samples"])
+            right = round(self.golden[name] * samples)
+            return wilson_interval(right, samples, confidence=float(self.header["plan"]["confidence"]))
+        low, high = self.header.get("golden_intervals", {}).get(name) or (float("nan"), float("nan"))
+        return float(low), float(high)
 
     def to_csv(self, path: str | os.PathLike[str], *, table: str = "trials") -> Path:
         """Write `trials` or `summary` as CSV."""
@@ -153,53 +181,29 @@ def planned(trials: Sequence[Trial], ceiling: int) -> list[Trial]:
     return [kept[key] for key in sorted(kept)]
 
 
-def answer(trials: Sequence[Trial], plan: Mapping[str, Any], metrics: Sequence[str]) -> list[Trial]:
+def answer(trials: Sequence[Trial], header: Mapping[str, Any]) -> list[Trial]:
     """The trials that a campaign of this plan rests on: below the ceiling and, with a margin, up to where it stops.
 
     A journal may hold more: trials that were run for a higher ceiling or a narrower margin.
     """
     kept: list[Trial] = []
+    plan = header["plan"]
     for _, group in groupby(planned(trials, plan["trials"]), key=lambda trial: trial.point):
         records = list(group)
         for upto in range(CHECK_EVERY, len(records), CHECK_EVERY) if plan["margin"] is not None else ():
             gapless = records[upto - 1].trial == upto - 1
-            if gapless and narrow(records[:upto], metrics, plan["margin"], plan["confidence"]):
+            if gapless and narrow(records[:upto], header):
                 records = records[:upto]
                 break
         kept += records
     return kept
 
 
-def narrow(records: Sequence[Trial], metrics: Sequence[str], margin: float, confidence: float) -> bool:
-    """True if the interval of every metric over these trials of a point is within ± margin."""
-    return all_within(
-        [interval_of(name, [record.metrics[name] for record in records], confidence) for name in metrics], margin
-    )
-
-
-def rates(records: Sequence[Trial], outcome: str) -> list[float]:
-    """An outcome's share of the samples, per trial; "critical_total" is critical SDC plus DUE."""
-    names = ("critical_sdc", "due") if outcome == "critical_total" else (outcome,)
-    return [sum(record.outcomes[name] for name in names) / record.samples for record in records]
-
-
-def interval_of(name: str, values: Sequence[float], confidence: float) -> tuple[float, float]:
-    """The interval a column gets: bootstrap for ranking metrics, else Student's t over trials."""
-    bounds = (0.0, 1.0) if is_share(name) else None
-    if name in METRIC_NAMES and resolve(name)[0].ranking:
-        return bootstrap_interval(values, confidence=confidence, bounds=bounds)
-    return mean_interval(values, confidence=confidence, bounds=bounds)
-
-
-def is_share(name: str) -> bool:
-    """True for the built-in metrics and the outcomes, which cannot leave [0, 1]."""
-    return name in METRIC_NAMES or name in (*OUTCOMES, "critical_total")
-
-
-def _estimate(name: str, values: Sequence[float], confidence: float, certain: bool) -> tuple[float, float, float]:
-    mean = values[0] if len(set(values)) == 1 else float(np.mean(values))  # equal values: no rounding error
-    low, high = (mean, mean) if certain else interval_of(name, values, confidence)
-    return mean, low, high
+def narrow(records: Sequence[Trial], header: Mapping[str, Any]) -> bool:
+    """True if the interval over trials of every metric of a point is within the plan's margin."""
+    point = Point(header, records)
+    intervals = [point.over_trials(name)[1:] for name in header["golden"]]
+    return all_within(intervals, float(header["plan"]["margin"]))
 
 
 def _parent_of(path: str | os.PathLike[str]) -> Path:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flipproof.campaigns.answers import encode_golden
 from flipproof.campaigns.arguments import check_device, check_numbers
 from flipproof.campaigns.assessment import CHECK_EVERY, Assessment, answer, narrow, planned
 from flipproof.campaigns.audit import Audit, audit_of
@@ -24,6 +25,7 @@ from flipproof.campaigns.batches import Data, Output, call, check_labels, pick, 
 from flipproof.campaigns.evaluation import eval_mode, golden_run, one_thread
 from flipproof.campaigns.executors import Executor, Job, executor
 from flipproof.campaigns.fingerprint import attributes_digest, code_digest, digest_of
+from flipproof.campaigns.golden import golden_interval
 from flipproof.campaigns.journal import Journal
 from flipproof.campaigns.live import same
 from flipproof.campaigns.neuron_trial import NeuronTrialRunner, neuron_space
@@ -189,8 +191,8 @@ def assess(
                     state.watch_bits()
                 if len(records) < sum(ceilings):
                     _take_shortcuts(runner, cache_bytes, off)
-                _fill(runner, records, journal, trials, workers, margin, confidence, progress)
-    return Assessment(header, answer(list(records.values()), header["plan"], list(found)))
+                _fill(runner, records, journal, header, workers, progress)
+    return Assessment(header, answer(list(records.values()), header))
 
 
 class as_it_came:
@@ -239,13 +241,12 @@ def _fill(
     runner: TrialRunner,
     records: dict[Job, Trial],
     journal: Journal | None,
-    trials: int,
+    header: dict[str, Any],
     workers: int,
-    margin: float | None,
-    confidence: float,
     progress: bool | None,
 ) -> None:
     """Run whatever the records still lack."""
+    trials, margin = header["plan"]["trials"], header["plan"]["margin"]
     ceilings = [1 if runner.repeats(point) else trials for point in runner.points]
     labels = [" ".join(f"{k} {v:g}" for k, v in point.coordinates().items()) for point in runner.points]
 
@@ -270,8 +271,7 @@ def _fill(
             for wave in range(0, ceiling, CHECK_EVERY):
                 upto = min(wave + CHECK_EVERY, ceiling)
                 run((job for job in [(p, t) for t in range(wave, upto)] if job not in records), pool, step)
-                names = [metric.name for metric in runner.metrics]
-                if upto < ceiling and narrow([records[p, t] for t in range(upto)], names, margin, confidence):
+                if upto < ceiling and narrow([records[p, t] for t in range(upto)], header):
                     step(labels[p], ceiling - upto)
                     break
 
@@ -341,6 +341,12 @@ def _header(
             "golden_outputs": _hash(tensor_bytes(runner.golden)),
         },
         "golden": golden,
+        "golden_answers": encode_golden(runner.decision.classes_of(runner.golden) == runner.batches.targets),
+        "golden_intervals": {
+            metric.name: golden_interval(metric, runner.golden, runner.batches.targets, runner.decision, confidence)
+            for metric in runner.metrics
+        },
+        "metrics": {metric.name: metric.scale.to_json() for metric in runner.metrics},
         "decision": {"outputs": runner.decision.outputs, "threshold": runner.decision.threshold},
         "points": [
             {"faults": repr(p), "coordinates": p.coordinates(), "repeats": runner.repeats(p)} for p in runner.points

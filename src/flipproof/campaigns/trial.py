@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from flipproof.campaigns.answers import encode_answers
 from flipproof.campaigns.batches import Batches, Output, call
 from flipproof.campaigns.evaluation import Answers, answer, eval_mode, one_thread, run_faulty
 from flipproof.campaigns.live import same
@@ -57,6 +58,8 @@ class Trial:
         versions: what computed it.
         error: why every sample is a DUE, if the faulty model raised or gave outputs of another shape. In a campaign
             over neurons, where each sample has a fault of its own, why the first such sample is one.
+        answers: how each sample ended and whether it is correct, see `decode_answers`; None if nobody noted it.
+        layer: the layer that a neuron campaign's upsets of this trial share; None for stored bits.
         audited: whether it ran again, whole, on a fresh copy of the model, with the same answers.
     """
 
@@ -73,6 +76,8 @@ class Trial:
     versions: dict[str, str]
     where: list[tuple[str, int, int]] = field(default_factory=list)
     error: str | None = None
+    answers: str | None = None
+    layer: str | None = None
     audited: bool = False
 
     def to_json(self) -> dict[str, Any]:
@@ -166,7 +171,8 @@ class TrialRunner:
         elif outputs.shape != self.golden.shape:
             error = f"outputs of shape {tuple(outputs.shape)} instead of {tuple(self.golden.shape)}"
             outputs = torch.full_like(self.golden, float("nan"))
-        counts = torch.bincount(classify(self.golden, outputs, self.decision), minlength=len(OUTCOMES)).tolist()
+        ended = classify(self.golden, outputs, self.decision)
+        counts = torch.bincount(ended, minlength=len(OUTCOMES)).tolist()
         targets = self.batches.targets
         return Trial(
             point=point,
@@ -182,6 +188,8 @@ class TrialRunner:
             versions=versions(),
             where=self._where(faults),
             error=error,
+            answers=encode_answers(ended, self.decision.classes_of(outputs) == targets),
+            layer=self.space.layer_of(faults).name if isinstance(self.space, NeuronSpace) else None,
             audited=audited,
         )
 

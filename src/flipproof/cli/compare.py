@@ -10,9 +10,10 @@ import typer
 from flipproof.campaigns import Assessment
 from flipproof.cli.console import out
 from flipproof.errors import ConfigError
+from flipproof.metrics import Scale
 from flipproof.reports import compare as compare_assessments
 from flipproof.reports import metric_figure, save, summary_table
-from flipproof.reports.tables import number
+from flipproof.reports.tables import gain_text, number
 
 
 def compare(
@@ -31,20 +32,18 @@ def compare(
         gains = table[table["campaign"] == name]
         if name != next(iter(assessments)):
             for _, row in gains.iterrows():
-                out.print("  " + _gain(row, metric), markup=False, highlight=False)
+                out.print("  " + _gain(row, metric, assessment.scale(metric)), markup=False, highlight=False)
     if csv:
         table.to_csv(csv, index=False)
     if figure:
         save(metric_figure(assessments, metric=metric), figure)
 
 
-def _gain(row: Any, metric: str) -> str:
-    low, high = 100 * row[f"{metric}_gain_low"], 100 * row[f"{metric}_gain_high"]
-    how = "paired" if row["paired"] else "independent draws"
+def _gain(row: Any, metric: str, scale: Scale) -> str:
     point = ", ".join(
         f"{name} {number(row[name])}" for name in ("ber", "bit", "count") if name in row and row[name] == row[name]
     )
-    return f"{point}: {metric} gains {100 * row[f'{metric}_gain']:+.1f} points [{low:.1f}, {high:.1f}] ({how})"
+    return f"{point}: {gain_text(row, metric, scale)}"
 
 
 def loaded(journals: list[str]) -> dict[str, Assessment]:

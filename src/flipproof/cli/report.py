@@ -17,4 +17,4 @@ def report(
     journals: Annotated[list[str], typer.Argument(help="NAME=JOURNAL.jsonl, the baseline first.")],
 ) -> None:
     """Write one self-contained HTML page of campaigns: figures to hover over, every table, how to read them."""
-    out.print(f"Written to {write_report(page, **loaded(journals))}", highlight=False)
+    out.print(f"Written to {write_report(page, **loaded(journals))}", markup=False, highlight=False)

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from flipproof.errors import ConfigError
 from flipproof.hardening.report import HardeningReport
-from flipproof.reports.figures import SERIES
+from flipproof.reports.figures import SERIES, literal
 
 
 def distribution_figure(table: pd.DataFrame) -> Figure:
@@ -31,7 +31,7 @@ def distribution_figure(table: pd.DataFrame) -> Figure:
         for kind, colour, style in (("golden", SERIES[0], "-"), ("faulty", SERIES[1], "--")):
             axes.step(centres, inner[kind].clip(lower=1e-7), where="mid", color=colour, ls=style, lw=1, label=kind)
         axes.set_yscale("log")
-        axes.set_title(layer, fontsize=7)
+        axes.set_title(literal(str(layer)), fontsize=7)
         axes.tick_params(labelsize=6)
         axes.set_xlabel("activation", fontsize=7)
     figure.axes[0].set_ylabel("share of values", fontsize=7)
@@ -52,7 +52,9 @@ def history_figure(report: HardeningReport) -> Figure:
     left, right = figure.subplots(1, 2)
     if "epoch" in history:
         for i, (stage, rows) in enumerate(history.groupby("stage", sort=False)):
-            left.plot(rows["epoch"], rows["mean_threshold"], color=SERIES[i % len(SERIES)], lw=0.8, label=str(stage))
+            left.plot(
+                rows["epoch"], rows["mean_threshold"], color=SERIES[i % len(SERIES)], lw=0.8, label=literal(str(stage))
+            )
         right.plot(np.arange(len(history)), history["held_out_accuracy"], color=SERIES[0], lw=0.8)
         left.set_xlabel("epoch of the layer", fontsize=7)
         left.set_ylabel("mean threshold", fontsize=7)
@@ -62,7 +64,9 @@ def history_figure(report: HardeningReport) -> Figure:
         for i, (stage, rows) in enumerate(history.groupby("stage", sort=False)):
             ordered = rows.sort_values("threshold")
             colour = SERIES[i % len(SERIES)]
-            left.plot(ordered["threshold"], ordered["area"], "o-", ms=2, color=colour, lw=0.8, label=str(stage))
+            left.plot(
+                ordered["threshold"], ordered["area"], "o-", ms=2, color=colour, lw=0.8, label=literal(str(stage))
+            )
         best = history.groupby("stage", sort=False)["area"].max()
         right.plot(np.arange(len(best)), best.to_numpy(), "o-", ms=2, color=SERIES[0], lw=0.8)
         left.set_xlabel("threshold", fontsize=7)

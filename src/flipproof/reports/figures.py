@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,6 +17,7 @@ from matplotlib.ticker import PercentFormatter
 
 from flipproof.campaigns.assessment import Assessment
 from flipproof.errors import ConfigError
+from flipproof.metrics import Scale
 from flipproof.reports.tables import number
 
 COLUMN = (3.5, 2.6)
@@ -55,12 +57,12 @@ def metric_figure(assessments: Mapping[str, Assessment], *, metric: str | None =
         again = i >= len(SERIES)  # colours come again with open markers and dotted lines
         axes.plot(
             summary[x],
-            summary[name],
+            summary[name].where(np.isfinite(summary[name])),
             marker=_MARKERS[i % len(_MARKERS)],
             ms=3.5,
             lw=1.2,
             color=colour,
-            label=label,
+            label=literal(label),
             ls=":" if again else "-",
             mfc="white" if again else colour,
         )
@@ -70,9 +72,11 @@ def metric_figure(assessments: Mapping[str, Assessment], *, metric: str | None =
         axes.axhline(assessment.golden[name], color=colour, lw=0.7, ls="--")
         _labelsweep_of(axes, summary, x)
     confidence = float(next(iter(assessments.values())).header["plan"]["confidence"])
-    axes.set_ylabel(name.replace("_", " ").replace("auroc", "AUROC"))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_title(f"mean over trials, {confidence:.0%} interval; dashed: no faults", fontsize=7, loc="left")
+    scale = next(iter(assessments.values())).scale(name)
+    axes.set_ylabel(_with_unit(name.replace("_", " ").replace("auroc", "AUROC"), scale))
+    if scale.unit == "%":
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_title(f"mean; band: {confidence:.0%} interval over trials; dashed: no faults", fontsize=7, loc="left")
     if len(assessments) > LEGEND_INSIDE:
         figure.set_size_inches(COLUMN[0] + 1.5, COLUMN[1])
         figure.legend(fontsize=6.5, frameon=False, loc="outside right center")
@@ -121,13 +125,19 @@ def bit_figure(assessment: Assessment) -> Figure:
     metric = assessment.metrics[0]
     summary = assessment.summary
     figure, axes = empty_figure()
-    axes.bar(summary["bit"], summary[f"{metric}_drop"], color=SERIES[0], width=0.8, label=f"{metric} drop")
+    drop = summary[f"{metric}_drop"].where(np.isfinite(summary[f"{metric}_drop"]))
+    axes.bar(summary["bit"], drop, color=SERIES[0], width=0.8, label=f"{metric} drop")
     due = summary[summary["due"] > 0]
-    axes.plot(due["bit"], due["due"], "x", ms=4, color="#882255", label="DUE" if len(due) else None)
+    if assessment.scale(metric).unit == "%":  # both are shares
+        axes.plot(due["bit"], due["due"], "x", ms=4, color="#882255", label="DUE" if len(due) else None)
     axes.set_xlabel("bit position flipped in every value (0: least significant)")
-    axes.set_ylabel(f"{metric} drop, DUE")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_ylim(bottom=min(0.0, float(summary[f"{metric}_drop"].min())), top=1.05)
+    scale = assessment.scale(metric)
+    if scale.unit == "%":
+        axes.set_ylabel(f"{metric} drop, DUE")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_ylim(bottom=min(0.0, float(drop.min())), top=1.05)
+    else:
+        axes.set_ylabel(_with_unit(f"{metric}: golden − mean", scale))
     axes.invert_xaxis()
     axes.legend(fontsize=7, frameon=False, loc="upper right")
     return figure
@@ -152,6 +162,20 @@ def _labelsweep_of(axes: Axes, summary: pd.DataFrame, x: str) -> None:
     if x in ("ber", "count") and len(summary) > 1 and float(summary[x].min()) > 0:
         axes.set_xscale("log")
     axes.set_xlabel(SWEEPS.get(x, x))
+
+
+def literal(text: str) -> str:
+    r"""A name as a label that is drawn as it stands: no mathematics, and not hidden by a leading underscore.
+
+    Example:
+        >>> literal("$x_1$"), literal("_base")
+        ('\\$x_1\\$', ' _base')
+    """
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def _with_unit(name: str, scale: Scale) -> str:
+    return literal(f"{name}, {scale.unit}" if scale.unit not in ("", "%") else name)
 
 
 def empty_figure() -> tuple[Figure, Axes]:

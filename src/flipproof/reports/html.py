@@ -8,15 +8,17 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from flipproof.campaigns.assessment import Assessment
 from flipproof.errors import ConfigError
+from flipproof.metrics import Scale
 from flipproof.outcomes import OUTCOMES
 from flipproof.reports.figures import OUTCOME_STYLE, SERIES, SWEEPS, sweep_of
-from flipproof.reports.tables import compare, findings, number, percent
+from flipproof.reports.tables import between, compare, findings, number
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
@@ -33,11 +35,15 @@ _READING = """
 value minus the mean over trials. <b>Outcomes</b>, for each sample: <i>masked</i>, outputs bit-identical to the
 fault-free run; <i>non-critical SDC</i>, other outputs and the same class; <i>critical SDC</i>, another class and no
 sign of it; <i>DUE</i>, NaN in the output. A DUE stays in the denominator and is never a correct answer.</p>
-<p><b>Intervals</b> are over trials, since the samples of one trial share its faults: Student's t (for AUROC and
-average precision a bias-corrected bootstrap), never narrower than what trials that were <i>not</i> run could change.
-Points at which nothing is drawn at random are exact. <b>Gains</b> are over the first campaign: of the paired
-differences where both drew the very same bits, otherwise of two independent means. <b>Memory</b> counts the bits of
-the fault space.</p>
+<p><b>Intervals</b> say of what they are. <i>Over trials</i>: other faults, these samples (bars and bands of the
+figures). <i>Over trials and samples</i>: other faults and other inputs of the same kind, which is what a statement
+about the network needs; it is made for accuracy and outcomes. Fault-free values have theirs over samples. Points at
+which nothing is drawn at random are exact for these samples; <i>no flips</i> marks those whose rate rounds to no flip
+at all, which is no measurement of that rate. <b>Tail</b>: what the mean would be if a share
+q = 1 − ((1 − confidence)/2)<sup>1/n</sup> of trials, of a kind of which none was drawn, had the worst value: what a
+rare fatal flip could still do. <b>Gains</b> are over the first campaign, ours − theirs: of the paired differences where
+both drew the very same bits, otherwise of two independent means; <i>identical</i> is the same campaign.
+<b>Memory</b> counts the bits of the fault space.</p>
 """
 
 
@@ -95,7 +101,7 @@ def _campaigns(assessments: Mapping[str, Assessment]) -> str:
     for name, assessment in assessments.items():
         fingerprint = assessment.header["fingerprint"]
         formats = sorted({site["format"] for site in assessment.header["stored"]})
-        golden = ", ".join(f"{metric} {value:.2%}" for metric, value in assessment.golden.items())
+        golden = ", ".join(_golden(assessment, metric) for metric in assessment.metrics)
         rows.append(
             {
                 "campaign": name,
@@ -103,13 +109,20 @@ def _campaigns(assessments: Mapping[str, Assessment]) -> str:
                 "stored as": ", ".join(formats),
                 "bits": f"{assessment.bits:,}",
                 "samples": f"{fingerprint['samples']:,}",
-                "without faults": golden,
+                "without faults [over samples]": golden,
                 "faults": fingerprint["faults"],
                 "trials": f"{len(assessment.records):,}",
                 "seed": str(fingerprint["seed"]),
             }
         )
-    return _html_table(pd.DataFrame(rows), text=("campaign", "model", "stored as", "without faults", "faults"))
+    return _html_table(
+        pd.DataFrame(rows), text=("campaign", "model", "stored as", "without faults [over samples]", "faults")
+    )
+
+
+def _golden(assessment: Assessment, metric: str) -> str:
+    scale, interval = assessment.scale(metric), assessment.golden_interval(metric)
+    return f"{metric} {scale.with_unit(assessment.golden[metric])} {between(scale, *interval)}"
 
 
 def _metric_plot(assessments: Mapping[str, Assessment], metric: str) -> str:
@@ -118,10 +131,20 @@ def _metric_plot(assessments: Mapping[str, Assessment], metric: str) -> str:
         summary, x, colour = assessment.summary, sweep_of(assessment), SERIES[i % len(SERIES)]
         low, high = summary[metric] - summary[f"{metric}_low"], summary[f"{metric}_high"] - summary[metric]
         bars = {"type": "data", "symmetric": False, "array": high, "arrayminus": low, "thickness": 1.2}
-        figure.add_scatter(x=summary[x], y=summary[metric], name=name, error_y=bars, line={"color": colour})
+        figure.add_scatter(
+            x=summary[x],
+            y=summary[metric].where(np.isfinite(summary[metric])),
+            name=escape(name),
+            error_y=bars,
+            line={"color": colour},
+        )
         figure.add_hline(y=assessment.golden[metric], line={"color": colour, "dash": "dash", "width": 1})
     x = sweep_of(next(iter(assessments.values())))
-    figure.update_yaxes(title=_title(metric), tickformat=".0%")
+    scale = next(iter(assessments.values())).scale(metric)
+    unit = f", {escape(scale.unit)}" if scale.unit not in ("", "%") else ""
+    figure.update_yaxes(title=f"{_title(metric)}{unit} (bars: over trials)")
+    if scale.unit == "%":
+        figure.update_yaxes(tickformat=".0%")
     return _plot(figure, x, logarithmic=all(_logarithmic(assessment) for assessment in assessments.values()))
 
 
@@ -158,14 +181,22 @@ def _gains(table: pd.DataFrame, first: Assessment) -> str:
     for _, row in table[table["campaign"] != table["campaign"].iloc[0]].iterrows():
         shown = {"campaign": row["campaign"], coordinate: number(row[coordinate])}
         for name in (*first.metrics, "critical_total"):
-            shown[f"{_title(name)}, points"] = (
-                f"{100 * row[f'{name}_gain']:+.2f} "
-                f"[{100 * row[f'{name}_gain_low']:.2f}, {100 * row[f'{name}_gain_high']:.2f}]"
-            )
-        rows.append(
-            {**shown, "draws": "paired" if row["paired"] else "independent", "memory": f"{row['memory']:.3f} ×"}
-        )
-    return _html_table(pd.DataFrame(rows), text=("campaign",))
+            scale = first.scale(name)
+            heading = f"{_title(name)}{',' * bool(scale.step)}{scale.step}"
+            shown[f"{heading} [over trials]"] = _signed(row, f"{name}_gain", scale)
+            both = between(scale, row[f"{name}_gain_both_low"], row[f"{name}_gain_both_high"])
+            shown[f"{_title(name)} [over trials and samples]"] = "–" if row["draws"] == "none" else both
+        draws = f"{row['draws']}{'; no flips in ' + row['fault_free'] if row['fault_free'] else ''}"
+        rows.append({**shown, "draws": draws, "memory": f"{row['memory']:.3f} ×"})
+    return _html_table(pd.DataFrame(rows), text=("campaign", "draws"))
+
+
+def _signed(row: pd.Series[Any], name: str, scale: Scale) -> str:
+    value = float(row[name])
+    if row["draws"] == "none" or not np.isfinite(value):
+        return "–"
+    text = scale.text(value)
+    return f"{'' if text[0] in '-–' else '+'}{text} {between(scale, row[f'{name}_low'], row[f'{name}_high'])}"
 
 
 def _one(assessment: Assessment) -> str:
@@ -191,8 +222,13 @@ def _summary(assessment: Assessment) -> pd.DataFrame:
     for _, row in assessment.summary.iterrows():
         shown = {coordinate: number(row[coordinate]), "flips": f"{row['flips']:,.1f}"}
         for name in (*assessment.metrics, *OUTCOMES):
-            low, high = percent(row[f"{name}_low"]), percent(row[f"{name}_high"])
-            shown[f"{_title(name)} %"] = f"{percent(row[name])} [{low}, {high}]"
+            scale = assessment.scale(name)
+            low, high = row[f"{name}_low"], row[f"{name}_high"]
+            shown[f"{_title(name)} {scale.unit} [over trials]"] = f"{scale.text(row[name])} {between(scale, low, high)}"
+            both = between(scale, row[f"{name}_both_low"], row[f"{name}_both_high"])
+            if name in assessment.metrics:
+                shown[f"{_title(name)} [over trials and samples]"] = both
+                shown[f"{_title(name)} tail"] = scale.text(row[f"{name}_tail"])
         rows.append({**shown, "trials": str(int(row["trials"]))})
     return pd.DataFrame(rows)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,15 +10,16 @@ import pandas as pd
 from rich import box
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
-from flipproof.campaigns.assessment import Assessment, interval_of, is_share, rates
-from flipproof.campaigns.statistics import difference_interval, mean_interval
-from flipproof.campaigns.trial import Trial
+from flipproof.campaigns.assessment import Assessment
+from flipproof.campaigns.estimates import gain
 from flipproof.errors import ConfigError
+from flipproof.metrics import Scale
 from flipproof.outcomes import OUTCOMES
 
 NEGLIGIBLE = 0.005
-"""A drop below half a percentage point is not worth a sentence."""
+"""A drop below half a percentage point is not worth a sentence; of other metrics half a percent of the golden value."""
 
 
 METRICS_A_TABLE = 3
@@ -26,7 +27,7 @@ METRICS_A_TABLE = 3
 
 
 def summary_table(assessment: Assessment, *, title: str | None = None, rows: list[int] | None = None) -> Group:
-    """One line a point: the metric with its interval, its drop, and the outcomes; percent throughout.
+    """One line a point: the metric with its interval over trials, its tail, its drop, and the outcomes in percent.
 
     Further metrics follow in tables of their own, so that each fits 100 columns.
 
@@ -36,45 +37,86 @@ def summary_table(assessment: Assessment, *, title: str | None = None, rows: lis
         rows: indices of points to show; all by default.
     """
     first, *others = assessment.metrics
-    tables = [_table(assessment, [first], title, rows, outcomes=True)]
+    tables: list[Table | Text] = [_table(assessment, [first], title, rows, outcomes=True)]
     for start in range(0, len(others), METRICS_A_TABLE):
         tables.append(_table(assessment, others[start : start + METRICS_A_TABLE], None, rows, outcomes=False))
-    return Group(*tables)
+    return Group(*tables, Text(interval_note(assessment), style="dim"))
+
+
+def interval_note(assessment: Assessment) -> str:
+    """What the intervals of a table are of, and what its tail is."""
+    samples = int(assessment.header["fingerprint"]["samples"])
+    name = assessment.metrics[0]
+    return (
+        f"Intervals: over trials, for these {samples:,} samples; over trials and samples: {name}_both_low, "
+        f"{name}_both_high in the summary. Tail: what a rare fatal flip that was not drawn could still do."
+    )
 
 
 def _table(
     assessment: Assessment, metrics: Sequence[str], title: str | None, rows: list[int] | None, *, outcomes: bool
 ) -> Table:
     confidence = float(assessment.header["plan"]["confidence"])
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=None if title is None else Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )  # fmt: skip
     coordinates = list(assessment.header["points"][0]["coordinates"])
     headings = [name.upper() if name == "ber" else name for name in coordinates]
     headings += ["flips"] if outcomes else []
     for name in metrics:
-        headings += [f"{name} %\n\\[{confidence:.0%} interval]", "drop\npoints"]
+        scale = assessment.scale(name)
+        headings += [f"{name} {scale.unit}\n[{confidence:.0%} over trials]"]
+        headings += ["tail"] if outcomes else []
+        headings += [f"{_change_word(scale)}\n{scale.step.strip()}"]
     headings += ["masked\n%", "SDC\n%", "critical\n%", "DUE\n%", "trials"] if outcomes else []
     for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(Text(heading), justify="right", no_wrap=True)
     for _, row in assessment.summary.iterrows():
         if rows is not None and int(row["point"]) not in rows:
             continue
-        exact = bool(assessment.header["points"][int(row["point"])]["repeats"])
+        point = assessment.point(int(row["point"]))
         cells = [number(row[name]) for name in coordinates]
         cells += [f"{row['flips']:,.0f}"] if outcomes else []
         for name in metrics:
-            cells += [_with_interval(row, name, exact), percent(row[f"{name}_drop"])]
+            scale = assessment.scale(name)
+            kind = "" if point is None or not point.exact else "no flips" if point.fault_free else "exact"
+            cells += [_with_interval(row, name, scale, kind)]
+            cells += [scale.text(row[f"{name}_tail"])] if outcomes else []
+            cells += [scale.text(_change(row, name, scale)[0]) if np.isfinite(row[name]) else "–"]
         cells += [*(percent(row[outcome]) for outcome in OUTCOMES), f"{int(row['trials'])}"] if outcomes else []
-        table.add_row(*cells)
+        table.add_row(*map(Text, cells))
     return table
 
 
-def _with_interval(row: pd.Series[Any], name: str, exact: bool) -> str:
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    if exact:
-        return f"{percent(row[name])} (exact)"
-    if np.isnan(low):
-        return f"{percent(row[name])} (unknown)"
-    return f"{percent(row[name])} [{percent(low)}, {percent(high)}]"
+def _with_interval(row: pd.Series[Any], name: str, scale: Scale, kind: str) -> str:
+    value = scale.text(row[name])
+    return f"{value} ({kind})" if kind else f"{value} {between(scale, row[f'{name}_low'], row[f'{name}_high'])}"
+
+
+def between(scale: Scale, low: float, high: float) -> str:
+    """An interval in brackets, or "(unknown)".
+
+    Example:
+        >>> between(Scale("%"), 0.1, 0.25), between(Scale(), float("nan"), 1.0)
+        ('[10.0, 25.0]', '(unknown)')
+    """
+    if np.isnan(low) or np.isnan(high):
+        return "(unknown)"
+    return f"[{scale.text(low)}, {scale.text(high)}]"
+
+
+def _change_word(scale: Scale) -> str:
+    """A loss is a drop or a rise by what is worse; where nobody said, the signed difference is shown as such."""
+    if scale.higher_is_better is None:
+        return "golden\n− mean"
+    return "drop" if scale.higher_is_better else "rise"
+
+
+def _change(row: pd.Series[Any], name: str, scale: Scale, of: str = "") -> tuple[float, float, float]:
+    """What got worse, with its interval over trials or of another kind: the drop, or its negative if less is better."""
+    value, low, high = (float(row[f"{name}_drop{end}"]) for end in ("", f"{of}_low", f"{of}_high"))
+    return (-value, -high, -low) if scale.higher_is_better is False else (value, low, high)
 
 
 def percent(share: float) -> str:
@@ -104,41 +146,69 @@ def number(value: float) -> str:
 def findings(assessment: Assessment) -> list[str]:
     """What a campaign found, in sentences: where it stays harmless, where it breaks, and how it breaks.
 
-    Every sentence is about the first metric and says its interval.
+    Every sentence is about the first metric and says its interval and of what it is.
     """
     metric = assessment.metrics[0]
-    summary = assessment.summary
+    scale, golden, summary = assessment.scale(metric), assessment.golden[metric], assessment.summary
     if summary.empty:
         return ["No trial has been run yet."]
     samples = assessment.records[0].samples
-    said = [f"Without faults {metric} is {assessment.golden[metric]:.1%} over {samples:,} samples."]
+    interval = between(scale, *assessment.golden_interval(metric))
+    known = "" if interval == "(unknown)" else f" {interval}"
+    said = [f"Without faults {metric} is {scale.with_unit(golden)}{known} over {samples:,} samples."]
+    negligible, words = _negligible(scale, golden)
     if "bit" in summary:
-        return said + _about_bits(summary, metric)
+        return said + _about_bits(summary, metric, scale, negligible, words)
     coordinate = next(iter(assessment.header["points"][0]["coordinates"]))
     name = coordinate.upper() if coordinate == "ber" else coordinate
-    harmless = summary[(summary[f"{metric}_drop_high"] < NEGLIGIBLE) & (summary["critical_total"] < NEGLIGIBLE)]
+    points = [assessment.point(int(index)) for index in summary["point"]]
+    idle = np.array([point is not None and point.fault_free for point in points])
+    for _, row in summary[idle].iterrows():
+        said.append(
+            f"At {name} {number(row[coordinate])} no bit is flipped: the rate rounds to none. It is not measured."
+        )
+    summary = summary[~idle]
+    if summary.empty:
+        return said
+    finite = np.isfinite(summary[metric].to_numpy(float))
+    for _, row in summary[~finite].iterrows():
+        values = assessment.trials.loc[assessment.trials["point"] == row["point"], metric].to_numpy(float)
+        said.append(
+            f"At {name} {number(row[coordinate])} {metric} is not finite in {int((~np.isfinite(values)).sum())} of "
+            f"{len(values)} trials; its mean is {scale.text(row[metric])} and no difference can be given."
+        )
+    summary = summary[finite]
+    changes = [_change(row, metric, scale) for _, row in summary.iterrows()]
+    low, high = (np.array([change[end] for change in changes], float) for end in (1, 2))
+    still = (high < negligible) & ((scale.higher_is_better is not None) | (low > -negligible))
+    harmless = summary[still & (summary["critical_total"].to_numpy() < NEGLIGIBLE)]
     if len(harmless):
         last = harmless.iloc[-1]
         said.append(
             f"Up to {name} {number(last[coordinate])} (flips a trial: {last['flips']:,.0f}) the mean {metric} "
-            f"stays within {percent(NEGLIGIBLE)} points of that."
+            f"stays within {words} of that."
         )
-    broken = summary[summary[f"{metric}_drop_low"] > NEGLIGIBLE]
-    unclear = summary[~summary.index.isin(harmless.index) & ~summary.index.isin(broken.index)]
+    moved = (low > negligible) | ((scale.higher_is_better is None) & (high < -negligible))
+    broken = summary[moved]
+    unclear = summary[~moved & ~summary.index.isin(harmless.index)]
     for _, row in unclear.iterrows():
+        value, lower, upper = _change(row, metric, scale)
+        what = "drop" if scale.higher_is_better else "rise" if scale.higher_is_better is False else "difference"
         said.append(
-            f"At {name} {number(row[coordinate])} {int(row['trials'])} trials cannot tell: the drop is "
-            f"{percent(row[f'{metric}_drop'])} points [{percent(row[f'{metric}_drop_low'])}, "
-            f"{percent(row[f'{metric}_drop_high'])}]. More trials narrow that."
+            f"At {name} {number(row[coordinate])} {_trials(row)} cannot tell: the {what} is {scale.text(value)}"
+            f"{scale.step} {between(scale, lower, upper)}. More trials narrow that."
         )
     if len(broken):
-        first, lowest = broken.iloc[0], broken.iloc[int(np.argmax(broken[f"{metric}_drop"]))]
-        said.append(f"From {name} {number(first[coordinate])} it measurably falls: {_drop(first, metric)}.")
+        first = broken.iloc[0]
+        lowest = broken.iloc[int(np.argmax([abs(_change(row, metric, scale)[0]) for _, row in broken.iterrows()]))]
+        verb = {True: "falls", False: "rises", None: "changes"}[scale.higher_is_better]
+        said.append(f"From {name} {number(first[coordinate])} it measurably {verb}: {_moved(first, metric, scale)}.")
         if lowest["point"] != first["point"]:
-            said.append(f"At {name} {number(lowest[coordinate])} it falls most: {_drop(lowest, metric)}.")
-    else:
-        said.append(f"No point of this sweep lowers {metric} measurably.")
-    worst = summary.iloc[int(np.argmax(summary["critical_total"]))]
+            said.append(f"At {name} {number(lowest[coordinate])} it {verb} most: {_moved(lowest, metric, scale)}.")
+    elif len(summary):
+        verb = {True: "lowers", False: "raises", None: "changes"}[scale.higher_is_better]
+        said.append(f"No point of this sweep {verb} {metric} measurably.")
+    worst = assessment.summary.iloc[int(np.argmax(assessment.summary["critical_total"]))]
     if worst["critical_total"] > 0:
         kind = "NaN outputs (DUE)" if worst["due"] > worst["critical_sdc"] else "silently wrong answers (critical SDC)"
         said.append(
@@ -148,25 +218,40 @@ def findings(assessment: Assessment) -> list[str]:
     return said
 
 
-def _about_bits(summary: pd.DataFrame, metric: str) -> list[str]:
-    drop = summary[f"{metric}_drop"]
+def _trials(row: pd.Series[Any]) -> str:
+    return "1 trial" if int(row["trials"]) == 1 else f"{int(row['trials'])} trials"
+
+
+def _negligible(scale: Scale, golden: float) -> tuple[float, str]:
+    """The change that is not worth a sentence, and in words."""
+    if scale.unit == "%":
+        return NEGLIGIBLE, f"{percent(NEGLIGIBLE)} points"
+    return NEGLIGIBLE * abs(golden), f"{NEGLIGIBLE:.1%}"
+
+
+def _about_bits(summary: pd.DataFrame, metric: str, scale: Scale, negligible: float, words: str) -> list[str]:
+    changes = np.array([_change(row, metric, scale)[0] for _, row in summary.iterrows()])
+    size = changes if scale.higher_is_better is not None else np.abs(changes)
+    size = np.where(np.isnan(size), np.inf, size)
     # several bits can ruin everything; NaN outputs break the tie
-    worst = summary.iloc[int(np.argmax(drop.round(6) + summary["due"] * 1e-3))]
+    worst = summary.iloc[int(np.argmax(size.round(6) + summary["due"].to_numpy() * 1e-3))]
     said = [
-        f"The critical bit is {int(worst['bit'])}: flipped in every value it leaves {metric} at {worst[metric]:.1%}, "
-        f"with {worst['critical_sdc']:.1%} critical SDC and {worst['due']:.1%} DUE."
+        f"The critical bit is {int(worst['bit'])}: flipped in every value it leaves {metric} at "
+        f"{scale.with_unit(worst[metric])}, with {worst['critical_sdc']:.1%} critical SDC and {worst['due']:.1%} DUE."
     ]
-    quiet = [int(bit) for bit in summary["bit"][drop < NEGLIGIBLE]]
+    quiet = [int(bit) for bit in summary["bit"][size < negligible]]
     if quiet:
-        said.append(
-            f"Bits {ranges(quiet)} cost less than {percent(NEGLIGIBLE)} points each, even flipped in every value."
-        )
+        verb = "change it by" if scale.higher_is_better is None else "cost"
+        said.append(f"Bits {ranges(quiet)} {verb} less than {words} each, even flipped in every value.")
     return said
 
 
-def _drop(row: pd.Series[Any], metric: str) -> str:
-    low, high = 100 * row[f"{metric}_drop_low"], 100 * row[f"{metric}_drop_high"]
-    return f"by {100 * row[f'{metric}_drop']:.1f} points [{low:.1f}, {high:.1f}] to {row[metric]:.1%}"
+def _moved(row: pd.Series[Any], metric: str, scale: Scale) -> str:
+    value, low, high = _change(row, metric, scale)
+    text = f"by {scale.text(value)}{scale.step} {between(scale, low, high)} over trials"
+    both = between(scale, *_change(row, metric, scale, "_both")[1:])
+    text += "" if both == "(unknown)" else f", {both} over trials and samples,"
+    return f"{text} to {scale.with_unit(row[metric])}"
 
 
 def ranges(numbers: list[int]) -> str:
@@ -189,9 +274,14 @@ def compare(**assessments: Assessment) -> pd.DataFrame:
     """Campaigns side by side: one row a campaign and point.
 
     Besides the columns of `Assessment.summary`, each row says what the campaign gained over the first one at the same
-    point: `accuracy_gain` with `_low` and `_high`. Where both drew the very same bits, trial by trial, the interval
-    is of the paired difference; otherwise of the difference of two independent means. `paired` says which. `memory` is
-    the bits of its fault space relative to the first campaign's; what was left outside the space is not counted.
+    point, ours − theirs: `accuracy_gain` with `_low` and `_high` over trials, `_samples_…` over samples and `_both_…`
+    over trials and samples. `draws` says how: "identical", the first one is the same campaign, so that the gain is
+    exactly 0; "paired", both drew the very same bits trial by trial, so that the interval is of the paired difference;
+    "independent", of two means (MOVER); "exact", nothing is drawn at random on either side; "none", the first one has
+    no such point. Samples are always paired. `gain_trials` is the number of trials of this campaign that a gain rests
+    on. `fault_free` names the side of which the rate rounds to no flip at all: the first campaign, this one, or
+    "both"; it is no measurement of that rate. `memory` is the bits of its fault space relative to the first
+    campaign's; what was left outside the space is not counted.
 
     Args:
         assessments: at least one, by name; the first is the baseline.
@@ -218,41 +308,53 @@ def compare(**assessments: Assessment) -> pd.DataFrame:
                 raise ConfigError(f"{name} and {base_name} cannot be compared: {what} differ ({ours!r} and {theirs!r})")
         for _, row in assessment.summary.iterrows():
             values = {str(key): value for key, value in row.items() if key != "point"}
-            gains = _gains(assessment, base, int(row["point"]))
+            gains = _gains(assessment, base, int(row["point"]), name, base_name)
             rows.append({"campaign": name, **values, **gains, "memory": assessment.bits / base.bits})
     return pd.DataFrame(rows)
 
 
-def _gains(assessment: Assessment, base: Assessment, point: int) -> dict[str, Any]:
+def _gains(assessment: Assessment, base: Assessment, point: int, name: str, base_name: str) -> dict[str, Any]:
     coordinates = assessment.header["points"][point]["coordinates"]
     match = [i for i, other in enumerate(base.header["points"]) if other["coordinates"] == coordinates]
-    ours = [r for r in assessment.records if r.point == point]
-    theirs = [r for r in base.records if match and r.point == match[0]]
-    confidence = float(assessment.header["plan"]["confidence"])
-    certain = bool(assessment.header["points"][point]["repeats"])
+    ours, theirs = assessment.point(point), base.point(match[0]) if match else None
+    assert ours is not None  # every row of a summary has trials
     gains: dict[str, Any] = {}
-    paired = bool(theirs) and {r.trial: r.digest for r in ours} == {r.trial: r.digest for r in theirs}
-    for name in (*assessment.metrics, "critical_total"):
-        mean, low, high = _difference(name, _values(ours, name), _values(theirs, name), paired, certain, confidence)
-        gains |= {f"{name}_gain": mean, f"{name}_gain_low": low, f"{name}_gain_high": high}
-    return {**gains, "paired": paired}
+    for column in (*assessment.metrics, "critical_total"):
+        found = gain(ours, theirs, column)
+        gains |= found.estimate.columns(f"{column}_gain")
+    sides = [side for side, of in ((base_name, theirs), (name, ours)) if of is not None and of.fault_free]
+    return {
+        **gains,
+        "draws": found.draws,
+        "paired": found.draws in ("paired", "identical"),
+        "gain_trials": found.trials,
+        "fault_free": "both" if len(sides) == 2 else "".join(sides),
+    }
 
 
-def _values(records: Sequence[Trial], name: str) -> list[float]:
-    return rates(records, name) if name == "critical_total" else [record.metrics[name] for record in records]
+def gain_text(row: Mapping[str, Any], name: str, scale: Scale) -> str:
+    """The gain of one row of `compare`, in words.
 
-
-def _difference(
-    name: str, ours: list[float], theirs: list[float], paired: bool, certain: bool, confidence: float
-) -> tuple[float, float, float]:
-    if not theirs:
-        return float("nan"), float("nan"), float("nan")
-    mean, other_mean = float(np.mean(ours)), float(np.mean(theirs))
-    if certain:
-        return mean - other_mean, mean - other_mean, mean - other_mean
-    if paired:
-        differences = np.subtract(ours, theirs)
-        bounds = (-1.0, 1.0) if is_share(name) else None
-        return float(differences.mean()), *mean_interval(differences, confidence=confidence, bounds=bounds)
-    intervals = [interval_of(name, values, confidence) for values in (ours, theirs)]
-    return mean - other_mean, *difference_interval(mean, intervals[0], other_mean, intervals[1])
+    Example:
+        >>> row = {"draws": "paired", "fault_free": "", "a_gain": 0.021, "a_gain_low": 0.01, "a_gain_high": 0.03,
+        ...        "a_gain_both_low": -0.01, "a_gain_both_high": 0.05}
+        >>> gain_text(row, "a", Scale("%", higher_is_better=True))
+        'a gains +2.1 points [1.0, 3.0] over trials, [-1.0, 5.0] over trials and samples (paired)'
+    """
+    if row["draws"] == "none":
+        return "the first campaign has no such point"
+    if row["draws"] == "identical":
+        return f"{name}: no difference, it is the same campaign"
+    value = float(row[f"{name}_gain"])
+    how = {"paired": "paired", "independent": "independent draws", "exact": "exact for these samples"}[row["draws"]]
+    if row["fault_free"]:
+        how += f"; no bit is flipped in {row['fault_free']}"
+    if not np.isfinite(value):
+        return f"{name}: one of the two means is not finite, there is no difference ({how})"
+    text = scale.text(value)
+    text = f"{name} {'gains' if scale.higher_is_better else 'changes by'} {'' if text[0] in '-–' else '+'}{text}"
+    text += scale.step
+    if row["draws"] != "exact":
+        text += f" {between(scale, row[f'{name}_gain_low'], row[f'{name}_gain_high'])} over trials"
+    both = between(scale, row[f"{name}_gain_both_low"], row[f"{name}_gain_both_high"])
+    return f"{text}{'' if both == '(unknown)' else f', {both} over trials and samples'} ({how})"

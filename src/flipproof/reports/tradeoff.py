@@ -8,11 +8,13 @@ from matplotlib.figure import Figure
 
 from flipproof.errors import ConfigError
 from flipproof.exploration.fortune import Exploration, short_name
-from flipproof.reports.figures import SERIES, empty_figure
+from flipproof.reports.figures import SERIES, empty_figure, literal
 
 
 def tradeoff_figure(exploration: Exploration) -> Figure:
     """Memory against the largest drop, one point a stored form; those on the front are filled (Fig. 5 of FORTUNE).
+
+    Bars are the intervals of the drop over trials.
 
     Raises:
         ConfigError: if no form was accurate enough to be injected.
@@ -24,7 +26,7 @@ def tradeoff_figure(exploration: Exploration) -> Figure:
     kib = table["memory"] / 8 / 1024
     low, high = table["drop"] - table["drop_low"], table["drop_high"] - table["drop"]
     for i, name in enumerate(dict.fromkeys(table["hardening"])):
-        label = "not hardened" if name == "none" else str(name)
+        label = "not hardened" if name == "none" else literal(str(name))
         for front in (True, False):  # filled on the front, hollow behind it
             own = (table["hardening"] == name) & (table["front"] == front)
             if not own.any():
@@ -39,9 +41,10 @@ def tradeoff_figure(exploration: Exploration) -> Figure:
             container[0].set_markerfacecolor(SERIES[i % len(SERIES)] if front else "white")
     for row in table.itertuples():
         place = (float(str(row.memory)) / 8192, 100 * float(str(row.drop)))
-        axes.annotate(_label(str(row.format)), place, fontsize=5, xytext=(2, 2), textcoords="offset points")
+        axes.annotate(literal(_label(str(row.format))), place, fontsize=5, xytext=(2, 2), textcoords="offset points")
     axes.set_xlabel("memory of the weights, KiB")
     axes.set_ylabel("largest drop of accuracy, points")
+    axes.set_title("bars: interval over trials", fontsize=6, loc="left")
     axes.legend(fontsize=6, frameon=False)
     return figure
 
