@@ -20,7 +20,7 @@ from flipproof.faults.selection import FormatChoice
 from flipproof.hardening import load_hardened
 from flipproof.metrics import METRIC_NAMES
 from flipproof.models.weights import load_weights
-from flipproof.specs import load_object, parse_faults, parse_format, parse_output
+from flipproof.specs import load_object, parse_decision, parse_faults, parse_format, parse_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,7 @@ class CampaignConfig:
     margin: float | None = None
     confidence: float = 0.95
     output: str | int | None = None
+    decision: str | float | None = None
     cache_bytes: int | None = None
     out: str = "flipproof-results"
 
@@ -99,6 +100,7 @@ class CampaignConfig:
             margin=self.margin,
             confidence=self.confidence,
             output=parse_output(self.output),
+            decision=parse_decision(self.decision),
             cache_bytes=self.cache_bytes,
             progress=progress,
         )
@@ -133,7 +135,7 @@ def _fitting(field: Field[Any], value: Any, source: str) -> Any:
     elif kind.startswith("float") and type(value) in (int, float):
         value, fits = float(value), True
     else:
-        allowed = {"int": int, "bool": bool, "str": str, "dict": dict}
+        allowed = {"int": int, "bool": bool, "str": str, "dict": dict, "float": float}
         fits = type(value) in [
             allowed[part.split("[")[0]] for part in kind.split(" | ") if part.split("[")[0] in allowed
         ]

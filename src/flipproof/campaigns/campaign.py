@@ -17,6 +17,7 @@ from torch import nn
 
 from flipproof.campaigns.assessment import CHECK_EVERY, Assessment, answer, narrow, planned
 from flipproof.campaigns.batches import Data, Output, check_labels, read_batches, tensor_bytes
+from flipproof.campaigns.deciding import decide
 from flipproof.campaigns.evaluation import eval_mode, golden_run, one_thread
 from flipproof.campaigns.executors import Executor, Job, executor
 from flipproof.campaigns.journal import Journal
@@ -32,7 +33,7 @@ from flipproof.faults.selection import FormatChoice
 from flipproof.faults.sites import Parameters
 from flipproof.faults.space import FaultSpace
 from flipproof.metrics import Metrics, resolve
-from flipproof.outcomes import Decision
+from flipproof.outcomes import DecisionChoice, check_choice
 
 
 def assess(
@@ -51,6 +52,7 @@ def assess(
     margin: float | None = None,
     confidence: float = 0.95,
     output: Output = None,
+    decision: DecisionChoice = None,
     cache_bytes: int | None = None,
     progress: bool | None = None,
 ) -> Assessment:
@@ -82,6 +84,9 @@ def assess(
         margin: stop a point once the interval of every metric's mean is within ± margin, looking every 20 trials.
         confidence: of all intervals.
         output: picks the tensor to judge out of what the model returns: function, dict key or tuple index.
+        decision: how outputs become classes: "logits", "probabilities", "argmax", or a number, the threshold of a
+            single output. None recognises it; where outputs could be either, a warning says what was assumed. The
+            header has it as `decision`.
         cache_bytes: memory for golden activations, with which a trial starts at the first faulted layer; 0 runs every
             trial whole. None allows the size of the model's parameters, less what `format` keeps of them (a campaign
             then holds the model and one copy), but at least 16 MiB, and 256 MiB for neurons. Records do not depend on
@@ -106,6 +111,7 @@ def assess(
         (2, 4)
     """
     chosen = resolve(metrics)
+    decision = check_choice(decision)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"assess takes a torch.nn.Module first, got {model!r}")
     for name, value in (("trials", trials), ("workers", workers), ("seed", seed)):
@@ -135,10 +141,10 @@ def assess(
         make = NeuronTrialRunner if isinstance(space, NeuronSpace) else TrialRunner
         with space.stored():
             golden = golden_run(model, batches, output)
-            decision = Decision.from_golden(golden)
-            check_labels(batches.targets, decision.classes)
-            runner = make(model, space, points, batches, output, chosen, golden, decision, seed, target)
-            found = {metric.name: metric.measure(golden, batches.targets, decision) for metric in chosen}
+            rule = decide(model, batches, output, golden, decision)
+            check_labels(batches.targets, rule.classes)
+            runner = make(model, space, points, batches, output, chosen, golden, rule, seed, target)
+            found = {metric.name: metric.measure(golden, batches.targets, rule) for metric in chosen}
             header = _header(runner, space, faults, found, where or Parameters(), trials, margin, confidence)
             journal = Journal(store) if store is not None else None
             with _writing(journal, header) as done:
@@ -227,9 +233,14 @@ def _header(
             "seed": runner.seed,
             "device": runner.device.type,
             "output": _name_of(runner.output),
+            "decision": runner.decision.describe(),
         },
         "golden": golden,
-        "decision": {"outputs": runner.decision.outputs, "threshold": runner.decision.threshold},
+        "decision": {
+            "outputs": runner.decision.outputs,
+            "threshold": runner.decision.threshold,
+            "assumed": runner.decision.assumed,
+        },
         "points": [
             {"faults": repr(p), "coordinates": p.coordinates(), "repeats": runner.repeats(p)} for p in runner.points
         ],

@@ -20,6 +20,7 @@ from flipproof.exploration.indicators import p_drop
 from flipproof.faults import BitErrorRate, FaultModel, FaultSpace
 from flipproof.formats import Affine, Format
 from flipproof.formats.storage import store_
+from flipproof.outcomes import DecisionChoice
 
 BASELINE = Affine(bits=8)
 """What memory and time are relative to, as in the paper: unprotected 8 bits."""
@@ -42,6 +43,7 @@ class Study:
     output: Output
     device: str | torch.device | None
     progress: bool | None
+    decision: DecisionChoice = None
     rows: list[dict[str, object]] = field(default_factory=list)
     rates: list[pd.DataFrame] = field(default_factory=list)
     assessments: dict[str, Assessment] = field(default_factory=dict)
@@ -92,6 +94,7 @@ class Study:
             store=self.store / f"{slug(name)}.jsonl" if self.store is not None and name else None,
             workers=self.workers if name else 1,
             output=self.output,
+            decision=self.decision,
             device=self.device,
             progress=self.progress if name else False,
         )
