@@ -130,6 +130,17 @@ class Decision:
             return replace(self, outputs="logits", threshold=None if self.threshold is None else 0.0)
         return self
 
+    @property
+    def choice(self) -> DecisionChoice:
+        """What `decision=` takes to mean the same.
+
+        Example:
+            >>> Decision("logits", 2, 0.3).choice, Decision("logits", 2, 0.0).choice
+            (0.3, 'logits')
+        """
+        usual = {"logits": 0.0, "probabilities": 0.5}[self.outputs]
+        return self.outputs if self.threshold in (None, usual) else self.threshold
+
     def describe(self) -> str:
         """How outputs become classes, in words.
 
@@ -172,7 +183,7 @@ def check_choice(choice: object) -> DecisionChoice:
         ConfigError: saying what `decision=` takes.
     """
     if choice is None or choice in ("logits", "probabilities", "argmax"):
-        return choice  # type: ignore[return-value]
+        return choice
     if isinstance(choice, (int, float)) and not isinstance(choice, bool) and math.isfinite(choice):
         return float(choice)
     raise ConfigError(

@@ -118,9 +118,10 @@ def analyze(
     with opened(model, data, where, format, output, method.max_bytes, decision) as prober:
         share = suffix_shares(model, prober)
         layers = [_analyse(prober, site, method, prober.decision.classes, share[site.name]) for site in prober.sites]
+        rule = prober.decision.choice
         samples, digest = prober.batches.samples, prober.batches.digest()
     found = VulnerabilityMap(layers, repr(method), samples, of=of, model=model, output=output, data=digest)
-    found.decision = decision
+    found.decision = rule
     return found
 
 

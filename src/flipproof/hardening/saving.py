@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from flipproof.errors import ConfigError, ModelError
+from flipproof.hardening.acceptance import Acceptance
 from flipproof.hardening.base import put_bound
 from flipproof.hardening.bounded import Bounded, ClampInput, Saturate, Smooth, ZeroAbove
 from flipproof.hardening.example import flat, inputs_like
@@ -65,6 +66,8 @@ def save_hardened(hardened: nn.Module, path: str | os.PathLike[str]) -> Path:
         "parameters": report.parameters,
         "thresholds": report.thresholds,
         "clean_drop": report.clean_drop,
+        "judged": None if report.judged is None else vars(report.judged),
+        "slack": report.slack,
         "seconds": report.seconds,
         "forwards": report.forwards,
         "opened": any(isinstance(module, Opened) for module in hardened.modules()),
@@ -131,6 +134,8 @@ def load_hardened(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         seconds=about["seconds"],
         forwards=about["forwards"],
         example=example,
+        judged=Acceptance(**about["judged"]) if about.get("judged") else None,
+        slack=about.get("slack"),
     )
     vars(rewritten.model)[REPORT] = report
     return rewritten.model

@@ -140,7 +140,7 @@ def _loss_of(model: nn.Module, data: Calibration, inputs: Any, targets: Tensor, 
 @contextmanager
 def _only(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
     """Gradients for these parameters alone, in eval mode; everything is put back."""
-    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.is_leaf]
     training = [module for module in model.modules() if module.training]
     model.eval()
     for parameter in asked:
