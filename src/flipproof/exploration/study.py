@@ -20,6 +20,7 @@ from flipproof.exploration.indicators import p_drop
 from flipproof.faults import BitErrorRate, FaultModel, FaultSpace
 from flipproof.formats import Affine, Format
 from flipproof.formats.storage import store_
+from flipproof.hardening.overhead import devices_of, wait_for
 from flipproof.outcomes import DecisionChoice
 
 BASELINE = Affine(bits=8)
@@ -111,12 +112,15 @@ class Study:
         except FormatError:
             return float("nan")
         seconds: list[list[float]] = [[], []]
+        devices = devices_of(*both, inputs)
         with one_thread(device), torch.no_grad():
             for _ in range(9):
                 for model, taken in zip(both, seconds, strict=True):
                     with eval_mode(model):
+                        wait_for(devices)
                         began = time.perf_counter()
                         call(model, inputs)
+                        wait_for(devices)
                         taken.append(time.perf_counter() - began)
         ours, theirs = (sorted(taken)[len(taken) // 2] for taken in seconds)
         return ours / theirs
