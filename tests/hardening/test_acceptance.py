@@ -19,7 +19,6 @@ from flipproof.hardening.calibration import Calibration
 from flipproof.hardening.overhead import wait_for
 from flipproof.hardening.profile import Range
 from flipproof.hardening.slack import widened
-from flipproof.models.training import train_classifier
 
 Data = list[tuple[Tensor, Tensor]]
 
@@ -57,31 +56,35 @@ def test_the_interval_covers_the_true_drop(lost: float, won: float, right: float
 # --- heavy tails and memorised labels: what this is for -------------------------------------------------------------
 
 
+BANDS = 60
+
+
 def heavy(n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Spectra with a few loud bands: log-normal sizes, so that each further input exceeds what was seen before."""
+    """Tones of log-normal loudness, each in the band of its class: one in ten is louder than all ten heard before."""
     generator = torch.Generator().manual_seed(seed)
-    classes = torch.arange(n) % 4
-    loud = torch.exp(1.3 * torch.randn(n, 32, generator=generator))
-    shape = torch.nn.functional.one_hot(classes, 4).float().repeat_interleave(8, dim=1)
-    return loud * (0.3 + shape), classes
-
-
-class Spectra(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two, self.out = nn.Linear(32, 96), nn.Linear(96, 96), nn.Linear(96, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(torch.relu(self.two(torch.relu(self.one(x)))))  # type: ignore[no-any-return]
+    classes = torch.arange(n) % BANDS
+    tones = nn.functional.one_hot(classes, BANDS) * (0.5 + torch.rand(n, BANDS, generator=generator))
+    loud = torch.exp(0.7 * torch.randn(n, 1, generator=generator))
+    return loud * tones + 0.1 * torch.rand(n, BANDS, generator=generator), classes
 
 
 @pytest.fixture(scope="module")
 def memorised() -> tuple[nn.Module, Data, tuple[Tensor, Tensor]]:
-    """A network that answers all 600 calibration inputs rightly because it was trained on them, and unseen ones."""
+    """A filter bank and a classifier trained on the 600 calibration inputs until it has them right; unseen inputs."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(BANDS, BANDS), nn.ReLU(), nn.Linear(BANDS, BANDS))
+        with torch.no_grad():
+            net[0].weight.copy_(torch.diag(0.5 + torch.rand(BANDS)))
+            net[0].bias.fill_(-0.12)
         x, y = heavy(600, 1)
-        net = train_classifier(Spectra(), [(x[i : i + 60], y[i : i + 60]) for i in range(0, 600, 60)], epochs=25)
+        optimiser = torch.optim.Adam(net[2].parameters(), 0.01)
+        for start in range(0, 18_000, 100):
+            part = slice(start % 600, start % 600 + 100)
+            optimiser.zero_grad()
+            torch.autograd.backward(nn.functional.cross_entropy(net(x[part]), y[part]))
+            optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
     return net.eval(), [(x[:300], y[:300]), (x[300:], y[300:])], heavy(4000, 2)
 
 
@@ -98,14 +101,14 @@ ALL: list[Hardening] = [
     fp.Ranger(replace="zero"),
     fp.Ranger(per="neuron", replace="zero"),
     fp.AVC(),
-    fp.FTClipAct(points=2, rounds=1, trials=2, bers=(1e-3,)),
-    fp.FitAct(epochs=2),
-    fp.ProAct(epochs=1, epochs_last=2),
+    fp.FTClipAct(points=2, rounds=1, trials=1, samples=32, bers=(1e-3,)),
+    fp.FitAct(epochs=1),
+    fp.ProAct(epochs=1, epochs_last=1),
 ]
 
 
 @pytest.mark.filterwarnings("ignore:.*costs accuracy:flipproof.FlipproofWarning")
-@pytest.mark.parametrize("method", ALL, ids=repr)
+@pytest.mark.parametrize("method", ALL, ids=lambda m: type(m).__name__)
 def test_unseen_inputs_lose_no_more_than_the_report_says(method: Hardening, memorised: Any) -> None:
     net, data, unseen = memorised
     safe = harden(net, method, data=data)
@@ -126,9 +129,9 @@ def test_bounds_at_the_largest_values_cost_accuracy_and_say_so(method: Hardening
         safe = harden(net, method, data=data)
     report = hardening_report(safe)
     fit, _ = Calibration.read(net, data, torch.device("cpu")).split(0.25, 0)
-    assert fit.accuracy - fit.accuracy_of(safe) <= 0.01, "what was reported until now"
+    assert fit.accuracy == fit.accuracy_of(safe), "what was reported until now"
     loss = unseen_loss(net, safe, unseen)
-    assert loss > 0.02
+    assert loss > 0.05
     assert report.judged is not None
     assert report.judged.low <= loss <= report.judged.high
     assert report.clean_drop == report.judged.drop > 0.01
@@ -141,14 +144,16 @@ def test_held_out_samples_are_fitted_to_by_nothing(memorised: Any) -> None:
     _, held = whole.split(0.25, 0)
     loud = held.batches.inputs[0][0]
     louder = [(torch.where((x == loud).all(1, keepdim=True), 100 * x, x), y) for x, y in data]
-    plain, shifted = (harden(net, fp.Ranger(slack=1.0), data=d) for d in (data, louder))
+    plain, shifted = (harden(net, fp.Ranger(per="neuron", slack=1.0), data=d) for d in (data, louder))
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), shifted.parameters(), strict=True))
-    again = harden(net, fp.Ranger(slack=1.0, seed=1), data=data)
+    again = harden(net, fp.Ranger(per="neuron", slack=1.0, seed=1), data=data)
     assert not all(torch.equal(a, b) for a, b in zip(plain.parameters(), again.parameters(), strict=True))
 
 
 def test_the_report_says_all_of_it(memorised: Any, tmp_path: Any) -> None:
     net, data, _ = memorised
+    with torch.no_grad():
+        data = [(x, net(x).argmax(1)) for x, _ in data]
     safe = harden(net, fp.Guard(), data=data)
     report = hardening_report(safe)
     assert report.slack is not None
@@ -188,7 +193,7 @@ def test_slack_moves_bounds_by_their_own_size_and_silent_neurons_by_the_mean() -
     seen = Range(torch.tensor(0.0), torch.tensor(4.0), torch.zeros(3), high, {(3,)}, 1, torch.zeros(3), high)
     low, up = widened(seen, "neuron", 2.0, rounding=False)
     assert up.tolist() == [2.0, 4.0, 8.0]
-    assert low.tolist() == [-0.5, -0.5, -1.0]
+    assert low.tolist() == [0.0, -0.5, -1.0], "a quarter of the span, where the lower end is 0"
     same = widened(seen, "neuron", 1.0, rounding=False)
     assert torch.equal(same[1], high)
     room = widened(seen, "neuron", 1.0)[1] - high
@@ -327,10 +332,9 @@ def test_torchvision_networks_with_shared_relu_are_guarded(name: str) -> None:
 # --- NaN -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("method", ALL, ids=repr)
+@pytest.mark.parametrize("method", ALL, ids=lambda m: type(m).__name__)
 @pytest.mark.filterwarnings("ignore:.*costs accuracy:flipproof.FlipproofWarning")
-def test_nan_passes_no_bound_of_a_shared_relu(method: Hardening, value: float) -> None:
+def test_nan_passes_no_bound_of_a_shared_relu(method: Hardening) -> None:
     net, data = bottlenecks()
     safe = harden(net, method, data=data)
     seen: list[Tensor] = []
@@ -338,14 +342,15 @@ def test_nan_passes_no_bound_of_a_shared_relu(method: Hardening, value: float) -
         bound = safe.get_submodule(site.module)
         assert isinstance(bound, Bounded)
         bound.register_forward_hook(lambda module, args, result: seen.append(result.clone()))
-    for name in ("0.one.weight", "0.two.bias", "1.three.weight"):
+    broken = (float("nan"), float("inf"), -float("inf"))
+    for name, value in itertools.product(("0.one.weight", "0.two.bias", "1.three.weight"), broken):
         with torch.no_grad():
             parameter = safe.get_parameter(name)
             kept = parameter.clone()
             parameter[0] = value
             safe(data[0][0])
             parameter.copy_(kept)
-    assert len(seen) == 18
+    assert len(seen) == 54
     assert all(bool(torch.isfinite(result).all()) for result in seen)
 
 
