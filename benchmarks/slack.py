@@ -1,6 +1,6 @@
 """What bounds at the largest values cost on unseen images, and what slack costs under faults: ResNet-20, CIFAR-10.
 
-``python -m benchmarks.slack --data-root DATA`` (CIFAR-10 and a public `resnet20-*.th`), about five minutes on two cores.
+``python -m benchmarks.slack --data-root DATA`` (CIFAR-10 and a public `resnet20-*.th`), some minutes on two cores.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ class Decision:
     Attributes:
         outputs: whether they are "logits" or "probabilities" (all in [0, 1], and rows of several classes sum to 1).
         classes: number of classes; 2 for a single output.
-        threshold: for a single output, class 1 is `output > threshold`: 0.5 for probabilities, 0 for logits, or what the
-            user said. None for several outputs, where the largest wins (the first of equals).
+        threshold: for a single output, class 1 is `output > threshold`: 0.5 for probabilities, 0 for logits, or what
+            the user said. None for several outputs, where the largest wins (the first of equals).
         assumed: True if the outputs alone could be either, and nobody said which. It plays no part in comparisons.
 
     Example:
@@ -187,8 +187,8 @@ def check_choice(choice: object) -> DecisionChoice:
     if isinstance(choice, (int, float)) and not isinstance(choice, bool) and math.isfinite(choice):
         return float(choice)
     raise ConfigError(
-        f"decision= takes None, 'logits', 'probabilities', 'argmax' or a number (the threshold of a single output), got "
-        f"{choice!r}"
+        f"decision= takes None, 'logits', 'probabilities', 'argmax' or a number (the threshold of a single output), "
+        f"got {choice!r}"
     )
 
 

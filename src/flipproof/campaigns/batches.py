@@ -118,8 +118,8 @@ def _class_targets(target: Any, batch: int) -> Tensor:
         several = int(((target != 0).sum(dim=1) != 1).sum())
         if several:
             raise DataError(
-                f"batch {batch}: targets of shape {tuple(target.shape)} hold several or no positive labels in {several} "
-                f"rows; multi-label targets are not supported, and their argmax would mean nothing. Judge one label at "
+                f"batch {batch}: targets of shape {tuple(target.shape)} hold several or no positive labels in "
+                f"{several} rows; multi-label targets are not supported, and their argmax would mean nothing. Judge one label at "
                 f"a time: targets[:, i] with output= a function that gives the score of label i"
             )
     if target.dim() != 1:

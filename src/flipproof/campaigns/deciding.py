@@ -40,8 +40,8 @@ def decide(
         low, high = float(golden.min()), float(golden.max())
         other = "logits" if decision.outputs == "probabilities" else "probabilities"
         warnings.warn(
-            f"all fault-free outputs lie in [{low:.4g}, {high:.4g}] and could be probabilities or logits; they are read "
-            f"as {decision.describe()}. Say which: decision={decision.outputs!r} for this reading, "
+            f"all fault-free outputs lie in [{low:.4g}, {high:.4g}] and could be probabilities or logits; they are "
+            f"read as {decision.describe()}. Say which: decision={decision.outputs!r} for this reading, "
             f"decision={other!r} for the other"
             + (", or a number as the threshold" if decision.threshold is not None else ""),
             FlipproofWarning,

@@ -107,8 +107,8 @@ class Work:
             grain[site] = whole[site.module].finest(wanted)
             if wanted == "neuron" != grain[site]:
                 self.notes.append(
-                    f"{site.name} is computed for maps of different sizes, {sorted(whole[site.module].shapes)[:3]}: its "
-                    f"bounds are one a {grain[site]}, not a neuron"
+                    f"{site.name} is computed for maps of different sizes, {sorted(whole[site.module].shapes)[:3]}: "
+                    f"its bounds are one a {grain[site]}, not a neuron"
                 )
             low, high = widened(whole[site.module], grain[site], 1.0, rounding=False)
             bounds[site] = self.bound(site, kind if isinstance(kind, type) else kind(site), high, low, **more)
@@ -316,8 +316,8 @@ def harden(
         )
     if judged.costs:
         warnings.warn(
-            f"{type(method).__name__} costs accuracy: {judged}. Pass more calibration data, data that the model has not "
-            f"been trained on, or wider bounds",
+            f"{type(method).__name__} costs accuracy: {judged}. Pass more calibration data, data that the model has "
+            f"not been trained on, or wider bounds",
             FlipproofWarning,
             stacklevel=2,
         )

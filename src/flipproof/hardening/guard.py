@@ -64,9 +64,9 @@ class Guard(Hardening):
     """Zero whatever lies well beyond the largest value seen in its channel; take class scores beyond theirs for faults.
 
     A few passes over the calibration data, no training. How far beyond is what unseen inputs need: bounds that lie at
-    the largest values of 600 inputs cut right values of more than every other input that follows. Why not the smallest threshold that keeps the
-    accuracy, as ProAct has it: what a tighter bound cuts of a faulty value is little, since faults that matter exceed
-    it by orders of magnitude, and what it cuts of the right values is lost at every rate.
+    the largest values of 600 inputs cut right values of every second input that follows. Why not the smallest threshold
+    that keeps the accuracy, as ProAct has it: what a tighter bound cuts of a faulty value is little, since faults that
+    matter exceed it by orders of magnitude, and what it cuts of the right values is lost at every rate.
 
     Args:
         per: a bound a "channel" (of a convolution; a neuron of a linear layer), a "neuron" or a "layer".

@@ -38,8 +38,8 @@ class ProAct(Hardening):
         lr: of Adam, halved every 10 epochs.
         budget: accuracy that may be lost, a fraction, over all layers together.
         batch_size: samples a step.
-        held_out: share of the calibration data that `harden` keeps to judge on; the same share of the rest decides which
-            epoch is kept.
+        held_out: share of the calibration data that `harden` keeps to judge on; the same share of the rest decides
+            which epoch is kept.
         seed: of the splits and of the order of samples.
         slack: training starts at so many times the largest values seen; 1.0 is the published method. None finds the
             smallest of 1, 1.25, 1.5, 2, 3 … that hardly disturbs samples which the bounds have not seen.

@@ -207,8 +207,8 @@ def refuse_what_hides_its_values(model: nn.Module) -> None:
                 raise ModelError(f"{place} has no shape yet; run the model once before hardening it")
             if type(tensor) not in (Tensor, nn.Parameter):
                 raise ModelError(
-                    f"{place} is a {type(tensor).__module__}.{type(tensor).__qualname__}, whose stored form is its own; "
-                    f"harden the model with plain tensors, then convert the hardened copy"
+                    f"{place} is a {type(tensor).__module__}.{type(tensor).__qualname__}, whose stored form is its "
+                    f"own; harden the model with plain tensors, then convert the hardened copy"
                 )
 
 
