@@ -119,8 +119,8 @@ def _class_targets(target: Any, batch: int) -> Tensor:
         if several:
             raise DataError(
                 f"batch {batch}: targets of shape {tuple(target.shape)} hold several or no positive labels in "
-                f"{several} rows; multi-label targets are not supported, and their argmax would mean nothing. Judge one label at "
-                f"a time: targets[:, i] with output= a function that gives the score of label i"
+                f"{several} rows; multi-label targets are not supported, and their argmax would mean nothing. Judge "
+                f"one label at a time: targets[:, i] with output= a function that gives the score of label i"
             )
     if target.dim() != 1:
         raise DataError(

@@ -63,10 +63,11 @@ class GuardedLinear(nn.Linear):
 class Guard(Hardening):
     """Zero whatever lies well beyond the largest value seen in its channel; take class scores beyond theirs for faults.
 
-    A few passes over the calibration data, no training. How far beyond is what unseen inputs need: bounds that lie at
-    the largest values of 600 inputs cut right values of every second input that follows. Why not the smallest threshold
-    that keeps the accuracy, as ProAct has it: what a tighter bound cuts of a faulty value is little, since faults that
-    matter exceed it by orders of magnitude, and what it cuts of the right values is lost at every rate.
+    A few passes over the calibration data, no training. How far beyond is what unseen inputs need: the
+    largest values of 600 inputs are exceeded, in one or the other of 400 channels, by about every second input that
+    follows. Why not the smallest threshold that keeps the accuracy, as ProAct has it: what a tighter bound cuts of a
+    faulty value is little, since faults that matter exceed it by orders of magnitude, and what it cuts of the right
+    values is lost at every rate.
 
     Args:
         per: a bound a "channel" (of a convolution; a neuron of a linear layer), a "neuron" or a "layer".
