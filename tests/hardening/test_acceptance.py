@@ -185,6 +185,48 @@ def test_counts_are_those_of_the_pairs() -> None:
     assert not found.costs
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.out = nn.GRU(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.rnn(x)[0][-1]))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("steps", [5, 12])
+def test_sequence_first_samples_are_cut_out_of_the_second_dimension(steps: int) -> None:
+    """Also where a batch has as many steps as samples, so that shapes say nothing."""
+    torch.manual_seed(0)
+    net, x = Recurrent(), torch.randn(steps, 24, 4)
+    data = [(x[:, :12], torch.arange(12) % 3), (x[:, 12:], torch.arange(12) % 3)]
+    whole = Calibration.read(net, data, torch.device("cpu"))
+    assert whole.cut == (1,)
+    fit, held = whole.split(0.25, 0)
+    assert (fit.samples, held.samples) == (18, 6)
+    assert held.batches.inputs[0].shape == (steps, 6, 4)
+    assert torch.allclose(held.outputs(net), held.teacher, atol=1e-6)
+    firsts = Calibration.read(nn.Sequential(nn.Linear(4, 3)), [(x[0, :12], torch.arange(12) % 3)], torch.device("cpu"))
+    assert firsts.cut == (0,)
+
+
+def test_samples_that_depend_on_their_batch_stay_together() -> None:
+    class Centred(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x - x.mean(dim=0)
+
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3), Centred())
+    torch.manual_seed(0)
+    data = [(torch.randn(10, 4), torch.arange(10) % 3) for _ in range(4)]
+    whole = Calibration.read(net, data, torch.device("cpu"))
+    assert whole.cut is None
+    assert whole.split(0.25, 0)[1].batches.sizes == (10,)
+    report = hardening_report(harden(net, fp.Ranger(slack=3.0), data=data))
+    assert any("batch 1 was not held against batch N" in note for note in report.notes)
+    with pytest.raises(fp.errors.DataError, match="whose samples cannot be taken apart, cannot be split"):
+        harden(net, fp.Ranger(), data=data[:1])
+
+
 # --- slack ---------------------------------------------------------------------------------------------------------
 
 

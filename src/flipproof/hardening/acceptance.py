@@ -148,10 +148,11 @@ def unsteady_layers(model: nn.Module, rewritten: Rewritten, held: Calibration) -
         held: samples, which must be such that they can be cut one by one.
 
     Returns:
-        Names of sites; empty if batch 1 and batch N agree as well as they do in `model`.
+        Names of sites, all where none can be told; empty if batch 1 and batch N agree as well as they do in `model`.
     """
-    some = held.some(torch.arange(min(ROUNDING_SAMPLES, held.samples)))
-    singles = [held.some(torch.tensor([i])) for i in range(some.samples)]
+    count = min(ROUNDING_SAMPLES, held.samples)
+    some = held.some(torch.arange(count), count)
+    singles = [held.some(torch.tensor([i])) for i in range(count)]
     plain = _together_and_alone(model, some, singles)
     bounded = _together_and_alone(rewritten.model, some, singles)
     spacing = torch.finfo(some.teacher.dtype).eps
@@ -170,7 +171,7 @@ def unsteady_layers(model: nn.Module, rewritten: Rewritten, held: Calibration) -
                 if float((one[number] - other[0]).abs().max()) > 1e-3 * scale:
                     found.append(site.name)
                     break
-    return found or [rewritten.sites[-1].name]
+    return found or [site.name for site in rewritten.sites]
 
 
 def _together_and_alone(model: nn.Module, some: Calibration, singles: list[Calibration]) -> tuple[Tensor, Tensor]:

@@ -99,6 +99,9 @@ class Work:
         parts = self.calibration.folds(FOLDS, self.seed) if slack is None else [self.calibration]
         seen = [ranges_of(self.rewritten, part, of=of) for part in parts]
         self.spend(self.calibration, 1.0)
+        if per in ("layer", "channel"):  # extremes of every neuron, for every part, are more than is needed
+            for each in (each for ranges in seen for each in ranges.values()):
+                each.neuron_low = each.neuron_high = None
         whole = union(seen)
         bounds: dict[Site, Bounded] = {}
         grain: dict[Site, Per] = {}
@@ -267,6 +270,7 @@ def harden(
     whole = Calibration.read(model, data, _device_of(model), output, decision)
     calibration, held = whole.split(method.held_out, method.seed)
     identity = {"method": repr(method), "weights": _weights(model), "data": whole.batches.digest()}
+    identity["decision"] = whole.decision.describe()
     stages = Stages(store, identity)
     rewritten = rewrite(model, whole.batches.inputs[0], open_recurrent=method.open_recurrent)
     ranges = profile(rewritten, calibration)
@@ -340,7 +344,9 @@ def _steady(model: nn.Module, method: Hardening, work: Work, held: Calibration) 
                 if site.name in unsteady:
                     bound = work.rewritten.model.get_submodule(site.module)
                     assert isinstance(bound, Bounded)
-                    bound.threshold.add_(0.01 * bound.threshold.abs().clamp_min(float(bound.threshold.abs().mean())))
+                    for end, sign in ((bound.threshold, 1), (bound.low, -1)):
+                        if end is not None:
+                            end.add_(sign * 0.01 * end.abs().clamp_min(float(end.abs().mean())))
         work.notes.append(f"bounds of {', '.join(unsteady)} were widened by 1 %: rounding alone carried values across")
     return unsteady_layers(model, work.rewritten, held)
 

@@ -109,15 +109,15 @@ class Calibration:
         order = torch.randperm(units, generator=torch.Generator().manual_seed(seed))
         return [self._units(part) for part in torch.tensor_split(order, min(count, units))]
 
-    def some(self, index: Tensor) -> Calibration:
-        """These samples, in batches of the size of the first one; whole batches where inputs cannot be cut."""
+    def some(self, index: Tensor, size: int | None = None) -> Calibration:
+        """These samples, in batches of `size` (of the first one's by default); whole batches if they cannot be cut."""
         if self.cut is None:
             wanted, first = index.numel(), 0
             while first < len(self.batches.sizes) and sum(self.batches.sizes[:first]) < wanted:
                 first += 1
             return self._whole(list(range(first)))
         whole = self._joined()
-        size = self.batches.sizes[0]
+        size = self.batches.sizes[0] if size is None else size
         chunks = torch.split(index, size) if index.numel() else ()
         inputs = tuple(_rows(whole, chunk, self.cut) for chunk in chunks)
         batches = Batches(inputs, tuple(chunk.numel() for chunk in chunks), self.batches.targets[index])
@@ -189,7 +189,11 @@ def _samples_lie_in(model: nn.Module, batches: Batches, teacher: Tensor, output:
     shapes = [[tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs)] for inputs in batches.inputs]
     index = torch.tensor(sorted({batches.sizes[0] - 1, 0}, reverse=True))
     expected = teacher[index].double()
-    room = 1e4 * torch.finfo(teacher.dtype).eps * max(1.0, float(teacher.abs().max()))
+    # rounding in another batch size, and far less than what tells samples apart
+    spread, size = float((teacher.double().amax(0) - teacher.double().amin(0)).max()), float(teacher.abs().max())
+    room = 1e-3 * spread + 1e3 * torch.finfo(torch.float32).eps * size
+    if teacher.dtype in (torch.float16, torch.bfloat16):
+        room += 8 * torch.finfo(teacher.dtype).eps * size
     for cut in islice(product(*choices), _LAYOUTS):
         kept = {tuple((*s[:d], *s[d + 1 :]) for s, d in zip(batch, cut, strict=True)) for batch in shapes}
         if len(kept) != 1:
