@@ -262,7 +262,7 @@ def test_cost_is_counted_in_forward_equivalents(net: nn.Module, calibration: Dat
     # frozen weights, bounds behind every layer: gradients flow back through all layers but the first
     step = 1 + sum(spent[1:]) / sum(spent)
     assert step < 2
-    n, held, select, fit = 400, 100, 75, 225
+    n, held, select, fit = 720, 180, 135, 405
     once = 1 + 2 * 0.75 + held / n + 2 * 32 / n  # golden, ranges twice, judged, batch 1 against N
     assert report.forwards == pytest.approx(once + select / n + 4 * (step * fit + select) / n, rel=1e-6)
 
@@ -279,7 +279,7 @@ def test_the_last_layers_bounds_train_without_a_pass_through_the_others(net: nn.
     ]
     last = 1 + spent[-1] / sum(spent)
     more = reports[1].forwards - reports[0].forwards
-    assert more == pytest.approx(10 * (last * 225 + 75) / 400, rel=1e-6)
+    assert more == pytest.approx(10 * (last * 405 + 135) / 720, rel=1e-6)
 
 
 def layers_of(net: nn.Module) -> list[Any]:

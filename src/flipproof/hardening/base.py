@@ -99,6 +99,10 @@ class Work:
         parts = self.calibration.folds(FOLDS, self.seed) if slack is None else [self.calibration]
         seen = [ranges_of(self.rewritten, part, of=of) for part in parts]
         self.spend(self.calibration, 1.0)
+        for site, known in self.ranges.items():
+            for ranges in seen:
+                if site.module in ranges:
+                    ranges[site.module].admit(known.shapes)
         if per in ("layer", "channel"):  # extremes of every neuron, for every part, are more than is needed
             for each in (each for ranges in seen for each in ranges.values()):
                 each.neuron_low = each.neuron_high = None
@@ -274,9 +278,16 @@ def harden(
     stages = Stages(store, identity)
     rewritten = rewrite(model, whole.batches.inputs[0], open_recurrent=method.open_recurrent)
     ranges = profile(rewritten, calibration)
+    if whole.cut is None:  # inputs may have sizes that the data to fit on does not show
+        elsewhere = ranges_of(rewritten, held)
+        for site, seen in ranges.items():
+            if site.module in elsewhere:
+                seen.admit(elsewhere[site.module].shapes)
     work = Work(rewritten, ranges, calibration, progress, stages=stages, samples=whole.samples, seed=method.seed)
     work.spend(whole, 1.0)  # the unbounded model's answers
     work.spend(calibration, 1.0)  # ranges
+    if whole.cut is None:
+        work.spend(held, 1.0)
     history = method.fit(work)
     _check(rewritten)
     unsteady = _steady(model, method, work, held)

@@ -79,6 +79,14 @@ class Range:
         self.channel_low = _both(torch.minimum, self.channel_low, other.channel_low)
         self.channel_high = _both(torch.maximum, self.channel_high, other.channel_high)
 
+    def admit(self, shapes: set[tuple[int, ...]]) -> None:
+        """Maps of these shapes come by too: bounds finer than all of them have in common are none."""
+        self.shapes |= shapes
+        if len(self.shapes) > 1:
+            self.neuron_low = self.neuron_high = None
+        if len({(len(shape), shape[:1]) for shape in self.shapes}) > 1:
+            self.channel_low = self.channel_high = None
+
 
 def _both(extreme: Callable[[Tensor, Tensor], Tensor], one: Tensor | None, other: Tensor | None) -> Tensor | None:
     """The extreme of two, None where their shapes differ."""
