@@ -192,11 +192,26 @@ def test_what_nobody_can_tell_is_warned_about_too():
     assert found.header["decision"]["assumed"]
 
 
-def test_rows_that_sum_to_one_by_chance_are_warned_about():
+def test_rows_that_sum_to_one_are_warned_about_unless_it_is_known_what_made_them():
     class Two(Scores):
         def forward(self, x):
             score = self.fc(x)
             return torch.cat([score, 1 - score], dim=1)
+
+    class Shares(nn.Module):
+        """A linear layer whose rows happen to sum to 1: logits, and the largest wins in either case."""
+
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(1, 2)
+            with torch.no_grad():
+                self.fc.weight.copy_(torch.tensor([[0.3], [-0.3]]))
+                self.fc.bias.fill_(0.5)
+
+        def forward(self, x):
+            return self.fc(x)
+
+    assert fp.assess(Shares(), data=lowly(), **SETUP).header["decision"]["outputs"] == "logits"
 
     net = Two(0.4, 0.5)
     with pytest.warns(fp.FlipproofWarning, match="could be probabilities or logits"):

@@ -121,13 +121,14 @@ class Decision:
     def settled(self, source: Source) -> Decision:
         """What an assumption comes to, once it is known what computed the outputs.
 
-        A sigmoid or softmax settles that they are probabilities; what comes straight from a linear layer is rather a
-        logit. Only the first leaves nothing assumed.
+        A sigmoid or softmax settles that they are probabilities. What comes straight from a linear layer is a logit: of
+        several classes, whose largest wins in either case, nothing stays assumed; of a single output its threshold.
         """
         if not self.assumed or source == "squashing":
             return replace(self, assumed=False)
         if source == "linear":
-            return replace(self, outputs="logits", threshold=None if self.threshold is None else 0.0)
+            several = self.threshold is None
+            return replace(self, outputs="logits", threshold=None if several else 0.0, assumed=not several)
         return self
 
     @property
@@ -204,6 +205,7 @@ _HANDED_ON = (
     *("clamp", "clamp_min", "clamp_max", "clamp_min_", "clamp_max_", "nan_to_num", "nan_to_num_", "where"),
 )
 """Functions that move values, or cut them off, without computing others."""
+_JOINING = ("cat", "concat", "stack")
 
 
 class Sources(TorchFunctionMode):
@@ -236,8 +238,10 @@ class Sources(TorchFunctionMode):
             elif name in _LINEAR or name.startswith("conv"):
                 self._known[id(result)] = (result, "linear")
             elif name in _HANDED_ON:
-                found = [self.of(leaf) for leaf in _tensors(args)]
+                found = [self.of(leaf) for leaf in _tensors(args) if leaf.is_floating_point()]
                 made: Source = next((source for source in found if source != "other"), "other")
+                if name in _JOINING and len(set(found)) > 1:
+                    made = "other"
                 self._known[id(result)] = (result, made)
             else:
                 self._known.pop(id(result), None)  # in place

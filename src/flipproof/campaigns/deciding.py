@@ -18,7 +18,8 @@ def decide(
 
     Outputs in [0, 1] may be probabilities (class 1 above 0.5) or logits that happen to lie there (class 1 above 0).
     If nobody says, one batch is run again: what a sigmoid or softmax gave are probabilities, and that is all. What a
-    linear layer gave is taken for logits, anything else for probabilities, and both are warned about.
+    linear layer gave is taken for logits, anything else for probabilities; both are warned about, but for logits of
+    several classes, whose largest wins in either case.
 
     Args:
         model: fault-free, in eval mode.

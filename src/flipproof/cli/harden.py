@@ -71,7 +71,7 @@ def harden(
         report.history.to_csv(folder / "history.csv", index=False)
         save(history_figure(report), folder / "history.png")
     costs = hardening.overhead(network, safe)
-    out.print(str(report), markup=False, highlight=False)
+    out.print(str(report), markup=False, highlight=False, soft_wrap=True)
     out.print(
         f"Memory: {report.thresholds:,} thresholds beside {report.parameters:,} parameters, "
         f"{costs.memory_percent:.3g} % more. "

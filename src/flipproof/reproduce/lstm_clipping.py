@@ -61,7 +61,8 @@ def reproduce(
     console.print(f"{source}: {counts}", highlight=False)
     trials, judged = SCALES[scale]
     test = EHRSet(data.test.stays[:judged]).batches(120)
-    calibration = data.validation.batches(200)
+    # several batches: labelled steps of a stay belong together, so harden holds whole batches back
+    calibration = data.validation.batches(max(1, min(200, len(data.validation) // 8)))
     few = EHRSet(data.validation.stays[:100]).batches(100)
     found: dict[str, dict[str, Assessment]] = {}
     sizes: list[dict[str, float | str]] = []
