@@ -177,7 +177,7 @@ def test_counts_are_those_of_the_pairs() -> None:
             return self.scores[x]
 
     before = torch.tensor([[9.0, 0.0], [0.0, 9.0], [9.0, 0.0], [9.0, 0.0], [0.0, 9.0]])
-    after = torch.tensor([[9.0, 0.0], [9.5, 9.0], [9.0, 0.5], [7.0, 0.0], [9.0, 8.0]])
+    after = torch.tensor([[9.0, 0.0], [9.5, 9.0], [9.0, 0.5], [4.0, 0.0], [9.0, 8.0]])
     held = Calibration.read(Fixed(before), [(torch.arange(5), torch.tensor([0, 1, 0, 0, 0]))], torch.device("cpu"))
     found = Acceptance.of(held, Fixed(after))
     assert (found.right, found.lost, found.won, found.changed, found.disturbed) == (4, 1, 1, 2, 3)

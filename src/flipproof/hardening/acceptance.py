@@ -19,7 +19,7 @@ from flipproof.outcomes import Decision
 LIMIT = 0.01
 """`harden` warns if more accuracy than this is lost on the held-out samples, or any loss is significant."""
 
-TENTH = 0.1
+HALF = 0.5
 """A sample is disturbed if a score moves by more than this share of the usual lead, or its class changes."""
 
 ROUNDING_SAMPLES = 32
@@ -36,7 +36,7 @@ class Acceptance:
         lost: right before, wrong after.
         won: wrong before, right after.
         changed: whose class changes, right or wrong.
-        disturbed: of which a score moves by more than a tenth of the usual lead of the best score, or the class
+        disturbed: of which a score moves by more than half the usual lead of the best score, or the class
             changes. It needs no labels, and says more than accuracy where the model has memorised its data.
         drop: accuracy lost, (lost − won) / samples, a fraction; negative for a gain.
         low: of the 95 % interval of the drop, over samples (`paired_interval`).
@@ -83,7 +83,7 @@ class Acceptance:
         return (
             f"without faults, on {self.samples:,} held-out samples: {100 * self.drop:.2f} points lost "
             f"[{100 * self.low:.2f}, {100 * self.high:.2f}] ({self.lost} answers lost, {self.won} won; scores of "
-            f"{self.disturbed} move by more than a tenth of the usual lead)"
+            f"{self.disturbed} move by more than half the usual lead)"
         )
 
 
@@ -131,9 +131,9 @@ def usual_lead(teacher: Tensor, decision: Decision) -> float:
 
 
 def disturbed(outputs: Tensor, teacher: Tensor, decision: Decision, lead: float) -> Tensor:
-    """Which samples' scores moved by more than a tenth of `lead`, or whose class changed; bool (N,)."""
+    """Which samples' scores moved by more than half of `lead`, or whose class changed; bool (N,)."""
     moved = (outputs.double() - teacher.double()).abs().reshape(len(teacher), -1).amax(dim=1)
-    return ~(moved <= TENTH * lead) | (decision.classes_of(outputs) != decision.classes_of(teacher))
+    return ~(moved <= HALF * lead) | (decision.classes_of(outputs) != decision.classes_of(teacher))
 
 
 def unsteady_layers(model: nn.Module, rewritten: Rewritten, held: Calibration) -> list[str]:

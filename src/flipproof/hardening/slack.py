@@ -52,7 +52,7 @@ class Slack:
             return f"{said}: the data to fit on is a single batch that cannot be taken apart, so nothing was tried"
         return (
             f"{said}: under bounds fitted without them, {self.disturbed} of {self.samples:,} samples were disturbed (a "
-            f"score moved by more than a tenth of the usual lead, or the class changed)"
+            f"score moved by more than half the usual lead, or the class changed)"
         )
 
 
