@@ -190,10 +190,11 @@ def _samples_lie_in(model: nn.Module, batches: Batches, teacher: Tensor, output:
     index = torch.tensor(sorted({batches.sizes[0] - 1, 0}, reverse=True))
     expected = teacher[index].double()
     # rounding in another batch size, and far less than what tells samples apart
-    spread, size = float((teacher.double().amax(0) - teacher.double().amin(0)).max()), float(teacher.abs().max())
-    room = 1e-3 * spread + 1e3 * torch.finfo(torch.float32).eps * size
+    largest = float(teacher.abs().max())
+    spread = float((teacher.double().amax(0) - teacher.double().amin(0)).max())
+    room = 1e-3 * spread + 1e3 * torch.finfo(torch.float32).eps * largest
     if teacher.dtype in (torch.float16, torch.bfloat16):
-        room += 8 * torch.finfo(teacher.dtype).eps * size
+        room += 8 * torch.finfo(teacher.dtype).eps * largest
     for cut in islice(product(*choices), _LAYOUTS):
         kept = {tuple((*s[:d], *s[d + 1 :]) for s, d in zip(batch, cut, strict=True)) for batch in shapes}
         if len(kept) != 1:
