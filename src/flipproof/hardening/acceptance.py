@@ -101,8 +101,8 @@ def paired_interval(lost: int, won: int, both: int, samples: int, *, confidence:
         confidence: of the interval.
 
     Example:
-        >>> [round(end, 3) for end in paired_interval(12, 9, 43, 69)]  # Newcombe 1998, table II, e.g. f − g = 3 of 69
-        [-0.089, 0.173]
+        >>> [round(end, 4) for end in paired_interval(12, 2, 36, 50)]  # as in Newcombe's table II
+        [0.0569, 0.3404]
     """
     neither = samples - lost - won - both
     first, second = (both + lost) / samples, (both + won) / samples

@@ -56,8 +56,8 @@ class Range:
             return "layer"
         return "channel"
 
-    def of(self, per: Per) -> tuple[Tensor, Tensor]:
-        """(low, high) per layer, channel or neuron, as fine as `finest` says."""
+    def of(self, per: Per, site: Site | None = None) -> tuple[Tensor, Tensor]:
+        """(low, high) per layer, channel or neuron, as fine as `finest` says; `site` plays no part."""
         chosen = self.finest(per)
         if chosen == "neuron":
             assert self.neuron_low is not None
