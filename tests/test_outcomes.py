@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from torch import nn
 
-from flipproof.errors import DataError
+import flipproof as fp
+from flipproof.errors import ConfigError, DataError
 from flipproof.outcomes import OUTCOMES, Decision, Outcome, classify
 
 NAN, INF = float("nan"), float("inf")
@@ -132,3 +134,140 @@ def test_every_sample_has_the_outcome_that_plain_python_gives_it(data, dtype, cl
     ]
     assert got == expected
     assert sum(got.count(outcome) for outcome in OUTCOMES) == n
+
+
+# --- what the user says, and what cannot be told -------------------------------------------------------------------
+
+
+class Scores(nn.Module):
+    """One output a sample: w · x + b, through what `last` is."""
+
+    def __init__(self, weight: float, bias: float, last: nn.Module | None = None) -> None:
+        super().__init__()
+        self.fc, self.last = nn.Linear(1, 1), last or nn.Identity()
+        with torch.no_grad():
+            self.fc.weight.fill_(weight)
+            self.fc.bias.fill_(bias)
+
+    def forward(self, x):
+        return self.last(self.fc(x))
+
+
+def lowly(n=40):
+    """Inputs in [−1, 1], all of class 1."""
+    return [(torch.linspace(-1, 1, n)[:, None], torch.ones(n, dtype=torch.int64))]
+
+
+SETUP = {"faults": fp.RandomBits(1), "trials": 2}
+
+
+def test_single_logits_in_the_unit_interval_are_not_silently_read_as_probabilities():
+    """All logits in [0.29, 0.31]: as probabilities the accuracy would be 0, in truth it is 1."""
+    net = Scores(0.01, 0.3)
+    with pytest.warns(fp.FlipproofWarning, match=r"\[0\.29, 0\.31\] and could be probabilities or logits.*decision="):
+        found = fp.assess(net, data=lowly(), **SETUP)
+    assert found.golden["accuracy"] == 1.0, "what a linear layer gives is rather a logit"
+    assert found.header["decision"] == {"outputs": "logits", "threshold": 0.0, "assumed": True}
+    for choice, accuracy, threshold in (("logits", 1.0, 0.0), ("probabilities", 0.0, 0.5), (0.295, 0.75, 0.295)):
+        found = fp.assess(net, data=lowly(), decision=choice, **SETUP)  # says nothing: warnings are errors
+        assert found.golden["accuracy"] == pytest.approx(accuracy)
+        assert found.header["decision"]["threshold"] == threshold
+        assert not found.header["decision"]["assumed"]
+
+
+@pytest.mark.parametrize("last", [nn.Sigmoid(), nn.Sequential(nn.Sigmoid(), nn.Flatten(0)), nn.Hardsigmoid()])
+def test_what_a_sigmoid_gave_is_a_probability_without_a_word(last):
+    found = fp.assess(Scores(0.5, 3.0, last), data=lowly(), **SETUP)
+    assert found.header["decision"] == {"outputs": "probabilities", "threshold": 0.5, "assumed": False}
+    assert found.golden["accuracy"] == 1.0
+
+
+def test_what_nobody_can_tell_is_warned_about_too():
+    class Half(nn.Module):
+        def forward(self, x):
+            return x / 2 + 0.5
+
+    with pytest.warns(fp.FlipproofWarning, match="they are read as probabilities, class 1 above 0.5"):
+        found = fp.assess(nn.Sequential(Scores(1.0, 0.0), Half()), data=lowly(), **SETUP)
+    assert found.header["decision"]["assumed"]
+
+
+def test_rows_that_sum_to_one_are_warned_about_unless_it_is_known_what_made_them():
+    class Two(Scores):
+        def forward(self, x):
+            score = self.fc(x)
+            return torch.cat([score, 1 - score], dim=1)
+
+    class Shares(nn.Module):
+        """A linear layer whose rows happen to sum to 1: logits, and the largest wins in either case."""
+
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(1, 2)
+            with torch.no_grad():
+                self.fc.weight.copy_(torch.tensor([[0.3], [-0.3]]))
+                self.fc.bias.fill_(0.5)
+
+        def forward(self, x):
+            return self.fc(x)
+
+    assert fp.assess(Shares(), data=lowly(), **SETUP).header["decision"]["outputs"] == "logits"
+
+    net = Two(0.4, 0.5)
+    with pytest.warns(fp.FlipproofWarning, match="could be probabilities or logits"):
+        fp.assess(net, data=lowly(), **SETUP)
+    said = fp.assess(net, data=lowly(), decision="logits", metrics=("accuracy",), **SETUP)
+    assert said.header["decision"] == {"outputs": "logits", "threshold": None, "assumed": False}
+    assert fp.assess(Two(0.4, 0.5), data=lowly(), decision="argmax", **SETUP).golden == said.golden
+    soft = nn.Sequential(Two(3.0, 0.1), nn.Softmax(dim=1))
+    assert fp.assess(soft, data=lowly(), **SETUP).header["decision"]["outputs"] == "probabilities"
+
+
+@pytest.mark.parametrize(
+    ("golden", "choice", "error", "message"),
+    [
+        (torch.tensor([3.0, -1.0]), "probabilities", DataError, "reach from -1 to 3"),
+        (torch.tensor([[0.2, 0.2]]), "probabilities", DataError, "rows of the fault-free outputs sum to 0.4"),
+        (torch.tensor([0.3]), "argmax", DataError, "one output a class"),
+        (torch.tensor([[0.3, 0.7]]), 0.5, DataError, "threshold for a single output"),
+        (torch.tensor([0.3]), "logit", ConfigError, "decision= takes None, 'logits'"),
+        (torch.tensor([0.3]), True, ConfigError, "decision= takes"),
+        (torch.tensor([0.3]), float("nan"), ConfigError, "decision= takes"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_refused(golden, choice, error, message):
+    with pytest.raises(error, match=message):
+        Decision.from_golden(golden, choice)
+
+
+def test_the_threshold_decides_outcomes_and_ranking_does_not_need_it():
+    golden = torch.tensor([0.2, 0.4, 0.8])
+    rule = Decision.from_golden(golden, 0.3)
+    assert rule.classes_of(golden).tolist() == [0, 1, 1]
+    assert named(golden, torch.tensor([0.29, 0.31, 0.25]), rule) == [
+        "non_critical_sdc",
+        "non_critical_sdc",
+        "critical_sdc",
+    ]
+    assert Decision.from_golden(torch.tensor([-4.0, 9.0]), 2).outputs == "logits"
+
+
+def test_every_front_door_takes_the_decision():
+    net, data = Scores(0.01, 0.3), lowly(8)
+    hit = nn.Sequential(net, nn.ReLU())
+    assert fp.analyze(net, data, fp.DeepVigor(neurons=1), decision="logits").decision == "logits"
+    assert len(fp.estimate_factors(net, data, decision="logits", margin=0.2)) == 1
+    safe = fp.harden(hit, fp.Ranger(), data=data, decision="logits")
+    assert fp.assess(safe, data=data, decision="logits", **SETUP).golden["accuracy"] == 1.0
+    with pytest.warns(fp.FlipproofWarning, match="could be probabilities or logits"):
+        fp.analyze(net, data, fp.DeepVigor(neurons=1))
+    with pytest.warns(fp.FlipproofWarning, match="could be probabilities or logits"):
+        fp.harden(hit, fp.Ranger(), data=data)
+
+
+def test_multi_label_targets_are_told_that_they_are_not_supported():
+    targets = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0]])
+    with pytest.raises(DataError, match=r"several or no positive labels in 2 rows; multi-label targets are not supp"):
+        fp.assess(nn.Linear(2, 3), data=[(torch.randn(3, 2), targets)], **SETUP)
+    with pytest.raises(DataError, match=r"one-hot targets go through \.argmax"):
+        fp.assess(nn.Linear(2, 3), data=[(torch.randn(3, 2), torch.eye(3))], **SETUP)

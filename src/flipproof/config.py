@@ -20,7 +20,7 @@ from flipproof.faults.selection import FormatChoice
 from flipproof.hardening import load_hardened
 from flipproof.metrics import METRIC_NAMES
 from flipproof.models.weights import load_weights
-from flipproof.specs import load_object, parse_faults, parse_format, parse_output
+from flipproof.specs import load_object, parse_decision, parse_faults, parse_format, parse_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,7 @@ class CampaignConfig:
     margin: float | None = None
     confidence: float = 0.95
     output: str | int | None = None
+    decision: str | float | None = None
     cache_bytes: int | None = None
     out: str = "flipproof-results"
 
@@ -99,6 +100,7 @@ class CampaignConfig:
             margin=self.margin,
             confidence=self.confidence,
             output=parse_output(self.output),
+            decision=parse_decision(self.decision),
             cache_bytes=self.cache_bytes,
             progress=progress,
         )
@@ -136,7 +138,7 @@ def _fitting(field: Field[Any], value: Any, source: str) -> Any:
     elif kind.startswith("str | dict") and isinstance(value, dict):
         fits = all(isinstance(part, str) for part in (*value.keys(), *value.values()))
     else:
-        allowed = {"int": int, "bool": bool, "str": str, "dict": dict}
+        allowed = {"int": int, "bool": bool, "str": str, "dict": dict, "float": float}
         fits = type(value) in [
             allowed[part.split("[")[0]] for part in kind.split(" | ") if part.split("[")[0] in allowed
         ]

@@ -19,6 +19,7 @@ from flipproof.errors import ConfigError
 from flipproof.faults import FaultModel
 from flipproof.formats import Format
 from flipproof.hardening import Hardening
+from flipproof.outcomes import DecisionChoice, check_choice
 
 FORMATS = tuple(name for name in formats.__all__ if name not in ("Format", "Stored"))
 FAULT_MODELS = ("BitErrorRate", "BitPosition", "RandomBits", "StuckAt")
@@ -121,6 +122,18 @@ def parse_output(text: str | int | None) -> Any:
     if text.lstrip("-").isdigit():
         return int(text)
     return load_object(text) if ":" in text else text
+
+
+def parse_decision(text: str | float | None) -> DecisionChoice:
+    """How outputs become classes: "logits", "probabilities", "argmax" or a number.
+
+    >>> parse_decision("0.3"), parse_decision("logits"), parse_decision(None)
+    (0.3, 'logits', None)
+    """
+    try:
+        return check_choice(float(text) if isinstance(text, str) else text)
+    except ValueError:
+        return check_choice(text)
 
 
 def _import(place: str, text: str) -> Any:

@@ -30,9 +30,14 @@ def test_area_by_hand(bers: list[float], accuracy: list[float], expected: float)
     assert area(bers, accuracy) == pytest.approx(expected)
 
 
-def test_scores_are_those_of_campaigns(mlp: nn.Module, blobs: Data) -> None:
-    method = FTClipAct(points=3, rounds=2, bers=(1e-3, 1e-2), trials=6, seed=5, samples=1000, tolerance=0.0)
+pytestmark = pytest.mark.filterwarnings("ignore:FTClipAct costs accuracy:flipproof.FlipproofWarning")
+"""Its known weakness; a network this small with so few samples shows it."""
+
+
+def test_scores_are_those_of_campaigns(mlp: nn.Module, blobs: Data, fitted_on: Any) -> None:
+    method = FTClipAct(points=3, rounds=2, bers=(1e-3, 1e-2), trials=6, seed=5, samples=1000, tolerance=0.0, slack=1.0)
     hardened = harden(mlp, method, data=blobs)
+    blobs = fitted_on(mlp, blobs, method)
     history = hardening_report(hardened).history
     highest = float(mlp[1](mlp[0](torch.cat([x for x, _ in blobs]))).detach().max())
     first = history[history["round"] == 1]["threshold"].tolist()
@@ -71,7 +76,7 @@ def test_later_rounds_look_between_the_neighbours_of_the_best(mlp: nn.Module, bl
 
 
 def test_a_round_without_gain_is_the_last(mlp: nn.Module, blobs: Data) -> None:
-    method = FTClipAct(points=2, rounds=9, bers=(1e-3,), trials=1, tolerance=0.5)
+    method = FTClipAct(points=2, rounds=9, bers=(1e-3,), trials=1, tolerance=0.5, slack=1.0)
     history = hardening_report(harden(mlp, method, data=blobs)).history
     assert history["round"].max() == 2
 
@@ -80,7 +85,7 @@ def test_rates_that_hit_nothing_are_left_out_or_refused(mlp: nn.Module, blobs: D
     with pytest.raises(ConfigError, match=r"none of the rates .* in 2,176 bits.*use bers above 5e-04"):
         harden(mlp, FTClipAct(), data=blobs)
     hardened = harden(mlp, FTClipAct(bers=(1e-9, 1e-3), trials=2, rounds=1), data=blobs)
-    assert "left out the rates [1e-09]" in hardening_report(hardened).notes[0]
+    assert any("left out the rates [1e-09]" in note for note in hardening_report(hardened).notes)
 
 
 def test_thresholds_are_hit_by_the_search_itself(mlp: nn.Module, blobs: Data) -> None:

@@ -207,7 +207,7 @@ def test_a_shared_module_in_an_untraceable_forward_gets_one_bound_and_a_note() -
     found = rewrite(model, X)
     assert [(site.name, site.calls) for site in found.sites] == [("relu:0", 2)]
     hardened = harden(model, Ranger(), data=[(X, torch.randint(4, (6,)))])
-    assert "relu:0 runs 2 times" in hardening_report(hardened).notes[0]
+    assert any("relu:0 runs 2 times" in note for note in hardening_report(hardened).notes)
 
 
 def test_a_shared_block_gets_one_bound_a_call_site_and_a_note() -> None:
@@ -512,7 +512,7 @@ def test_transformer_layers_are_reached_through_their_attribute() -> None:
         nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Flatten(), nn.Linear(24, 3)
     ).eval()
     x = torch.randn(5, 3, 8)
-    hardened = harden(model, Ranger(), data=[(x, torch.randint(3, (5,)))])
+    hardened = harden(model, Ranger(slack=4.0), data=[(x, torch.randint(3, (5,)))])
     assert [site.name for site in hardening_report(hardened).sites] == [
         "0.layers.0.activation:0",
         "0.layers.1.activation:0",

@@ -24,7 +24,7 @@ def subjects(root, judged):
     sentences = [(words, (words[:, 0] > 25).long())]
     return [
         Subject(
-            *("GRU", lambda: GRURisk(4), data.train.batches(8), data.validation.batches(8), data.test.batches(8)),
+            *("GRU", lambda: GRURisk(4), data.train.batches(8), data.validation.batches(4), data.test.batches(8)),
             *("auroc", 1, risk_loss),
         ),
         Subject("Transformer", lambda: SentenceEncoder(50, 6, 8), sentences, sentences, sentences, "accuracy", 20),

@@ -25,6 +25,7 @@ from flipproof.faults.neuron_sites import Neurons, NeuronSite
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.faults.selection import FormatChoice
 from flipproof.faults.sites import Parameters, Site
+from flipproof.outcomes import DecisionChoice
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def analyze(
     format: FormatChoice = None,
     where: Neurons | Parameters | None = None,
     output: Output = None,
+    decision: DecisionChoice = None,
 ) -> VulnerabilityMap:
     """Which errors in which neurons, or in which weights, change the class, layer by layer.
 
@@ -93,6 +95,7 @@ def analyze(
             and their "neurons" flat indices into them. Weights and biases of Conv and Linear layers are searched like
             neurons; other parameters cost a whole forward a question: sample them with `DeepVigor(neurons=…)`.
         output: picks the tensor to judge out of what the model returns.
+        decision: how outputs become classes, as for `assess`.
 
     Raises:
         FlipproofError: one of its kinds, as for `assess`.
@@ -112,11 +115,14 @@ def analyze(
     if method.gradient and isinstance(where, Parameters):
         raise ConfigError("gradient=True is about neurons; analyse parameters without it")
     of = "parameters" if isinstance(where, Parameters) else "neurons"
-    with opened(model, data, where, format, output, method.max_bytes) as prober:
+    with opened(model, data, where, format, output, method.max_bytes, decision) as prober:
         share = suffix_shares(model, prober)
         layers = [_analyse(prober, site, method, prober.decision.classes, share[site.name]) for site in prober.sites]
+        rule = prober.decision.choice
         samples, digest = prober.batches.samples, prober.batches.digest()
-    return VulnerabilityMap(layers, repr(method), samples, of=of, model=model, output=output, data=digest)
+    found = VulnerabilityMap(layers, repr(method), samples, of=of, model=model, output=output, data=digest)
+    found.decision = rule
+    return found
 
 
 def _analyse(

@@ -19,6 +19,7 @@ from flipproof.faults.neuron_sites import Neurons, NeuronSite
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.faults.selection import FormatChoice
 from flipproof.faults.sites import Parameters, Site
+from flipproof.outcomes import DecisionChoice
 
 FIRST = 128
 """Pairs of a place and an input to begin with."""
@@ -31,6 +32,7 @@ def estimate_factors(
     where: Neurons | Parameters | None = None,
     format: FormatChoice = None,
     output: Output = None,
+    decision: DecisionChoice = None,
     margin: float = 0.01,
     confidence: float = 0.95,
     seed: int = 0,
@@ -50,6 +52,7 @@ def estimate_factors(
         where: `fp.Neurons(…)`, all by default, or `fp.Parameters(…)`.
         format: how they are stored.
         output: picks the tensor to judge out of what the model returns.
+        decision: how outputs become classes, as for `assess`.
         margin: half-width of the intervals.
         confidence: of the intervals. They are Student's t over pairs, widened by what unseen pairs could change.
         seed: of the pairs.
@@ -72,7 +75,7 @@ def estimate_factors(
     """
     if not 0 < margin < 1 or not 0 < confidence < 1:
         raise ConfigError(f"estimate_factors takes margin and confidence in (0, 1), got {margin!r} and {confidence!r}")
-    with opened(model, data, where or Neurons(), format, output, 2**28) as prober:
+    with opened(model, data, where or Neurons(), format, output, 2**28, decision) as prober:
         share = suffix_shares(model, prober)
         rows = [_row(prober, site, share[site.name], margin, confidence, seed) for site in prober.sites]
     return pd.DataFrame(rows)

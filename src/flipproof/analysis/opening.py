@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flipproof.analysis.probing import Prober
 from flipproof.analysis.weights import WeightProber
 from flipproof.campaigns.batches import Data, Output, call, read_batches
+from flipproof.campaigns.deciding import decide
 from flipproof.campaigns.evaluation import eval_mode, golden_run, one_thread
 from flipproof.campaigns.neuron_trial import neuron_space
 from flipproof.faults.neuron_sites import Neurons
@@ -18,12 +19,18 @@ from flipproof.faults.selection import FormatChoice
 from flipproof.faults.sites import Parameters
 from flipproof.faults.space import FaultSpace
 from flipproof.interrupts import given_back
-from flipproof.outcomes import Decision
+from flipproof.outcomes import DecisionChoice
 
 
 @contextmanager
 def opened(
-    model: nn.Module, data: Data, where: Neurons | Parameters, format: FormatChoice, output: Output, max_bytes: int
+    model: nn.Module,
+    data: Data,
+    where: Neurons | Parameters,
+    format: FormatChoice,
+    output: Output,
+    max_bytes: int,
+    decision: DecisionChoice = None,
 ) -> Iterator[Prober | WeightProber]:
     """Probes of a model's neurons or parameters, while it is stored in their formats; it comes back as it was.
 
@@ -41,11 +48,11 @@ def opened(
         )
         with space.stored():
             golden = golden_run(model, batches, output)
-            decision = Decision.from_golden(golden)
+            rule = decide(model, batches, output, golden, decision)
             if isinstance(space, FaultSpace):
-                yield WeightProber(model, space, batches, output, golden, decision, max_bytes)
+                yield WeightProber(model, space, batches, output, golden, rule, max_bytes)
             else:
-                yield Prober(model, space, batches, output, golden, decision, max_bytes)
+                yield Prober(model, space, batches, output, golden, rule, max_bytes)
 
 
 def by_batch(prober: Prober | WeightProber, sample: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -84,7 +84,7 @@ def reopened(
         raise ConfigError("this map was loaded from a file and has no model: pass model=")
     formats = {layer.module or "*": layer.stored_as for layer in found.layers_found}
     kind = Neurons if found.of == "neurons" else Parameters
-    with opened(net, data, kind(include=tuple(formats)), formats, found.output, 2**28) as prober:
+    with opened(net, data, kind(include=tuple(formats)), formats, found.output, 2**28, found.decision) as prober:
         sites = {site.name: site for site in prober.sites}
         for layer in found.layers_found:
             if layer.name not in sites or sites[layer.name].values != layer.total:

@@ -115,6 +115,14 @@ def _class_targets(target: Any, batch: int) -> Tensor:
         raise DataError(f"batch {batch}: targets must be class numbers, got {describe(target)} ({error})") from error
     if target.dim() == 2 and target.shape[1] == 1:
         target = target[:, 0]
+    if target.dim() == 2 and target.shape[1] > 1 and bool(((target == 0) | (target == 1)).all()):
+        several = int(((target != 0).sum(dim=1) != 1).sum())
+        if several:
+            raise DataError(
+                f"batch {batch}: targets of shape {tuple(target.shape)} hold several or no positive labels in "
+                f"{several} rows; multi-label targets are not supported, and their argmax would mean nothing. Judge "
+                f"one label at a time: targets[:, i] with output= a function that gives the score of label i"
+            )
     if target.dim() != 1:
         raise DataError(
             f"batch {batch}: targets must hold one class a sample, shape (samples,) or (samples, 1), "

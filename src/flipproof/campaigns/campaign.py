@@ -22,6 +22,7 @@ from flipproof.campaigns.arguments import check_device, check_numbers
 from flipproof.campaigns.assessment import CHECK_EVERY, Assessment, answer, narrow, planned
 from flipproof.campaigns.audit import Audit, audit_of
 from flipproof.campaigns.batches import Data, Output, call, check_labels, pick, read_batches, tensor_bytes
+from flipproof.campaigns.deciding import decide
 from flipproof.campaigns.evaluation import eval_mode, golden_run, one_thread
 from flipproof.campaigns.executors import Executor, Job, executor
 from flipproof.campaigns.fingerprint import attributes_digest, code_digest, digest_of
@@ -43,7 +44,7 @@ from flipproof.faults.sites import Parameters
 from flipproof.faults.space import FaultSpace
 from flipproof.interrupts import given_back
 from flipproof.metrics import Metrics, resolve
-from flipproof.outcomes import Decision
+from flipproof.outcomes import DecisionChoice, check_choice
 
 
 def assess(
@@ -62,6 +63,7 @@ def assess(
     margin: float | None = None,
     confidence: float = 0.95,
     output: Output = None,
+    decision: DecisionChoice = None,
     cache_bytes: int | None = None,
     progress: bool | None = None,
     audit: float = 0.01,
@@ -97,6 +99,9 @@ def assess(
         margin: stop a point once the interval of every metric's mean is within ± margin, looking every 20 trials.
         confidence: of all intervals.
         output: picks the tensor to judge out of what the model returns: function, dict key or tuple index.
+        decision: how outputs become classes: "logits", "probabilities", "argmax", or a number, the threshold of a
+            single output. None recognises it; where outputs could be either, a warning says what was assumed. The
+            header has it as `decision`.
         cache_bytes: memory for golden activations, with which a trial starts at the first faulted layer; 0 runs every
             trial whole. None allows the size of the model's parameters, less what `format` keeps of them (a campaign
             then holds the model and one copy), but at least 16 MiB, and 256 MiB for neurons. Records do not depend on
@@ -127,6 +132,7 @@ def assess(
         (2, 4)
     """
     chosen = resolve(metrics)
+    decision = check_choice(decision)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"assess takes a torch.nn.Module first, got {model!r}")
     check_numbers(
@@ -175,13 +181,12 @@ def assess(
         with space.stored():
             state = Snapshot(model, like=pristine)
             golden = golden_run(model, batches, output, state, randomness)
-            decision = Decision.from_golden(golden)
-            check_labels(batches.targets, decision.classes)
-            runner = make(
-                model, space, points, batches, output, chosen, golden, decision, seed, target, state, randomness
-            )
+            rule = decide(model, batches, output, golden, decision)
+            state.verify()
+            check_labels(batches.targets, rule.classes)
+            runner = make(model, space, points, batches, output, chosen, golden, rule, seed, target, state, randomness)
             runner.audit = _audit_on_copies(runner, auditing)
-            found = {metric.name: metric.measure(golden, batches.targets, decision) for metric in chosen}
+            found = {metric.name: metric.measure(golden, batches.targets, rule) for metric in chosen}
             header = _header(runner, space, faults, found, where or Parameters(), trials, margin, confidence)
             journal = Journal(store) if store is not None else None
             with _writing(journal, header) as done:
@@ -339,6 +344,7 @@ def _header(
             "attributes": attributes_digest(runner.model),
             "code": code_digest(runner.model),
             "golden_outputs": _hash(tensor_bytes(runner.golden)),
+            "decision": runner.decision.describe(),
         },
         "golden": golden,
         "golden_answers": encode_golden(runner.decision.classes_of(runner.golden) == runner.batches.targets),
@@ -347,7 +353,11 @@ def _header(
             for metric in runner.metrics
         },
         "metrics": {metric.name: metric.scale.to_json() for metric in runner.metrics},
-        "decision": {"outputs": runner.decision.outputs, "threshold": runner.decision.threshold},
+        "decision": {
+            "outputs": runner.decision.outputs,
+            "threshold": runner.decision.threshold,
+            "assumed": runner.decision.assumed,
+        },
         "points": [
             {"faults": repr(p), "coordinates": p.coordinates(), "repeats": runner.repeats(p)} for p in runner.points
         ],

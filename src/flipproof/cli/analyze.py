@@ -17,7 +17,7 @@ from flipproof.faults import Parameters
 from flipproof.faults.neuron_sites import Neurons
 from flipproof.reports import save
 from flipproof.reports.vulnerability import bit_layer_figure
-from flipproof.specs import load_object, parse_format
+from flipproof.specs import load_object, parse_decision, parse_format
 
 
 def analyze(
@@ -39,6 +39,10 @@ def analyze(
     margin: Annotated[float, typer.Option(help="Half-width of the intervals of --estimate.")] = 0.01,
     validate: Annotated[bool, typer.Option(help="Hold the ranges against injection on the same data.")] = False,
     budget: Annotated[float, typer.Option(min=0, max=1, help="Share of the bits that could be protected.")] = 0.05,
+    decision: Annotated[
+        str | None,
+        typer.Option(help="How outputs become classes: logits, probabilities, argmax, or a threshold such as 0.3."),
+    ] = None,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the map, tables and figures.")] = Path(
         "flipproof-analysis"
     ),
@@ -53,14 +57,15 @@ def analyze(
         raise ConfigError(f"--of is neurons or parameters, got {of!r}")
     where = (Neurons if of == "neurons" else Parameters)(include=include or "*", exclude=exclude or ())
     stored = parse_format(format) if format else None
+    rule = parse_decision(decision)
     folder.mkdir(parents=True, exist_ok=True)
     if estimate:
-        table = estimate_factors(net, given, where=where, format=stored, margin=margin)
+        table = estimate_factors(net, given, where=where, format=stored, margin=margin, decision=rule)
         table.to_csv(folder / "factors.csv", index=False)
         _show(table.to_string(index=False, float_format="{:.4g}".format))
         _show(f"Written to {folder}/")
         return
-    found = analyze_model(net, given, method, format=stored, where=where)
+    found = analyze_model(net, given, method, format=stored, where=where, decision=rule)
     found.save(folder / "map.safetensors")
     for name in ("layers", "neurons", "bits", "ranges"):
         getattr(found, name).to_csv(folder / f"{name}.csv", index=False)

@@ -73,6 +73,10 @@ def assess(
         str | None,
         typer.Option(help="What to judge if the model returns more: tuple index, dict key, MODULE:FUNCTION."),
     ] = None,
+    decision: Annotated[
+        str | None,
+        typer.Option(help="How outputs become classes: logits, probabilities, argmax, or a threshold such as 0.3."),
+    ] = None,
     cache_bytes: Annotated[
         int | None,
         typer.Option(help="Memory for golden activations; 0 runs every trial whole. Default: the model's size."),
@@ -113,6 +117,7 @@ def assess(
         "margin": margin,
         "confidence": confidence,
         "output": output,
+        "decision": decision,
         "cache_bytes": cache_bytes,
         "out": folder,
     }

@@ -15,7 +15,7 @@ from flipproof.errors import ConfigError
 from flipproof.faults import BitErrorRate
 from flipproof.formats import Affine
 from flipproof.reports import save, tradeoff_figure
-from flipproof.specs import parse_faults, parse_format, parse_hardening, parse_output
+from flipproof.specs import parse_decision, parse_faults, parse_format, parse_hardening, parse_output
 
 
 def explore(
@@ -40,6 +40,10 @@ def explore(
     workers: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 1,
     output: Annotated[
         str | None, typer.Option(help="What to judge if it returns more: tuple index, dict key, MODULE:FUNCTION.")
+    ] = None,
+    decision: Annotated[
+        str | None,
+        typer.Option(help="How outputs become classes: logits, probabilities, argmax, or a threshold such as 0.3."),
     ] = None,
     folder: Annotated[Path, typer.Option("--out", help="Folder for journals, tables and the figure.")] = Path(
         "flipproof-exploration"
@@ -81,6 +85,7 @@ def explore(
         store=folder / "journals",
         workers=workers,
         output=parse_output(output),
+        decision=parse_decision(decision),
     )
     found.candidates.to_csv(folder / "candidates.csv", index=False)
     found.rates.to_csv(folder / "rates.csv", index=False)

@@ -12,7 +12,7 @@ from flipproof import hardening
 from flipproof.cli.console import out
 from flipproof.config import called, load_model
 from flipproof.reports import history_figure, save
-from flipproof.specs import load_object, parse_hardening, parse_output
+from flipproof.specs import load_object, parse_decision, parse_hardening, parse_output
 
 
 def harden(
@@ -31,6 +31,10 @@ def harden(
     output: Annotated[
         str | None,
         typer.Option(help="What to judge if it returns more: tuple index, dict key, MODULE:FUNCTION."),
+    ] = None,
+    decision: Annotated[
+        str | None,
+        typer.Option(help="How outputs become classes: logits, probabilities, argmax, or a threshold such as 0.3."),
     ] = None,
     seed: Annotated[int, typer.Option(help="For factories that initialise at random.")] = 0,
     strict: Annotated[bool, typer.Option(help="Fail if an activation cannot be bounded, instead of warning.")] = False,
@@ -57,6 +61,7 @@ def harden(
         data=batches,
         strict=strict,
         output=parse_output(output),
+        decision=parse_decision(decision),
         store=folder / "stages",
     )
     report = hardening.hardening_report(safe)
@@ -66,7 +71,7 @@ def harden(
         report.history.to_csv(folder / "history.csv", index=False)
         save(history_figure(report), folder / "history.png")
     costs = hardening.overhead(network, safe)
-    out.print(str(report), markup=False, highlight=False)
+    out.print(str(report), markup=False, highlight=False, soft_wrap=True)
     out.print(
         f"Memory: {report.thresholds:,} thresholds beside {report.parameters:,} parameters, "
         f"{costs.memory_percent:.3g} % more. "

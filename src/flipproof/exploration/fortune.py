@@ -21,6 +21,7 @@ from flipproof.faults import BitErrorRate, Parameters
 from flipproof.formats import Affine, Format, TripleMSB
 from flipproof.hardening import Hardening, harden
 from flipproof.interrupts import gives_back
+from flipproof.outcomes import DecisionChoice
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4)
 """Bit error rates of the paper's sweep."""
@@ -85,6 +86,7 @@ def explore(
     store: str | os.PathLike[str] | None = None,
     workers: int = 1,
     output: Output = None,
+    decision: DecisionChoice = None,
     device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> Exploration:
@@ -121,6 +123,7 @@ def explore(
         store: folder of the journals: run again after an interruption and it resumes.
         workers: see `assess`.
         output: see `assess`.
+        decision: see `assess`.
         device: see `assess`.
         progress: see `assess`.
 
@@ -149,7 +152,7 @@ def explore(
         raise ConfigError("explore hardens on calibration= data, which must not be the data that is judged on")
     study = Study(
         *(model, list(data), faults or BitErrorRate(RATES), accuracy, drop, trials, margin, seed),
-        *(Path(store) if store is not None else None, workers, output, device, progress, where),
+        *(Path(store) if store is not None else None, workers, output, device, progress, where, decision),
     )
     study.try_(BASELINE, full=True)
     feasible: dict[int, bool] = {}
@@ -162,7 +165,7 @@ def explore(
     tried = [BASELINE, *(protect(Affine(bits=width, axis=axis)) for width in feasible), *formats]
     for name, method in (hardenings or {}).items():
         assert calibration is not None
-        safe = harden(model, method, data=calibration, output=output, progress=progress)
+        safe = harden(model, method, data=calibration, output=output, decision=decision, progress=progress)
         for format in tried:
             study.try_(format, hardening=name, model=safe, full=True)
     candidates = _finish(pd.DataFrame(study.rows))

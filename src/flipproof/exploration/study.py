@@ -20,6 +20,8 @@ from flipproof.exploration.indicators import p_drop
 from flipproof.faults import BitErrorRate, FaultModel, FaultSpace, Parameters
 from flipproof.formats import Affine, Format
 from flipproof.formats.storage import store_
+from flipproof.hardening.overhead import devices_of, wait_for
+from flipproof.outcomes import DecisionChoice
 
 BASELINE = Affine(bits=8)
 """What memory and time are relative to, as in the paper: unprotected 8 bits."""
@@ -46,6 +48,7 @@ class Study:
     device: str | torch.device | None
     progress: bool | None
     where: Parameters = WEIGHTS
+    decision: DecisionChoice = None
     rows: list[dict[str, object]] = field(default_factory=list)
     rates: list[pd.DataFrame] = field(default_factory=list)
     assessments: dict[str, Assessment] = field(default_factory=dict)
@@ -98,6 +101,7 @@ class Study:
             store=self.store / f"{slug(name)}.jsonl" if self.store is not None and name else None,
             workers=self.workers if name else 1,
             output=self.output,
+            decision=self.decision,
             device=self.device,
             progress=self.progress if name else False,
         )
@@ -115,12 +119,15 @@ class Study:
         except FormatError:
             return float("nan")
         seconds: list[list[float]] = [[], []]
+        devices = devices_of(*both, inputs)
         with one_thread(device), torch.no_grad():
             for _ in range(9):
                 for model, taken in zip(both, seconds, strict=True):
                     with eval_mode(model):
+                        wait_for(devices)
                         began = time.perf_counter()
                         call(model, inputs)
+                        wait_for(devices)
                         taken.append(time.perf_counter() - began)
         ours, theirs = (sorted(taken)[len(taken) // 2] for taken in seconds)
         return ours / theirs

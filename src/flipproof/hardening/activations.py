@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -188,4 +189,5 @@ def take_hooks(new: nn.Module, old: nn.Module) -> None:
     new.training = old.training
     for name in _HOOKS:
         if name in vars(old):
-            vars(new)[name] = vars(old)[name]
+            # a copy: what takes the place of one call must not answer for the others of a shared module
+            vars(new)[name] = copy(vars(old)[name])

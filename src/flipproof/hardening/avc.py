@@ -7,9 +7,8 @@ from typing import ClassVar
 
 import pandas as pd
 
-from flipproof.hardening.base import Hardening, Work
+from flipproof.hardening.base import HELD_OUT, Hardening, Work, check_fields
 from flipproof.hardening.bounded import ClampInput, Saturate
-from flipproof.hardening.profile import profile
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,14 @@ class AVC(Hardening):
     Opening a recurrent layer costs what `fp.overhead` measures; the hardened layer's outputs equal PyTorch's up to
     rounding, and bounds count as stored values like any other.
 
+    Published, the bounds are the extremes themselves: `slack=1.0`. The default differs as it does for `Ranger`.
+
+    Args:
+        slack: bounds lie at so many times the extremes seen; 1.0 is the published method. None finds the smallest of 1,
+            1.25, 1.5, 2, 3 … that hardly disturbs samples which the bounds have not seen.
+        held_out: share of the calibration data that `harden` keeps to judge on.
+        seed: of random parts of the calibration data.
+
     Example:
         >>> import torch
         >>> import flipproof as fp
@@ -39,13 +46,15 @@ class AVC(Hardening):
         ['lstm.input_gate_l0:0', 'lstm.forget_gate_l0:0']
     """
 
+    slack: float | None = None
+    held_out: float = HELD_OUT
+    seed: int = 0
+
     open_recurrent: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     def fit(self, work: Work) -> pd.DataFrame:
-        work.forwards += 1
-        for site, seen in profile(work.rewritten, work.calibration, of="input").items():
-            if site.function == "relu":
-                work.bound(site, Saturate, seen.high)
-            else:
-                work.bound(site, ClampInput, seen.high, seen.low)
+        work.place(lambda site: Saturate if site.function == "relu" else ClampInput, "layer", self.slack, of="input")
         return pd.DataFrame()

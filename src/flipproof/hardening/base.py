@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pandas as pd
 import torch
@@ -18,15 +18,27 @@ from torch import Tensor, nn
 from flipproof.campaigns.batches import Data, Output, tensor_bytes
 from flipproof.campaigns.progress import Step
 from flipproof.errors import ConfigError, FlipproofWarning, ModelError
+from flipproof.hardening.acceptance import ROUNDING_SAMPLES, Acceptance, unsteady_layers
 from flipproof.hardening.activations import Activation, take_place
 from flipproof.hardening.bounded import Bounded
 from flipproof.hardening.calibration import Calibration
 from flipproof.hardening.example import shapes_of
-from flipproof.hardening.profile import Range, profile
+from flipproof.hardening.profile import Per, Range, profile, ranges_of
 from flipproof.hardening.report import REPORT, HardeningReport
-from flipproof.hardening.rewriting import Rewritten, Site, rewrite
+from flipproof.hardening.rewriting import Rewritten, Site, refuse_what_hides_its_values, rewrite
+from flipproof.hardening.slack import FOLDS, search_slack, set_bounds, union, widened
 from flipproof.hardening.stages import Rows, Stages
 from flipproof.interrupts import gives_back
+from flipproof.outcomes import DecisionChoice
+
+HELD_OUT = 0.25
+"""Share of the calibration samples that nothing is fitted to: acceptance is judged on them."""
+
+MEMORISED, MANY = 0.99, 50
+"""From this accuracy on so many samples, the report reminds that the model may have been trained on them."""
+
+STEPS_FOR_ROUNDING = 5
+"""So often bounds are widened by a hundredth where rounding alone crosses them."""
 
 
 @dataclass
@@ -35,13 +47,15 @@ class Work:
 
     Attributes:
         rewritten: the copy with its sites; a method puts a `Bounded` in the place of each.
-        ranges: what each site's output spans on the calibration data, in order of execution.
-        calibration: all calibration data, with the unbounded model's answers.
+        ranges: what each site's output spans on the data to fit on, in order of execution.
+        calibration: the data to fit on, with the unbounded model's answers. `harden` keeps the held-out part to itself.
         progress: whether to show a bar; None on a terminal.
-        forwards: forward-equivalents of the whole calibration data spent so far; methods add to it.
-        accepted_on: the data on which acceptance was judged, if not all.
+        forwards: forward-equivalents of all calibration data spent so far; methods add to it by `spend`.
         notes: for the report.
         stages: finished stages of an interrupted run.
+        samples: of all calibration data, the held-out part included; None for those of `calibration`.
+        seed: of random parts.
+        slack: what `place` came to, for the report; None if no search was made.
     """
 
     rewritten: Rewritten
@@ -49,9 +63,11 @@ class Work:
     calibration: Calibration
     progress: bool | None
     forwards: float = 0.0
-    accepted_on: Calibration | None = None
     notes: list[str] = field(default_factory=list)
     stages: Stages = field(default_factory=lambda: Stages(None, {}))
+    samples: int | None = None
+    seed: int = 0
+    slack: float | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -61,6 +77,58 @@ class Work:
     def bound(self, site: Site, kind: type[Bounded], high: Tensor, low: Tensor | None = None, **more: Any) -> Bounded:
         """Put a bound in a site's place and give it back."""
         return put_bound(self.rewritten, site, kind, high, low, **more)
+
+    def place(
+        self,
+        kind: type[Bounded] | Callable[[Site], type[Bounded]],
+        per: Per | Callable[[Site], Per],
+        slack: float | None,
+        *,
+        of: Literal["input", "output"] = "output",
+        **more: Any,
+    ) -> dict[Site, Bounded]:
+        """Put a bound at every site: at `slack` times what was seen there, or as far beyond it as unseen inputs need.
+
+        Args:
+            kind: of the bounds, or which one at a site.
+            per: a bound a layer, channel or neuron, or which of them at a site.
+            slack: 1 is the largest value seen itself, without room for rounding. None finds the smallest that hardly
+                disturbs samples which the bounds have not seen (`search_slack`), and leaves room for rounding.
+            of: whether the bounds are of the activation's output or input.
+            more: for `kind`.
+        """
+        parts = self.calibration.folds(FOLDS, self.seed) if slack is None else [self.calibration]
+        seen = [ranges_of(self.rewritten, part, of=of) for part in parts]
+        self.spend(self.calibration, 1.0)
+        for site, known in self.ranges.items():
+            for ranges in seen:
+                if site.module in ranges:
+                    ranges[site.module].admit(known.shapes)
+        if per in ("layer", "channel"):  # extremes of every neuron, for every part, are more than is needed
+            for each in (each for ranges in seen for each in ranges.values()):
+                each.neuron_low = each.neuron_high = None
+        whole = union(seen)
+        bounds: dict[Site, Bounded] = {}
+        grain: dict[Site, Per] = {}
+        for site in self.ranges:
+            wanted = per(site) if callable(per) else per
+            grain[site] = whole[site.module].finest(wanted)
+            if wanted == "neuron" != grain[site]:
+                self.notes.append(
+                    f"{site.name} is computed for maps of different sizes, {sorted(whole[site.module].shapes)[:3]}: "
+                    f"its bounds are one a {grain[site]}, not a neuron"
+                )
+            low, high = widened(whole[site.module], grain[site], 1.0, rounding=False)
+            bounds[site] = self.bound(site, kind if isinstance(kind, type) else kind(site), high, low, **more)
+        if slack is None:
+            found = search_slack(self.rewritten, parts, seen, bounds, grain, spend=self.spend)
+            self.notes.append(str(found))
+            set_bounds(bounds, whole, grain, found.value)
+            self.slack = found.value
+        else:
+            set_bounds(bounds, whole, grain, slack, rounding=False)
+            self.slack = slack
+        return bounds
 
     def stage(
         self,
@@ -96,8 +164,8 @@ class Work:
         return rows
 
     def spend(self, calibration: Calibration, forwards: float) -> None:
-        """Count passes over some data, in units of the whole calibration data."""
-        self.forwards += forwards * calibration.samples / self.calibration.samples
+        """Count passes over some data, in units of all calibration data."""
+        self.forwards += forwards * calibration.samples / (self.samples or self.calibration.samples)
 
 
 def put_bound(
@@ -125,8 +193,12 @@ class Hardening(ABC):
     """A way to choose bounds. Frozen; its `repr` rebuilds it and is kept in records.
 
     A new one is a frozen dataclass with `fit`; `harden` finds the activations, profiles them, checks what came out
-    and writes the report.
+    and writes the report. Fields of the name `held_out` (the share of the samples that `harden` keeps to judge on) and
+    `seed` (of the draw of that part) take the place of the defaults.
     """
+
+    held_out = HELD_OUT
+    seed = 0
 
     open_recurrent: ClassVar[bool] = False
     """True if LSTM, GRU and RNN layers are to be opened, so that each of their gates is a site."""
@@ -134,6 +206,19 @@ class Hardening(ABC):
     @abstractmethod
     def fit(self, work: Work) -> pd.DataFrame:
         """Put a bound at every site of `work`; returns the history of the search, a row a step."""
+
+
+def check_fields(method: Hardening) -> None:
+    """Check the fields that most methods share.
+
+    Raises:
+        ConfigError: if `slack` is below 1, `held_out` not in (0, 1) or `seed` negative.
+    """
+    slack = getattr(method, "slack", None)
+    if slack is not None and not 1 <= slack < float("inf"):
+        raise ConfigError(f"{type(method).__name__}: slack is None or at least 1, got {method!r}")
+    if not 0 < method.held_out < 1 or method.seed < 0:
+        raise ConfigError(f"{type(method).__name__}: held_out lies in (0, 1) and seed is not negative, got {method!r}")
 
 
 @gives_back
@@ -144,6 +229,7 @@ def harden(
     data: Data,
     strict: bool = False,
     output: Output = None,
+    decision: DecisionChoice = None,
     store: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> nn.Module:
@@ -157,9 +243,12 @@ def harden(
         model: any module that gives one class score vector, or one score, a sample.
         method: e.g. ``fp.Ranger()`` or ``fp.ProAct()``.
         data: calibration batches `(inputs, targets)`; use training or validation data, never the data that the
-            hardened model will be judged on. Methods that search keep a held-out part of it to accept on.
+            hardened model will be judged on, and best data that the model was not trained on. A random quarter of it
+            (`held_out` of the method) is kept aside; no bound is fitted to it, and `clean_drop` is judged on it. A
+            warning says so if the hardened copy loses more than a point of accuracy there, or any significant share.
         strict: raise instead of warning where an activation cannot be bounded.
         output: picks the tensor to judge out of what the model returns: function, dict key or tuple index.
+        decision: how outputs become classes, as for `assess`.
         store: folder for the finished stages (layers) of a method that searches or trains: run again after an
             interruption and it resumes there, to the same thresholds. None keeps nothing.
         progress: show a bar; None shows it on a terminal.
@@ -183,15 +272,35 @@ def harden(
     if not isinstance(method, Hardening):
         raise ConfigError(f"harden takes a hardening such as fp.Ranger(), got {method!r}")
     began = time.perf_counter()
-    calibration = Calibration.read(model, data, _device_of(model), output)
-    identity = {"method": repr(method), "weights": _weights(model), "data": calibration.batches.digest()}
+    refuse_what_hides_its_values(model)
+    whole = Calibration.read(model, data, _device_of(model), output, decision)
+    calibration, held = whole.split(method.held_out, method.seed)
+    identity = {"method": repr(method), "weights": _weights(model), "data": whole.batches.digest()}
+    identity["decision"] = whole.decision.describe()
     stages = Stages(store, identity)
-    rewritten = rewrite(model, calibration.batches.inputs[0], open_recurrent=method.open_recurrent)
-    work = Work(rewritten, profile(rewritten, calibration), calibration, progress, forwards=2.0, stages=stages)
+    rewritten = rewrite(model, whole.batches.inputs[0], open_recurrent=method.open_recurrent)
+    ranges = profile(rewritten, calibration)
+    if whole.cut is None:  # inputs may have sizes that the data to fit on does not show
+        elsewhere = ranges_of(rewritten, held)
+        for site, seen in ranges.items():
+            if site.module in elsewhere:
+                seen.admit(elsewhere[site.module].shapes)
+    work = Work(rewritten, ranges, calibration, progress, stages=stages, samples=whole.samples, seed=method.seed)
+    work.spend(whole, 1.0)  # the unbounded model's answers
+    work.spend(calibration, 1.0)  # ranges
+    if whole.cut is None:
+        work.spend(held, 1.0)
     history = method.fit(work)
     _check(rewritten)
+    unsteady = _steady(model, method, work, held)
+    judged = Acceptance.of(held, rewritten.model)
+    work.spend(held, 1.0)
+    if whole.accuracy >= MEMORISED and whole.samples >= MANY:
+        work.notes.append(
+            f"the model is right on {whole.accuracy:.1%} of the calibration data: if it was trained on them, a drop of "
+            f"accuracy shows late there; the number of disturbed samples says more"
+        )
     parameters, with_thresholds = (sum(p.numel() for p in each.parameters()) for each in (model, rewritten.model))
-    judged = work.accepted_on or calibration
     report = HardeningReport(
         method=repr(method),
         sites=tuple(rewritten.sites),
@@ -200,10 +309,12 @@ def harden(
         parameters=parameters,
         thresholds=with_thresholds - parameters,
         history=history,
-        clean_drop=judged.accuracy - judged.accuracy_of(rewritten.model),
+        clean_drop=judged.drop,
         seconds=time.perf_counter() - began,
         forwards=work.forwards,
-        example=shapes_of(calibration.batches.inputs[0]),
+        example=shapes_of(whole.batches.inputs[0]),
+        judged=judged,
+        slack=work.slack,
     )
     vars(rewritten.model)[REPORT] = report
     if report.unreachable:
@@ -212,7 +323,45 @@ def harden(
         if strict:
             raise ModelError(message)
         warnings.warn(message, FlipproofWarning, stacklevel=3)
+    if unsteady:
+        warnings.warn(
+            f"a sample alone and the same sample in its batch get different answers from the hardened copy, because "
+            f"right values lie at the bounds of {', '.join(unsteady[:5])} and rounding carries them across; leave more "
+            f"room: slack=1.25, or None to have it found",
+            FlipproofWarning,
+            stacklevel=3,
+        )
+    if judged.costs:
+        warnings.warn(
+            f"{type(method).__name__} costs accuracy: {judged}. Pass more calibration data, data that the model has "
+            f"not been trained on, or wider bounds",
+            FlipproofWarning,
+            stacklevel=3,
+        )
     return rewritten.model
+
+
+def _steady(model: nn.Module, method: Hardening, work: Work, held: Calibration) -> list[str]:
+    """Layers at which batch 1 and batch N part, after their bounds were widened where that was not forbidden."""
+    if held.cut is None:
+        work.notes.append("batch 1 was not held against batch N: the samples of a batch cannot be taken apart")
+        return []
+    may_widen = getattr(method, "slack", None) is None
+    for _ in range(STEPS_FOR_ROUNDING):
+        unsteady = unsteady_layers(model, work.rewritten, held)
+        work.spend(held, 2.0 * min(1.0, ROUNDING_SAMPLES / held.samples))
+        if not unsteady or not may_widen:
+            return unsteady
+        with torch.no_grad():
+            for site in work.rewritten.sites:
+                if site.name in unsteady:
+                    bound = work.rewritten.model.get_submodule(site.module)
+                    assert isinstance(bound, Bounded)
+                    for end, sign in ((bound.threshold, 1), (bound.low, -1)):
+                        if end is not None:
+                            end.add_(sign * 0.01 * end.abs().clamp_min(float(end.abs().mean())))
+        work.notes.append(f"bounds of {', '.join(unsteady)} were widened by 1 %: rounding alone carried values across")
+    return unsteady_layers(model, work.rewritten, held)
 
 
 def _check(rewritten: Rewritten) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from itertools import islice, product
 from typing import Any
 
 import torch
@@ -15,10 +14,11 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from flipproof.campaigns.batches import Batches, Data, Output, call, check_labels, pick, read_batches
-from flipproof.campaigns.evaluation import eval_mode, golden_run
-from flipproof.errors import DataError, FlipproofWarning
+from flipproof.campaigns.deciding import decide
+from flipproof.campaigns.evaluation import eval_mode, golden_run, is_infrastructure
+from flipproof.errors import DataError
 from flipproof.metrics import accuracy
-from flipproof.outcomes import Decision
+from flipproof.outcomes import Decision, DecisionChoice
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,24 @@ class Calibration:
         teacher: the unbounded model's outputs, on the CPU.
         decision: how outputs become classes.
         output: picks the tensor to judge out of what the model returns.
+        cut: for each input tensor, the dimension that counts samples; None if samples cannot be taken apart.
     """
 
     batches: Batches
     teacher: Tensor
     decision: Decision
     output: Output = None
+    cut: tuple[int, ...] | None = None
 
     @classmethod
-    def read(cls, model: nn.Module, data: Data, device: torch.device, output: Output = None) -> Calibration:
+    def read(
+        cls,
+        model: nn.Module,
+        data: Data,
+        device: torch.device,
+        output: Output = None,
+        decision: DecisionChoice = None,
+    ) -> Calibration:
         """Read the data and run the unbounded model on it.
 
         Raises:
@@ -56,9 +65,10 @@ class Calibration:
                     )
         with eval_mode(model):
             teacher = golden_run(model, batches, output)
-        decision = Decision.from_golden(teacher)
-        check_labels(batches.targets, decision.classes)
-        return cls(batches, teacher, decision, output)
+            rule = decide(model, batches, output, teacher, decision)
+            check_labels(batches.targets, rule.classes)
+            cut = _samples_lie_in(model, batches, teacher, output)
+        return cls(batches, teacher, rule, output, cut)
 
     @property
     def samples(self) -> int:
@@ -73,7 +83,7 @@ class Calibration:
     def split(self, share: float, seed: int) -> tuple[Calibration, Calibration]:
         """A part to fit on and a held-out part to accept on, drawn at random by samples.
 
-        Inputs that cannot be cut by sample (packed sequences, objects) are split by whole batches.
+        Inputs that cannot be cut by sample (packed sequences, objects) are split by whole batches, drawn at random.
 
         Args:
             share: of the samples that are held out, in (0, 1).
@@ -82,50 +92,46 @@ class Calibration:
         Raises:
             DataError: if one of the parts would be empty.
         """
-        if len(self.batches.inputs) == 1:
-            warnings.warn(
-                f"the calibration data is a single batch of {self.samples} samples: bounds fitted and accepted on it "
-                f"may not hold on others; pass more data",
-                FlipproofWarning,
-                stacklevel=2,
-            )
-        order = torch.randperm(self.samples, generator=torch.Generator().manual_seed(seed))
-        held = max(1, round(share * self.samples))
-        if self._can_be_cut():
-            parts = [self.some(order[held:].sort().values), self.some(order[:held].sort().values)]
-        else:
-            last = max(1, round(share * len(self.batches.inputs)))
-            parts = [self._whole(0, len(self.batches.inputs) - last), self._whole(-last, None)]
-        if not all(part.samples for part in parts):
+        units = self.samples if self.cut is not None else len(self.batches.inputs)
+        order = torch.randperm(units, generator=torch.Generator().manual_seed(seed))
+        held = max(1, round(share * units))
+        if held >= units:
+            why = "" if self.cut is not None else ", whose samples cannot be taken apart,"
             raise DataError(
-                f"{self.samples} calibration samples in {len(self.batches.inputs)} batches cannot be split into a part "
-                f"to fit on and a held-out part; pass more data"
+                f"{self.samples} calibration samples in {len(self.batches.inputs)} batches{why} cannot be split into a "
+                f"part to fit on and a held-out part; pass more data"
             )
-        return parts[0], parts[1]
+        return self._units(order[held:]), self._units(order[:held])
 
-    def some(self, index: Tensor) -> Calibration:
-        """These samples, in batches of the size of the first one; whole batches where inputs cannot be cut."""
-        if not self._can_be_cut():
+    def folds(self, count: int, seed: int) -> list[Calibration]:
+        """At most `count` parts of about equal size, drawn at random by samples, or by batches as `split` does it."""
+        units = self.samples if self.cut is not None else len(self.batches.inputs)
+        order = torch.randperm(units, generator=torch.Generator().manual_seed(seed))
+        return [self._units(part) for part in torch.tensor_split(order, min(count, units))]
+
+    def some(self, index: Tensor, size: int | None = None) -> Calibration:
+        """These samples, in batches of `size` (of the first one's by default); whole batches if they cannot be cut."""
+        if self.cut is None:
             wanted, first = index.numel(), 0
             while first < len(self.batches.sizes) and sum(self.batches.sizes[:first]) < wanted:
                 first += 1
-            return self._whole(0, first)
+            return self._whole(list(range(first)))
         whole = self._joined()
-        size = self.batches.sizes[0]
+        size = self.batches.sizes[0] if size is None else size
         chunks = torch.split(index, size) if index.numel() else ()
-        inputs = tuple(_rows(whole, chunk) for chunk in chunks)
+        inputs = tuple(_rows(whole, chunk, self.cut) for chunk in chunks)
         batches = Batches(inputs, tuple(chunk.numel() for chunk in chunks), self.batches.targets[index])
-        return Calibration(batches, self.teacher[index], self.decision, self.output)
+        return Calibration(batches, self.teacher[index], self.decision, self.output, self.cut)
 
     def shuffled(self, size: int, generator: torch.Generator) -> Iterator[tuple[Any, Tensor, Tensor]]:
         """Once through in random order: inputs, targets, teacher outputs, `size` samples at a time.
 
         Inputs that cannot be cut by sample come in their own batches, in random order.
         """
-        if self._can_be_cut():
+        if self.cut is not None:
             whole = self._joined()
             for chunk in torch.split(torch.randperm(self.samples, generator=generator), size):
-                yield _rows(whole, chunk), self.batches.targets[chunk], self.teacher[chunk]
+                yield _rows(whole, chunk, self.cut), self.batches.targets[chunk], self.teacher[chunk]
             return
         targets = torch.split(self.batches.targets, list(self.batches.sizes))
         teacher = torch.split(self.teacher, list(self.batches.sizes))
@@ -141,38 +147,82 @@ class Calibration:
         """Share of samples that a model gets right."""
         return accuracy(self.outputs(model), self.batches.targets, self.decision)
 
-    def _can_be_cut(self) -> bool:
-        shapes = set()
-        for inputs, size in zip(self.batches.inputs, self.batches.sizes, strict=True):
-            leaves, tree = pytree.tree_flatten(inputs, is_leaf=_packed)
-            if not all(isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size for leaf in leaves):
-                return False
-            shapes.add((repr(tree), tuple((leaf.shape[1:], leaf.dtype) for leaf in leaves)))
-        return len(shapes) == 1
+    def _units(self, index: Tensor) -> Calibration:
+        """Samples, or batches where samples cannot be taken apart, in their own order."""
+        index = index.sort().values
+        return self.some(index) if self.cut is not None else self._whole(index.tolist())
 
     def _joined(self) -> Any:
-        return pytree.tree_map(lambda *leaves: torch.cat(leaves), *self.batches.inputs)
+        assert self.cut is not None
+        trees = [pytree.tree_flatten(inputs) for inputs in self.batches.inputs]
+        leaves = [
+            torch.cat(same, dim=d) for d, same in zip(self.cut, zip(*(t[0] for t in trees), strict=True), strict=True)
+        ]
+        return pytree.tree_unflatten(leaves, trees[0][1])
 
-    def _whole(self, first: int, last: int | None) -> Calibration:
-        chosen = range(len(self.batches.inputs))[first:last]
+    def _whole(self, chosen: list[int]) -> Calibration:
         starts = [0, *torch.tensor(self.batches.sizes).cumsum(0).tolist()]
         rows = [torch.arange(starts[i], starts[i + 1]) for i in chosen]
         index = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
         sizes = tuple(self.batches.sizes[i] for i in chosen)
         batches = Batches(tuple(self.batches.inputs[i] for i in chosen), sizes, self.batches.targets[index])
-        return Calibration(batches, self.teacher[index], self.decision, self.output)
+        return Calibration(batches, self.teacher[index], self.decision, self.output, self.cut)
+
+
+def _samples_lie_in(model: nn.Module, batches: Batches, teacher: Tensor, output: Output) -> tuple[int, ...] | None:
+    """The dimension of each input tensor that counts samples: the first, or the second of sequence-first inputs.
+
+    Shapes alone cannot say so where a batch has as many steps as samples: two samples are cut out and run, and must be
+    answered as they were in their batch.
+    """
+    choices: list[list[int]] = []
+    layouts = set()
+    for inputs, size in zip(batches.inputs, batches.sizes, strict=True):
+        leaves, tree = pytree.tree_flatten(inputs, is_leaf=_packed)
+        if not leaves or not all(isinstance(leaf, Tensor) and leaf.dim() > 0 for leaf in leaves):
+            return None
+        here = [[d for d in (0, 1) if d < leaf.dim() and leaf.shape[d] == size] for leaf in leaves]
+        choices = here if not choices else [[d for d in a if d in b] for a, b in zip(choices, here, strict=False)]
+        layouts.add((repr(tree), tuple((leaf.dim(), leaf.dtype) for leaf in leaves)))
+    if len(layouts) != 1:
+        return None
+    shapes = [[tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs)] for inputs in batches.inputs]
+    index = torch.tensor(sorted({batches.sizes[0] - 1, 0}, reverse=True))
+    expected = teacher[index].double()
+    # rounding in another batch size, and far less than what tells samples apart
+    largest = float(teacher.abs().max())
+    spread = float((teacher.double().amax(0) - teacher.double().amin(0)).max())
+    room = 1e-3 * spread + 1e3 * torch.finfo(torch.float32).eps * largest
+    if teacher.dtype in (torch.float16, torch.bfloat16):
+        room += 8 * torch.finfo(teacher.dtype).eps * largest
+    for cut in islice(product(*choices), _LAYOUTS):
+        kept = {tuple((*s[:d], *s[d + 1 :]) for s, d in zip(batch, cut, strict=True)) for batch in shapes}
+        if len(kept) != 1:
+            continue
+        try:
+            given = pick(call(model, _rows(batches.inputs[0], index, cut)), output).detach().double().cpu()
+        except Exception as error:  # a model may refuse what is cut the wrong way
+            if is_infrastructure(error):
+                raise
+            continue
+        if given.shape == expected.shape and bool(((given - expected).abs() <= room).all()):
+            return cut
+    return None
+
+
+_LAYOUTS = 16
+"""So many ways of cutting several input tensors are tried."""
 
 
 def _packed(node: Any) -> bool:
     return isinstance(node, PackedSequence)
 
 
-def _rows(inputs: Any, index: Tensor) -> Any:
-    return pytree.tree_map(partial(_take, index), inputs)
-
-
-def _take(index: Tensor, leaf: Tensor) -> Tensor:
-    return leaf[index.to(leaf.device)]
+def _rows(inputs: Any, index: Tensor, cut: tuple[int, ...]) -> Any:
+    leaves, tree = pytree.tree_flatten(inputs)
+    return pytree.tree_unflatten(
+        [leaf.index_select(d, index.to(leaf.device)) for leaf, d in zip(leaves, cut, strict=True)], tree
+    )
 
 
 def logits(outputs: Tensor, decision: Decision) -> Tensor:
@@ -184,9 +234,10 @@ def logits(outputs: Tensor, decision: Decision) -> Tensor:
     """
     if decision.threshold is not None:
         single = outputs.reshape(-1)
+        border = torch.full_like(single, decision.threshold)
         if decision.outputs == "probabilities":
-            single = torch.logit(single, eps=torch.finfo(single.dtype).tiny)
-        return torch.stack([torch.zeros_like(single), single], dim=1)
+            single, border = (torch.logit(part, eps=torch.finfo(part.dtype).tiny) for part in (single, border))
+        return torch.stack([border, single], dim=1)
     if decision.outputs == "probabilities":
         return outputs.clamp_min(torch.finfo(outputs.dtype).tiny).log()
     return outputs

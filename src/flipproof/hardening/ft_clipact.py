@@ -17,7 +17,7 @@ from flipproof.campaigns.progress import progress_bar
 from flipproof.errors import ConfigError
 from flipproof.faults import BitErrorRate, FaultSpace
 from flipproof.formats import FixedPoint, Format
-from flipproof.hardening.base import Hardening, Work
+from flipproof.hardening.base import HELD_OUT, Hardening, Work, check_fields
 from flipproof.hardening.bounded import Bounded, ZeroAbove
 from flipproof.hardening.calibration import Calibration
 
@@ -29,7 +29,9 @@ class FTClipAct(Hardening):
     Layer by layer in order of execution: split [0, max] into `points` equal parts, score each end by injecting faults
     into the whole model (thresholds included), keep the interval between the neighbours of the best, and repeat until
     a round gains less than `tolerance`, at most `rounds` times. Every candidate sees the same faults. There is no
-    accuracy budget: losing clean accuracy is this method's known weakness, and `clean_drop` reports it.
+    accuracy budget: losing clean accuracy is this method's known weakness; `clean_drop` reports it, judged on samples
+    that the search has not seen, and `harden` warns. Published, the largest candidate is the largest value seen:
+    `slack=1.0`. By default it is `slack` times that, so that the search can leave unseen inputs alone.
 
     Args:
         points: candidates a round.
@@ -39,7 +41,10 @@ class FTClipAct(Hardening):
         samples: of the calibration data to score on, drawn at random.
         tolerance: smallest gain in area (a mean accuracy, 0 to 1) that is worth another round.
         format: how parameters are stored while they are hit.
-        seed: of samples and faults.
+        seed: of samples and faults, and of random parts of the calibration data.
+        slack: the largest candidate lies at so many times the largest value seen; 1.0 is the published method. None
+            finds the smallest of 1, 1.25, 1.5, 2, 3 … that hardly disturbs samples which the bounds have not seen.
+        held_out: share of the calibration data that `harden` keeps to judge on; the search sees nothing of it.
 
     Example:
         >>> FTClipAct(trials=5).points
@@ -54,6 +59,8 @@ class FTClipAct(Hardening):
     tolerance: float = 1e-3
     format: Format = field(default_factory=FixedPoint)
     seed: int = 0
+    slack: float | None = None
+    held_out: float = HELD_OUT
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bers", tuple(float(ber) for ber in self.bers))
@@ -65,11 +72,10 @@ class FTClipAct(Hardening):
         if not self.bers or not rising or not 0 < self.bers[0] <= self.bers[-1] < 1:
             raise ConfigError(f"FTClipAct needs bers that ascend within (0, 1), got {self.bers}")
 
+        check_fields(self)
+
     def fit(self, work: Work) -> pd.DataFrame:
-        bounds: dict[str, Bounded] = {}
-        for site, seen in work.ranges.items():
-            low, high = seen.of("layer", site)
-            bounds[site.name] = work.bound(site, ZeroAbove, high, low)
+        bounds = {site.name: bound for site, bound in work.place(ZeroAbove, "layer", self.slack).items()}
         chosen = torch.randperm(work.calibration.samples, generator=torch.Generator().manual_seed(self.seed))
         part = work.calibration.some(chosen[: self.samples])
         bers = self._hitting(work)
@@ -135,6 +141,7 @@ class FTClipAct(Hardening):
                 trials=self.trials,
                 seed=self.seed,
                 output=part.output,
+                decision=part.decision.choice,
                 progress=False,
             )
         work.spend(part, 1.0 + self.trials * len(bers))

@@ -81,18 +81,37 @@ def overhead(model: nn.Module, hardened: nn.Module, *, inputs: Any = None, repea
 
 def _time_ratio(model: nn.Module, hardened: nn.Module, inputs: Any, repeats: int) -> float:
     seconds: tuple[list[float], list[float]] = ([], [])
+    devices = devices_of(model, hardened, inputs)
     with given_back(model), given_back(hardened), eval_mode(model), eval_mode(hardened):
         for run in range(repeats + 1):
             for each, taken in zip((model, hardened), seconds, strict=True):
-                _wait(inputs)
+                wait_for(devices)
                 began = time.perf_counter()
                 call(each, inputs)
-                _wait(inputs)
+                wait_for(devices)
                 if run:  # the first pass fills caches and allocators
                     taken.append(time.perf_counter() - began)
     return median(seconds[1]) / median(seconds[0])
 
 
-def _wait(inputs: Any) -> None:
-    if any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in pytree.tree_leaves(inputs)):
-        torch.cuda.synchronize()
+def devices_of(*things: Any) -> set[torch.device]:
+    """Where the tensors of models and inputs lie.
+
+    Example:
+        >>> devices_of(nn.Linear(1, 1), [torch.ones(1)])
+        {device(type='cpu')}
+    """
+    found = set()
+    for thing in things:
+        tensors = (*thing.parameters(), *thing.buffers()) if isinstance(thing, nn.Module) else pytree.tree_leaves(thing)
+        found |= {tensor.device for tensor in tensors if isinstance(tensor, Tensor)}
+    return found
+
+
+def wait_for(devices: set[torch.device]) -> None:
+    """Wait until accelerators have done all that was asked of them: their calls return before the work is done."""
+    for device in devices:
+        if device.type in ("cuda", "xpu"):
+            getattr(torch, device.type).synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from flipproof.campaigns.progress import progress_bar
 from flipproof.errors import ConfigError
-from flipproof.hardening.base import Hardening, Work
-from flipproof.hardening.bounded import Bounded, Smooth
+from flipproof.hardening.base import HELD_OUT, Hardening, Work, check_fields
+from flipproof.hardening.bounded import Smooth
 from flipproof.hardening.calibration import cross_entropy, distillation
 from flipproof.hardening.rewriting import Site
 from flipproof.hardening.training import Schedule, train_thresholds
@@ -23,11 +23,11 @@ from flipproof.hardening.training import Schedule, train_thresholds
 class ProAct(Hardening):
     """HyReLU with one λ a neuron in the last ReLU executed and one a layer elsewhere, trained progressively.
 
-    Thresholds start at the largest values seen. From the last layer to the first, only that layer's λ train, on
-    KL(student ‖ teacher) + cross entropy + γ‖λ‖² (Eq. 8); the teacher is the unbounded model. In each layer the
-    smallest λ is kept that holds the accuracy budget on the held-out part of the calibration data (the authors' code
-    accepts on test data). Defaults are the paper's; γ and the temperature, which it does not give, are those that its
-    code starts with.
+    Thresholds start at `slack` times the largest values seen. From the last layer to the first, only that layer's λ
+    train, on KL(student ‖ teacher) + cross entropy + γ‖λ‖² (Eq. 8); the teacher is the unbounded model. In each layer
+    the smallest λ is kept that holds the accuracy budget on samples which it was not trained on (the authors' code
+    accepts on test data). As that choice is fitting too, `harden` judges `clean_drop` on further samples. Defaults are
+    the paper's but for `slack`; γ and the temperature, which it does not give, are those that its code starts with.
 
     Args:
         k: slope of the smooth transition.
@@ -38,13 +38,16 @@ class ProAct(Hardening):
         lr: of Adam, halved every 10 epochs.
         budget: accuracy that may be lost, a fraction, over all layers together.
         batch_size: samples a step.
-        held_out: share of the calibration data to accept on.
-        seed: of the split and of the order of samples.
+        held_out: share of the calibration data that `harden` keeps to judge on; the same share of the rest decides
+            which epoch is kept.
+        seed: of the splits and of the order of samples.
+        slack: training starts at so many times the largest values seen; 1.0 is the published method. None finds the
+            smallest of 1, 1.25, 1.5, 2, 3 … that hardly disturbs samples which the bounds have not seen.
 
     Example:
         >>> ProAct.quick()
         ProAct(k=20.0, temperature=1.0, weight_decay=4e-05, epochs_last=5, epochs=2, lr=0.05, budget=0.01,
-        batch_size=128, held_out=0.2, seed=0)
+        batch_size=128, held_out=0.25, seed=0, slack=None)
     """
 
     k: float = 20.0
@@ -55,14 +58,16 @@ class ProAct(Hardening):
     lr: float = 0.01
     budget: float = 0.01
     batch_size: int = 128
-    held_out: float = 0.2
+    held_out: float = HELD_OUT
     seed: int = 0
+    slack: float | None = None
 
     def __post_init__(self) -> None:
         self._schedule(self.epochs)
         self._schedule(self.epochs_last)
-        if not self.k > 0 or not self.temperature > 0 or not 0 < self.held_out < 1:
-            raise ConfigError(f"ProAct needs k > 0, temperature > 0 and held_out in (0, 1), got {self!r}")
+        if not self.k > 0 or not self.temperature > 0:
+            raise ConfigError(f"ProAct needs k > 0 and temperature > 0, got {self!r}")
+        check_fields(self)
 
     @classmethod
     def quick(cls) -> Self:
@@ -77,18 +82,14 @@ class ProAct(Hardening):
 
     def fit(self, work: Work) -> pd.DataFrame:
         parts = work.calibration.split(self.held_out, self.seed)
-        work.accepted_on = parts[1]
         last = last_rectifier(list(work.ranges))
-        bounds: dict[Site, Bounded] = {}
-        for site, seen in work.ranges.items():
-            low, high = seen.of("neuron" if site is last else "layer", site)
-            bounds[site] = work.bound(site, Smooth, high, low, slope=self.k)
+        bounds = work.place(Smooth, lambda site: "neuron" if site is last else "layer", self.slack, slope=self.k)
         start = parts[1].accuracy_of(work.model)
         work.spend(parts[1], 1.0)
         if start < parts[1].accuracy - self.budget:
             work.notes.append(
-                f"with the largest values as bounds the held-out accuracy is {start:.2%} already, against "
-                f"{parts[1].accuracy:.2%} unbounded: HyReLU halves a value that equals its bound"
+                f"before any training the bounds already cost accuracy, {start:.2%} against {parts[1].accuracy:.2%} "
+                f"unbounded: HyReLU halves a value that equals its bound"
             )
         generator = torch.Generator().manual_seed(self.seed)
         rows = []

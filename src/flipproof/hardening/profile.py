@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flipproof.campaigns.batches import call
 from flipproof.campaigns.evaluation import eval_mode
-from flipproof.errors import DataError, ModelError
+from flipproof.errors import ModelError
 from flipproof.hardening.calibration import Calibration
 from flipproof.hardening.rewriting import Rewritten, Site
 
@@ -29,6 +29,8 @@ class Range:
         neuron_high: the same.
         shapes: of one sample's activation, all that were seen.
         calls: how often the site was computed.
+        channel_low: per channel, (C, 1, …); None where the number of channels or dimensions changes.
+        channel_high: the same.
     """
 
     low: Tensor
@@ -37,41 +39,58 @@ class Range:
     neuron_high: Tensor | None
     shapes: set[tuple[int, ...]]
     calls: int = 1
+    channel_low: Tensor | None = None
+    channel_high: Tensor | None = None
 
-    def of(self, per: Per, site: Site) -> tuple[Tensor, Tensor]:
-        """(low, high) per layer, per channel or per neuron.
+    def finest(self, per: Per) -> Per:
+        """How fine bounds can be here, at most `per`: neuron, else channel, else layer.
 
         A channel is the first dimension of one sample's map, with all places taken together: bounds of shape (C, 1, 1)
-        for (C, H, W), (N,) for a linear layer's (N,). Of two dimensions nobody can say which are channels, those of a
-        sequence (T, D) or of a 1-d map (C, L): there it is one bound for the layer.
-
-        Raises:
-            DataError: per channel or neuron, if the site has no fixed number of them.
+        for (C, H, W), (N,) for a linear layer's (N,). Maps may have any size. Of two dimensions nobody can say which
+        are channels, those of a sequence (T, D) or of a 1-d map (C, L): there it is one bound for the layer. Bounds a
+        neuron need one size.
         """
-        if per == "layer":
-            return self.low, self.high
-        if per == "channel" and all(len(shape) == 2 for shape in self.shapes):
-            return self.low, self.high
-        if self.neuron_low is None or self.neuron_high is None:
-            raise DataError(
-                f"{site.name} has activations of different shapes, {sorted(self.shapes)[:3]}: bounds per {per} need "
-                f"inputs of one size and a module called for one kind of input. Use bounds per layer"
-            )
-        places = tuple(range(1, self.neuron_low.dim()))
-        if per == "channel" and places:
-            return self.neuron_low.amin(places, keepdim=True), self.neuron_high.amax(places, keepdim=True)
-        return self.neuron_low, self.neuron_high
+        if per == "neuron" and self.neuron_low is not None:
+            return "neuron"
+        if per == "layer" or self.channel_low is None or any(len(shape) == 2 for shape in self.shapes):
+            return "layer"
+        return "channel"
+
+    def of(self, per: Per, site: Site | None = None) -> tuple[Tensor, Tensor]:
+        """(low, high) per layer, channel or neuron, as fine as `finest` says; `site` plays no part."""
+        chosen = self.finest(per)
+        if chosen == "neuron":
+            assert self.neuron_low is not None
+            assert self.neuron_high is not None
+            return self.neuron_low, self.neuron_high
+        if chosen == "channel":
+            assert self.channel_low is not None
+            assert self.channel_high is not None
+            return self.channel_low, self.channel_high
+        return self.low, self.high
 
     def include(self, other: Range) -> None:
         """Widen this range by another one of the same site."""
         self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
         self.shapes |= other.shapes
         self.calls += other.calls
-        if len(self.shapes) > 1 or self.neuron_low is None or self.neuron_high is None:
+        self.neuron_low = _both(torch.minimum, self.neuron_low, other.neuron_low)
+        self.neuron_high = _both(torch.maximum, self.neuron_high, other.neuron_high)
+        self.channel_low = _both(torch.minimum, self.channel_low, other.channel_low)
+        self.channel_high = _both(torch.maximum, self.channel_high, other.channel_high)
+
+    def admit(self, shapes: set[tuple[int, ...]]) -> None:
+        """Maps of these shapes come by too: bounds finer than all of them have in common are none."""
+        self.shapes |= shapes
+        if len(self.shapes) > 1:
             self.neuron_low = self.neuron_high = None
-        elif other.neuron_low is not None and other.neuron_high is not None:
-            self.neuron_low = torch.minimum(self.neuron_low, other.neuron_low)
-            self.neuron_high = torch.maximum(self.neuron_high, other.neuron_high)
+        if len({(len(shape), shape[:1]) for shape in self.shapes}) > 1:
+            self.channel_low = self.channel_high = None
+
+
+def _both(extreme: Callable[[Tensor, Tensor], Tensor], one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The extreme of two, None where their shapes differ."""
+    return None if one is None or other is None or one.shape != other.shape else extreme(one, other)
 
 
 def profile(
@@ -88,6 +107,29 @@ def profile(
 
     Raises:
         ModelError: if a site computes NaN or ±∞ without any fault, or no site is reached at all.
+    """
+    found = ranges_of(rewritten, calibration, of=of)
+    for site in list(rewritten.sites):
+        if site.module not in found:
+            rewritten.dismiss(site, "is not executed on the calibration data, so nothing is known of its range")
+    if not rewritten.sites:
+        raise ModelError("none of this model's activations is executed on the calibration data")
+    dead = [site.name for site in rewritten.sites if site.function == "relu" and float(found[site.module].high) <= 0]
+    if dead and of == "output":
+        raise ModelError(
+            f"{', '.join(dead)}: nothing but 0 comes out on the calibration data, so thresholds would collapse to 0 "
+            f"and cut everything. Is the layer dead (then it is useless), or the data not what the model was made for?"
+        )
+    return {site: found[site.module] for site in rewritten.sites}
+
+
+def ranges_of(
+    rewritten: Rewritten, calibration: Calibration, *, of: Literal["input", "output"] = "output"
+) -> dict[str, Range]:
+    """One pass over the data; the range at every module of a site that was executed.
+
+    Raises:
+        ModelError: if a site computes NaN or ±∞ without any fault.
     """
     found: dict[str, Range] = {}
     names = {site.module: site for site in rewritten.sites}
@@ -110,18 +152,7 @@ def profile(
     finally:
         for handle in handles:
             handle.remove()
-    for site in list(rewritten.sites):
-        if site.module not in found:
-            rewritten.dismiss(site, "is not executed on the calibration data, so nothing is known of its range")
-    if not rewritten.sites:
-        raise ModelError("none of this model's activations is executed on the calibration data")
-    dead = [site.name for site in rewritten.sites if site.function == "relu" and float(found[site.module].high) <= 0]
-    if dead and of == "output":
-        raise ModelError(
-            f"{', '.join(dead)}: nothing but 0 comes out on the calibration data, so thresholds would collapse to 0 "
-            f"and cut everything. Is the layer dead (then it is useless), or the data not what the model was made for?"
-        )
-    return {site: found[site.module] for site in rewritten.sites}
+    return found
 
 
 def _note(found: dict[str, Range], site: Site, values: Tensor) -> None:
@@ -133,14 +164,11 @@ def _note(found: dict[str, Range], site: Site, values: Tensor) -> None:
             f"{site.name} ({site.function}) computes NaN or infinite values on the calibration data without any fault; "
             f"no bound can be read off those"
         )
-    single = values.dim() > 0
-    seen = Range(
-        low,
-        high,
-        values.amin(dim=0) if single else None,
-        values.amax(dim=0) if single else None,
-        {tuple(values.shape[1:])},
-    )
+    neuron_low, neuron_high = (values.amin(dim=0), values.amax(dim=0)) if values.dim() else (None, None)
+    channel_low, channel_high = neuron_low, neuron_high
+    if neuron_low is not None and neuron_high is not None and (places := tuple(range(1, neuron_low.dim()))):
+        channel_low, channel_high = neuron_low.amin(places, keepdim=True), neuron_high.amax(places, keepdim=True)
+    seen = Range(low, high, neuron_low, neuron_high, {tuple(values.shape[1:])}, 1, channel_low, channel_high)
     if site.module in found:
         found[site.module].include(seen)
     else:

@@ -9,6 +9,7 @@ import pandas as pd
 from torch import nn
 
 from flipproof.errors import ModelError
+from flipproof.hardening.acceptance import Acceptance
 from flipproof.hardening.rewriting import Site, Unreachable
 
 REPORT = "_flipproof_hardening"
@@ -26,10 +27,14 @@ class HardeningReport:
         notes: what else the user should know.
         parameters: of the original model; `thresholds`: values added to it.
         history: the method's own record of its search or training, a row a step; empty for closed forms.
-        clean_drop: accuracy lost on the calibration data that acceptance used, a fraction; negative for a gain.
+        clean_drop: accuracy lost on the held-out samples, which nothing was fitted to, a fraction; negative for a
+            gain. `judged` has its interval.
         seconds: what it took.
-        forwards: passes over the whole calibration data that it took, in forward-equivalents (a backward pass
-            counts two).
+        forwards: passes over the whole calibration data that it took, in forward-equivalents: multiplications of what
+            was run, backward passes included, ÷ those of a forward pass.
+        judged: the held-out samples before and after, pair by pair; None for files of older versions.
+        slack: bounds lie (or the search for them began) at so many times the largest values seen; None for methods
+            that do not say.
         example: (shape, dtype) of the inputs of one batch, to time the model with; None if they are not all tensors.
     """
 
@@ -44,6 +49,8 @@ class HardeningReport:
     seconds: float
     forwards: float
     example: Any = field(repr=False, compare=False, default=None)
+    judged: Acceptance | None = None
+    slack: float | None = None
 
     def table(self) -> pd.DataFrame:
         """One row an activation: `name`, `module`, `function`, `calls`, `bounded`, `reason`."""
@@ -67,6 +74,8 @@ class HardeningReport:
     def __str__(self) -> str:
         lines = [f"{self.method}: {len(self.sites)} activations bounded by {self.thresholds:,} stored thresholds"]
         lines += [f"  not bounded: {entry.name}: {entry.reason}" for entry in self.unreachable]
+        if self.judged is not None:
+            lines.append(f"  {self.judged}")
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 

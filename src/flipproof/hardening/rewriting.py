@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from flipproof.campaigns.batches import call
@@ -173,6 +174,42 @@ def rewrite(model: nn.Module, inputs: Any, *, open_recurrent: bool = False) -> R
     present = {module: name for name, module in copy.named_modules()}
     rewritten.originals = {present[new]: old for new, old in originals.items() if new in present}
     return rewritten
+
+
+def refuse_what_hides_its_values(model: nn.Module) -> None:
+    """Refuse, by name, models whose activations nobody can reach or whose values are no floats.
+
+    Raises:
+        ModelError: for TorchScript, exported programs, lazy modules, statically quantised modules, and weights that are
+            packed in a tensor type of another library.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("the model is TorchScript, which hides its activations; harden the module that it was made of")
+    if "eval" in vars(model):
+        raise ModelError("the model is an exported program; harden the module that it was exported from")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        home, kind = type(module).__module__, f"{name or 'the model'} ({type(module).__name__})"
+        if (
+            ".quantized" in home
+            and home.startswith(("torch.ao.nn", "torch.nn"))
+            and ".dynamic" not in home
+            and not type(module).__name__.endswith("PackedParams")
+        ):
+            raise ModelError(
+                f"{kind} is quantised: integers pass there, which have no float bounds; harden the float model, then "
+                f"quantise the hardened copy"
+            )
+        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            place = f"{name}.{key}".lstrip(".")
+            if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+                raise ModelError(f"{place} has no shape yet; run the model once before hardening it")
+            if type(tensor) not in (Tensor, nn.Parameter):
+                raise ModelError(
+                    f"{place} is a {type(tensor).__module__}.{type(tensor).__qualname__}, whose stored form is its "
+                    f"own; harden the model with plain tensors, then convert the hardened copy"
+                )
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ from flipproof.campaigns.batches import call
 from flipproof.campaigns.evaluation import eval_mode
 from flipproof.errors import ConfigError, ModelError
 from flipproof.fields import HINT, Fields, read_json, wrong
+from flipproof.hardening.acceptance import Acceptance
 from flipproof.hardening.base import put_bound
 from flipproof.hardening.bounded import Bounded, ClampInput, Saturate, Smooth, ZeroAbove
 from flipproof.hardening.example import from_plain, inputs_like, to_plain
@@ -27,7 +28,7 @@ from flipproof.hardening.recurrent import Opened
 from flipproof.hardening.report import REPORT, HardeningReport, hardening_report
 from flipproof.hardening.rewriting import Rewritten, Site, Unreachable, rewrite
 
-VERSION = 1
+VERSION = 2
 """Of the format: counts up whenever what is written changes. A file of another version is refused."""
 
 KINDS: dict[str, type[Bounded]] = {kind.__name__: kind for kind in (Saturate, ZeroAbove, Smooth, ClampInput)}
@@ -72,6 +73,8 @@ def save_hardened(hardened: nn.Module, path: str | os.PathLike[str]) -> Path:
         "parameters": report.parameters,
         "thresholds": report.thresholds,
         "clean_drop": report.clean_drop,
+        "judged": None if report.judged is None else vars(report.judged),
+        "slack": report.slack,
         "seconds": report.seconds,
         "forwards": report.forwards,
         "opened": any(isinstance(module, Opened) for module in hardened.modules()),
@@ -130,6 +133,8 @@ def load_hardened(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         seconds=about.seconds,
         forwards=about.forwards,
         example=about.example,
+        judged=about.judged,
+        slack=about.slack,
     )
     vars(rewritten.model)[REPORT] = report
     return rewritten.model
@@ -154,6 +159,8 @@ class _About:
     opened: bool
     guarded: tuple[str, ...]
     example: Any
+    judged: Acceptance | None
+    slack: float | None
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[_About, dict[str, Tensor]]:
@@ -187,7 +194,16 @@ def _about(fields: Fields) -> _About:
         opened=fields.flag("opened"),
         guarded=fields.texts("guarded"),
         example=from_plain(fields.take("example"), fields.at("example")),
+        judged=None if fields.take("judged") is None else _judged(Fields(fields.take("judged"), fields.at("judged"))),
+        slack=None if fields.take("slack") is None else fields.number("slack"),
     )
+
+
+def _judged(fields: Fields) -> Acceptance:
+    counts = {name: fields.whole(name) for name in ("samples", "right", "lost", "won", "changed", "disturbed")}
+    found = Acceptance(**counts, drop=fields.number("drop"), low=fields.number("low"), high=fields.number("high"))
+    fields.end()
+    return found
 
 
 def _site(fields: Fields) -> tuple[Site, str, dict[str, float]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from flipproof.campaigns.batches import call, pick
 from flipproof.campaigns.progress import Step
@@ -87,6 +88,7 @@ def train_thresholds(
     start = held.accuracy_of(work.model)
     work.spend(held, 1.0)
     smallest = _size(best) if start >= floor else float("inf")
+    cost: float | None = None
     with _only(work.model, thresholds):
         optimiser = torch.optim.Adam(thresholds, lr=schedule.lr)
         halving = torch.optim.lr_scheduler.StepLR(optimiser, schedule.halve_every, gamma=0.5)
@@ -94,10 +96,14 @@ def train_thresholds(
             rate = float(optimiser.param_groups[0]["lr"])
             total = 0.0
             for inputs, targets, teacher in fit.shuffled(schedule.batch_size, generator):
-                value = _loss_of(work.model, fit, inputs, targets, teacher, loss)
+                with FlopCounterMode(display=False) if cost is None else nullcontext() as forward:
+                    value = _loss_of(work.model, fit, inputs, targets, teacher, loss)
                 penalty = schedule.weight_decay * sum((threshold.square().sum() for threshold in thresholds), 0.0)
                 optimiser.zero_grad(set_to_none=True)
-                torch.autograd.backward(value + penalty)
+                with FlopCounterMode(display=False) if cost is None else nullcontext() as backward:
+                    torch.autograd.backward(value + penalty)
+                if forward is not None and backward is not None:
+                    cost = _cost_of_a_step(forward, backward)
                 optimiser.step()
                 with torch.no_grad():
                     for threshold in thresholds:
@@ -122,13 +128,27 @@ def train_thresholds(
                     "accepted": accepted,
                 }
             )
-            work.spend(fit, 3.0)
+            work.spend(fit, WITHOUT_COUNT if cost is None else cost)
             work.spend(held, 1.0)
             step(f"{label} {accuracy:.1%}")
         with torch.no_grad():
             for threshold, value in zip(thresholds, best, strict=True):
                 threshold.copy_(value)
     return rows
+
+
+WITHOUT_COUNT = 3.0
+"""Forwards that a training step is charged with in a network without a matrix product or convolution to count."""
+
+
+def _cost_of_a_step(forward: FlopCounterMode, backward: FlopCounterMode) -> float:
+    """Multiplications of a forward and its backward pass ÷ those of the forward.
+
+    Weights get no gradients, and nothing is propagated below the bounds that train: a backward pass costs between
+    nothing and one forward, not two.
+    """
+    once = forward.get_total_flops()
+    return (once + backward.get_total_flops()) / once if once else WITHOUT_COUNT
 
 
 def _loss_of(model: nn.Module, data: Calibration, inputs: Any, targets: Tensor, teacher: Tensor, loss: Loss) -> Tensor:
@@ -140,7 +160,7 @@ def _loss_of(model: nn.Module, data: Calibration, inputs: Any, targets: Tensor, 
 @contextmanager
 def _only(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
     """Gradients for these parameters alone, in eval mode; everything is put back."""
-    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.is_leaf]
     training = [module for module in model.modules() if module.training]
     model.eval()
     for parameter in asked:

@@ -139,9 +139,11 @@ def _subjects(root: Path, judged: int | None) -> list[Subject]:
     sentences, dev = sst2(root, limit=30000, batch_size=120)
     stays = EHRSet(data.test.stays[:judged]).batches(120)
     dev = dev if judged is None else dev[: judged // 120]
+    # two batches at least: labelled steps of a stay belong together, so harden holds whole batches back
+    validation = data.validation.batches(max(1, min(200, len(data.validation) // 2)))
     return [
         Subject(
-            "GRU", GRURisk, data.train.batches(64, shuffle=True), data.validation.batches(200), stays,
+            "GRU", GRURisk, data.train.batches(64, shuffle=True), validation, stays,
             "auroc", 10, risk_loss,
         ),
         Subject("ResNet-18", _resnet18, images, images[:10], test, "accuracy", 8),

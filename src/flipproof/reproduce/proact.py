@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -143,19 +143,23 @@ def _paired(model: nn.Module, subject: Subject, setting: Setting, out: Path, wor
 
 def _setting(scale: str) -> Setting:
     if scale == "paper":
-        trained: dict[str, Hardening] = {"FitAct": FitAct(), "ProAct": ProAct()}
-        return Setting(500, {**_closed_forms(), "FT-ClipAct": FTClipAct(trials=50, samples=1000), **trained})
-    search = FTClipAct(points=4, rounds=2, trials=4, samples=100, bers=(1e-6, 1e-5, 3e-5))
-    quick: dict[str, Hardening] = {"FitAct": FitAct.quick(), "ProAct": ProAct.quick()}
+        trained: dict[str, Hardening] = {"FitAct": FitAct(slack=1.0), "ProAct": ProAct(slack=1.0)}
+        return Setting(500, {**_closed_forms(), "FT-ClipAct": FTClipAct(trials=50, samples=1000, slack=1.0), **trained})
+    search = FTClipAct(points=4, rounds=2, trials=4, samples=100, bers=(1e-6, 1e-5, 3e-5), slack=1.0)
+    quick: dict[str, Hardening] = {
+        "FitAct": replace(FitAct.quick(), slack=1.0),
+        "ProAct": replace(ProAct.quick(), slack=1.0),
+    }
     return Setting(60, {**_closed_forms(), "FT-ClipAct": search, **quick})
 
 
 def _closed_forms() -> dict[str, Hardening | None]:
+    """Published methods as published (slack=1.0), ours with its defaults."""
     return {
         "none": None,
-        "Ranger (layer)": Ranger(replace="zero"),
-        "Ranger (neuron)": Ranger(per="neuron", replace="zero"),
-        "Ranger (layer, saturating)": Ranger(),
+        "Ranger (layer)": Ranger(replace="zero", slack=1.0),
+        "Ranger (neuron)": Ranger(per="neuron", replace="zero", slack=1.0),
+        "Ranger (layer, saturating)": Ranger(slack=1.0),
         "Guard": Guard(),
         "Guard (activations only)": Guard(outputs=False),
     }
@@ -207,7 +211,9 @@ def _hardened(
         rows.append({"network": subject.name, "method": method, "thresholds": 0, "forwards": 0.0})
         return model
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FlipproofWarning)  # rates that a small network has no bit for
+        warnings.simplefilter(
+            "ignore", FlipproofWarning
+        )  # rates without a bit to hit; bounds as published cost accuracy
         safe = harden(
             model,
             hardening,
