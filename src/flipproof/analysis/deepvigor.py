@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from flipproof.analysis.layer import LayerVulnerability
+from flipproof.analysis.multiplications import Multiplications
 from flipproof.analysis.opening import opened, suffix_shares
 from flipproof.analysis.probing import Layer, Prober
 from flipproof.analysis.search import Search
@@ -41,7 +42,8 @@ class DeepVigor:
             input without asking. A heuristic (a neuron that a ReLU silences has no gradient, and may wake up), off by
             default; `holes` shows what it costs. For neurons of networks that can be traced.
         holes: random injections a layer (of what the search decided without trying) that look for holes; 0 for none.
-        max_bytes: bound on working memory, approximately.
+        max_bytes: bound on what the map keeps, and once more on what a round of questions works on. A map keeps
+            24 + 4 · bits + 32 · classes bytes a neuron, with as many classes as golden answers differ.
         seed: of the neurons and the injections that are drawn.
 
     Raises:
@@ -113,21 +115,56 @@ def analyze(
         raise ConfigError("gradient=True is about neurons; analyse parameters without it")
     of = "parameters" if isinstance(where, Parameters) else "neurons"
     with opened(model, data, where, format, output, method.max_bytes) as prober:
+        _check_room(prober, method, prober.classes.unique().numel())
         share = suffix_shares(model, prober)
-        layers = [_analyse(prober, site, method, prober.decision.classes, share[site.name]) for site in prober.sites]
+        layers = [_analyse(prober, site, method, share[site.name]) for site in prober.sites]
         samples, digest = prober.batches.samples, prober.batches.digest()
-    return VulnerabilityMap(layers, repr(method), samples, of=of, model=model, output=output, data=digest)
+        coverage, left_out = spoken_of(model, prober)
+    return VulnerabilityMap(
+        layers,
+        repr(method),
+        samples,
+        of=of,
+        model=model,
+        output=output,
+        left_out=left_out,
+        coverage=coverage,
+        data=digest,
+    )
+
+
+def spoken_of(model: nn.Module, prober: Prober | WeightProber) -> tuple[float, dict[str, str]]:
+    """The coverage of a map of all that can be asked here, and what is left out, with reasons."""
+    left_out = prober.space.left_out
+    if isinstance(prober, Prober):
+        share, rest = Multiplications.of(model, prober.batches.inputs[0]).coverage(prober.sites)
+        return share, {**rest, **left_out}
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    outside = sum(8 * named[name].numel() * named[name].element_size() for name in left_out if name in named)
+    return prober.space.bits / (prober.space.bits + outside), dict(left_out)
+
+
+def _check_room(prober: Prober | WeightProber, method: DeepVigor, labels: int) -> None:
+    counts = [min(site.values, method.neurons or site.values) for site in prober.sites]
+    sizes = [LayerVulnerability.bytes_a_neuron(site.width, labels) for site in prober.sites]
+    needed = sum(count * size for count, size in zip(counts, sizes, strict=True))
+    if needed > method.max_bytes:
+        raise ConfigError(
+            f"a map of {sum(counts):,} places and {labels} golden classes keeps {needed / 2**20:,.1f} MiB, max_bytes "
+            f"allows {method.max_bytes / 2**20:,.1f}: pass DeepVigor(max_bytes={needed}), analyse fewer with "
+            f"neurons=, or fewer layers with where="
+        )
 
 
 def _analyse(
-    prober: Prober | WeightProber, site: NeuronSite | Site, method: DeepVigor, classes: int, share: float
+    prober: Prober | WeightProber, site: NeuronSite | Site, method: DeepVigor, share: float
 ) -> LayerVulnerability:
     draw = TrialGenerator(method.seed, f"DeepVigor {site.name}", 0)
     chosen = torch.arange(site.values)
     if method.neurons is not None and method.neurons < site.values:
         chosen = torch.from_numpy(draw.distinct(method.neurons, site.values))
-    found = LayerVulnerability.empty(site, chosen, classes)
-    before = prober.probes
+    found = LayerVulnerability.empty(site, chosen, prober.decision.classes, prober.classes.unique())
+    before, whole = prober.probes, _whole(prober)
     # a dozen arrays of pairs × bits of 8 bytes are alive at once
     pairs = max(1, method.max_bytes // (100 * site.width))
     for batch, size in enumerate(prober.batches.sizes):
@@ -158,5 +195,11 @@ def _analyse(
                     found.add_holes(*search.holes(draw, -(-method.holes * grid[0] * grid[1] // everything)))
         found.closed_form = layer.last
     found.probes = prober.probes - before
-    found.forwards = found.probes * share
+    whole = _whole(prober) - whole
+    found.forwards = (found.probes - whole) * share + whole
     return found
+
+
+def _whole(prober: Prober | WeightProber) -> int:
+    """Rows that went through the whole network so far."""
+    return prober.whole if isinstance(prober, WeightProber) else prober.whole_rows

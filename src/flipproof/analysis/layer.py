@@ -26,8 +26,9 @@ class LayerVulnerability:
     Attributes:
         name: the layer's qualified name; `format` and `width` say how a neuron is stored.
         total: neurons in the layer; `neurons` are the flat indices of those analysed, ascending.
-        critical: how many inputs each bit flip is critical for, int64 (neurons, width).
-        ranges: by golden class, float64 (classes, neurons, 4): errors from [0] to [2] are harmless for all inputs of
+        critical: how many inputs each bit flip is critical for, int32 (neurons, width).
+        labels: the golden classes that inputs have, ascending, int64 (labels,).
+        ranges: by these classes, float64 (labels, neurons, 4): errors from [0] to [2] are harmless for all inputs of
             the class, errors ≤ [1] or ≥ [3] critical for all of them.
         inputs: inputs by golden class, int64 (classes,).
         nans: flips that made a NaN, and those of them that were critical, int64 (neurons, 2).
@@ -42,6 +43,7 @@ class LayerVulnerability:
     total: int
     neurons: Tensor
     critical: Tensor
+    labels: Tensor
     ranges: Tensor
     inputs: Tensor
     nans: Tensor
@@ -52,20 +54,37 @@ class LayerVulnerability:
     closed_form: bool = False
 
     @classmethod
-    def empty(cls, site: NeuronSite | Site, neurons: Tensor, classes: int) -> LayerVulnerability:
-        """Nothing seen yet."""
+    def empty(
+        cls, site: NeuronSite | Site, neurons: Tensor, classes: int, labels: Tensor | None = None
+    ) -> LayerVulnerability:
+        """Nothing seen yet; `labels` are the golden classes that will come, all by default."""
         count = neurons.numel()
+        labels = torch.arange(classes) if labels is None else labels
         return cls(
             site.name,
             repr(site.format),
             site.width,
             site.values,
             neurons,
-            torch.zeros(count, site.width, dtype=torch.int64),
-            _EMPTY.repeat(classes, count, 1),
+            torch.zeros(count, site.width, dtype=torch.int32),
+            labels,
+            _EMPTY.repeat(labels.numel(), count, 1),
             torch.zeros(classes, dtype=torch.int64),
             torch.zeros(count, 2, dtype=torch.int64),
         )
+
+    @staticmethod
+    def bytes_a_neuron(width: int, labels: int) -> int:
+        """What is kept of each neuron: its index, a count a bit, two counts of NaNs, four ends of ranges a class."""
+        return 8 + 4 * width + 16 + 32 * labels
+
+    def seen(self, label: int) -> bool:
+        """Whether some analysed input has this golden class."""
+        return 0 <= label < self.inputs.numel() and bool(self.inputs[label])
+
+    def of_label(self, label: int) -> Tensor:
+        """Ranges of a golden class that was `seen`; float64 (neurons, 4)."""
+        return self.ranges[int(torch.searchsorted(self.labels, label))]
 
     @property
     def module(self) -> str:
@@ -96,8 +115,8 @@ class LayerVulnerability:
         self.critical[part] += critical.sum(dim=0)
         self.nans[part] += nans.sum(dim=0)
         for label in sorted(set(classes.tolist())):
-            own = ranges[classes == label]
-            self.ranges[label, part] = narrowed(torch.cat([self.ranges[label, part][None], own]))
+            own, row = ranges[classes == label], int(torch.searchsorted(self.labels, label))
+            self.ranges[row, part] = narrowed(torch.cat([self.ranges[row, part][None], own]))
 
     def add_holes(self, tried: int, wrong: int) -> None:
         """Take in injections that looked for holes."""
@@ -106,20 +125,27 @@ class LayerVulnerability:
 
     def overall(self, label: int | None = None) -> Tensor:
         """Ranges over all classes, or of one; float64 (neurons, 4)."""
-        return narrowed(self.ranges) if label is None else self.ranges[label]
+        return narrowed(self.ranges) if label is None else self.of_label(label)
 
     def merged(self, other: LayerVulnerability) -> LayerVulnerability:
         """The sums over both."""
         same = self.name == other.name and self.format == other.format and torch.equal(self.neurons, other.neurons)
-        if not same or self.ranges.shape != other.ranges.shape:
+        if not same or self.inputs.shape != other.inputs.shape:
             raise ConfigError(
                 f"{self.name!r} and {other.name!r} are not the same layer with the same neurons and format "
                 f"({self.format}, {other.format}): analyse both shards with the same model, method and seed"
             )
+        labels = torch.cat([self.labels, other.labels]).unique()
+        spread = []
+        for one in (self, other):
+            wide = _EMPTY.repeat(labels.numel(), one.neurons.numel(), 1)
+            wide[torch.searchsorted(labels, one.labels)] = one.ranges
+            spread.append(wide)
         return replace(
             self,
             critical=self.critical + other.critical,
-            ranges=narrowed(torch.stack([self.ranges, other.ranges])),
+            labels=labels,
+            ranges=narrowed(torch.stack(spread)),
             inputs=self.inputs + other.inputs,
             nans=self.nans + other.nans,
             tried=self.tried + other.tried,

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from flipproof.analysis.multiplications import Multiplications
 from flipproof.analysis.probing import Prober
 from flipproof.analysis.weights import WeightProber
-from flipproof.campaigns.batches import Data, Output, call, read_batches
+from flipproof.campaigns.batches import Data, Output, read_batches
 from flipproof.campaigns.evaluation import eval_mode, golden_run, one_thread
 from flipproof.campaigns.neuron_trial import neuron_space
-from flipproof.faults.neuron_sites import Neurons
+from flipproof.faults.neuron_sites import Neurons, NeuronSite
 from flipproof.faults.selection import FormatChoice
 from flipproof.faults.sites import Parameters
 from flipproof.faults.space import FaultSpace
@@ -59,28 +60,9 @@ def by_batch(prober: Prober | WeightProber, sample: Tensor) -> Iterator[tuple[in
 
 def suffix_shares(model: nn.Module, prober: Prober | WeightProber) -> dict[str, float]:
     """Multiplications behind each layer ÷ those of a forward: what a probe of it costs in forwards."""
-    order: list[tuple[str, float]] = []
-    handles = []
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() > 1:
-
-            def hook(
-                module: nn.Module, args: object, result: object, name: str = name, weight: Tensor = weight
-            ) -> None:
-                if isinstance(result, Tensor):
-                    order.append((name, result.numel() * weight[0].numel()))
-
-            handles.append(module.register_forward_hook(hook))
-    try:
-        call(model, prober.batches.inputs[0])
-    finally:
-        for handle in handles:
-            handle.remove()
-    total = sum(cost for _, cost in order)
+    made = Multiplications.of(model, prober.batches.inputs[0])
     shares = {}
     for site in prober.sites:
-        place = next((i for i, (name, _) in enumerate(order) if name == site.layer), None)
-        behind = sum(cost for _, cost in order[place + 1 :]) if place is not None else total
-        shares[site.name] = behind / total if total and prober.cuts(site) else 1.0
+        behind = made.behind(site.layer, site.call if isinstance(site, NeuronSite) else 0)
+        shares[site.name] = behind / made.total if made.total and prober.cuts(site) else 1.0
     return shares

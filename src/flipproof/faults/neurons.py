@@ -6,7 +6,7 @@ model's parameters are never touched; forward hooks, removed again, change the o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -158,9 +158,9 @@ class NeuronSpace:
             for handle in handles:
                 handle.remove()
 
-    def begin(self, batch: int) -> None:
-        """A run of this batch starts."""
-        self._counts = {}
+    def begin(self, batch: int, made: Mapping[str, int] | None = None) -> None:
+        """A run of this batch starts; `made` says how often each layer was called before the place it starts at."""
+        self._counts = dict(made or {})
         self._batch = batch
 
     @contextmanager
