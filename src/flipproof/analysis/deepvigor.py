@@ -148,6 +148,7 @@ def _check_room(prober: Prober | WeightProber, method: DeepVigor, labels: int) -
     counts = [min(site.values, method.neurons or site.values) for site in prober.sites]
     sizes = [LayerVulnerability.bytes_a_neuron(site.width, labels) for site in prober.sites]
     needed = sum(count * size for count, size in zip(counts, sizes, strict=True))
+    needed += 8 * len(counts) * (prober.decision.classes + labels)  # inputs a class, and which classes there are
     if needed > method.max_bytes:
         raise ConfigError(
             f"a map of {sum(counts):,} places and {labels} golden classes keeps {needed / 2**20:,.1f} MiB, max_bytes "

@@ -37,7 +37,7 @@ def opened(
         space = (
             FaultSpace(model, where=where, format=format)
             if isinstance(where, Parameters)
-            else neuron_space(model, batches, where, format)
+            else neuron_space(model, batches, where, format, output)
         )
         with space.stored():
             golden = golden_run(model, batches, output)

@@ -65,7 +65,7 @@ class WeightProber:
         self._prober: Prober | None = None
         if layers:
             try:
-                neurons = neuron_space(model, batches, Neurons(include=layers), None)
+                neurons = neuron_space(model, batches, Neurons(include=layers), None, output)
             except FaultSpaceError:  # no layer gives one row a sample
                 neurons = None
             if neurons is not None:

@@ -124,7 +124,7 @@ def assess(
         space: FaultSpace | NeuronSpace
         if isinstance(where, Neurons):
             batches = read_batches(data, target)
-            space = neuron_space(model, batches, where, format)
+            space = neuron_space(model, batches, where, format, output)
             for point in points:
                 space.check(point)
         else:

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from flipproof.campaigns.batches import Batches, call
+from flipproof.campaigns.batches import Batches, Output, call
+from flipproof.campaigns.growing import grown
 from flipproof.campaigns.rows import resume_rows
 from flipproof.campaigns.suffix import Suffixes
 from flipproof.campaigns.trial import TrialRunner
@@ -25,8 +26,10 @@ from flipproof.faults.sampling import TrialGenerator
 from flipproof.faults.selection import FormatChoice
 
 
-def neuron_space(model: nn.Module, batches: Batches, where: Neurons, format: FormatChoice) -> NeuronSpace:
-    """The space of a model's neurons on these batches.
+def neuron_space(
+    model: nn.Module, batches: Batches, where: Neurons, format: FormatChoice, output: Output = None
+) -> NeuronSpace:
+    """The space of a model's neurons on these batches; `output` picks what tells how many samples were answered.
 
     Raises:
         DataError: if the model rejects a batch.
@@ -39,7 +42,8 @@ def neuron_space(model: nn.Module, batches: Batches, where: Neurons, format: For
             raise DataError(f"the model rejects batch {i}: {type(error).__name__}: {error}") from error
 
     runs = [((lambda i=i: run(i)), size) for i, size in enumerate(batches.sizes)]
-    return NeuronSpace(model, runs, where=where, format=format)
+    more = grown(model, batches.inputs[0], batches.sizes[0], output)
+    return NeuronSpace(model, runs, where=where, format=format, grown=more)
 
 
 @dataclass

@@ -34,6 +34,7 @@ class NeuronSpace:
         where: which layers.
         format: how outputs are stored: None for each tensor's own type, one Format, or {pattern: Format}. `Affine`
             takes its range from the fault-free outputs over all batches.
+        grown: functions that run the first batch with one sample more; they show where outputs count samples.
 
     Raises:
         FaultSpaceError: if no layer is left, with the reason for each.
@@ -47,13 +48,14 @@ class NeuronSpace:
         *,
         where: Neurons | None = None,
         format: FormatChoice = None,
+        grown: Sequence[Callable[[], bool]] = (),
     ) -> None:
         where = where or Neurons()
         self.model = model
         self.left_out: dict[str, str] = {}
         """Layers that are not in the space, and why."""
         seen = Observer(model, where, self.left_out)
-        seen.watch(forwards)
+        seen.watch(forwards, grown)
         sites: list[NeuronSite] = []
         offset = 0
         for (layer, call), (shape, axis, dtype, low, high) in seen.found.items():
