@@ -11,10 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from flipproof.analysis.layer import LayerVulnerability
-from flipproof.analysis.multiplications import Multiplications
+from flipproof.analysis.asking import check_asked
+from flipproof.analysis.covering import spoken_of
+from flipproof.analysis.layer import LayerVulnerability, distinct
 from flipproof.analysis.opening import opened, suffix_shares
 from flipproof.analysis.probing import Layer, Prober
 from flipproof.analysis.search import Search
@@ -43,7 +44,7 @@ class DeepVigor:
             default; `holes` shows what it costs. For neurons of networks that can be traced.
         holes: random injections a layer (of what the search decided without trying) that look for holes; 0 for none.
         max_bytes: bound on what the map keeps, and once more on what a round of questions works on. A map keeps
-            24 + 4 · bits + 32 · classes bytes a neuron, with as many classes as golden answers differ.
+            4 · bits + 32 · classes bytes a neuron and a few dozen more, with as many classes as golden answers have.
         seed: of the neurons and the injections that are drawn.
 
     Raises:
@@ -107,17 +108,19 @@ def analyze(
         >>> [found.classify("", 1, delta) for delta in (1.5, 2.5, -9.0)]  # 1 + 2.5 beats 3
         ['non_vulnerable', 'vulnerable', 'non_vulnerable']
     """
-    method = method or DeepVigor()
-    if not isinstance(model, nn.Module) or not isinstance(method, DeepVigor):
-        raise ConfigError(f"analyze takes a torch.nn.Module, data and fp.DeepVigor(), got {model!r} and {method!r}")
-    where = where or Neurons()
+    method = DeepVigor() if method is None else method
+    where = Neurons() if where is None else where
+    if not isinstance(method, DeepVigor):
+        raise ConfigError(f"analyze takes fp.DeepVigor(…) as its method, got {method!r}")
+    check_asked("analyze", model, where, (Neurons, Parameters), format)
     if method.gradient and isinstance(where, Parameters):
         raise ConfigError("gradient=True is about neurons; analyse parameters without it")
     of = "parameters" if isinstance(where, Parameters) else "neurons"
     with opened(model, data, where, format, output, method.max_bytes) as prober:
-        _check_room(prober, method, prober.classes.unique().numel())
+        labels = distinct(prober.classes)
+        _check_room(prober, method, labels)
         share = suffix_shares(model, prober)
-        layers = [_analyse(prober, site, method, share[site.name]) for site in prober.sites]
+        layers = [_analyse(prober, site, method, share[site.name], labels) for site in prober.sites]
         samples, digest = prober.batches.samples, prober.batches.digest()
         coverage, left_out = spoken_of(model, prober)
     return VulnerabilityMap(
@@ -133,38 +136,28 @@ def analyze(
     )
 
 
-def spoken_of(model: nn.Module, prober: Prober | WeightProber) -> tuple[float, dict[str, str]]:
-    """The coverage of a map of all that can be asked here, and what is left out, with reasons."""
-    left_out = prober.space.left_out
-    if isinstance(prober, Prober):
-        share, rest = Multiplications.of(model, prober.batches.inputs[0]).coverage(prober.sites)
-        return share, {**rest, **left_out}
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    outside = sum(8 * named[name].numel() * named[name].element_size() for name in left_out if name in named)
-    return prober.space.bits / (prober.space.bits + outside), dict(left_out)
-
-
-def _check_room(prober: Prober | WeightProber, method: DeepVigor, labels: int) -> None:
+def _check_room(prober: Prober | WeightProber, method: DeepVigor, labels: Tensor) -> None:
+    """Refuse a map that would be larger than `max_bytes`."""
     counts = [min(site.values, method.neurons or site.values) for site in prober.sites]
-    sizes = [LayerVulnerability.bytes_a_neuron(site.width, labels) for site in prober.sites]
-    needed = sum(count * size for count, size in zip(counts, sizes, strict=True))
-    needed += 8 * len(counts) * (prober.decision.classes + labels)  # inputs a class, and which classes there are
+    classes = prober.decision.classes
+    sites: tuple[NeuronSite | Site, ...] = prober.sites
+    needed = sum(LayerVulnerability.room(s, n, classes, labels) for s, n in zip(sites, counts, strict=True))
     if needed > method.max_bytes:
         raise ConfigError(
-            f"a map of {sum(counts):,} places and {labels} golden classes keeps {needed / 2**20:,.1f} MiB, max_bytes "
-            f"allows {method.max_bytes / 2**20:,.1f}: pass DeepVigor(max_bytes={needed}), analyse fewer with "
+            f"a map of {sum(counts):,} places and {labels.numel()} golden classes keeps {needed / 2**20:,.1f} MiB, "
+            f"max_bytes allows {method.max_bytes / 2**20:,.1f}: pass DeepVigor(max_bytes={needed}), analyse fewer with "
             f"neurons=, or fewer layers with where="
         )
 
 
 def _analyse(
-    prober: Prober | WeightProber, site: NeuronSite | Site, method: DeepVigor, share: float
+    prober: Prober | WeightProber, site: NeuronSite | Site, method: DeepVigor, share: float, labels: Tensor
 ) -> LayerVulnerability:
     draw = TrialGenerator(method.seed, f"DeepVigor {site.name}", 0)
     chosen = torch.arange(site.values)
     if method.neurons is not None and method.neurons < site.values:
         chosen = torch.from_numpy(draw.distinct(method.neurons, site.values))
-    found = LayerVulnerability.empty(site, chosen, prober.decision.classes, prober.classes.unique())
+    found = LayerVulnerability.empty(site, chosen, prober.decision.classes, labels)
     before, whole = prober.probes, _whole(prober)
     # a dozen arrays of pairs × bits of 8 bytes are alive at once
     pairs = max(1, method.max_bytes // (100 * site.width))

@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from flipproof.analysis.asking import check_asked
+from flipproof.analysis.covering import spoken_of
 from flipproof.analysis.opening import by_batch, opened, suffix_shares
 from flipproof.analysis.probing import Prober
 from flipproof.analysis.search import Search
@@ -57,7 +59,8 @@ def estimate_factors(
     Returns:
         One row a layer: `factor` with `factor_low` and `factor_high`, `pairs` drawn, `forwards` that took (rows through
         what lies behind the layer, weighed by multiplications, and rows that recorded and checked the golden run),
-        `injections` (Eq. 7's for the same margin) and `fewer` = injections ÷ forwards.
+        `injections` (Eq. 7's for the same margin) and `fewer` = injections ÷ forwards. What they do not speak of is in
+        `.attrs["left_out"]` and `.attrs["coverage"]`, as of a `VulnerabilityMap`.
 
     Raises:
         ConfigError: on a margin or confidence outside (0, 1).
@@ -72,10 +75,14 @@ def estimate_factors(
     """
     if not 0 < margin < 1 or not 0 < confidence < 1:
         raise ConfigError(f"estimate_factors takes margin and confidence in (0, 1), got {margin!r} and {confidence!r}")
+    check_asked("estimate_factors", model, Neurons() if where is None else where, (Neurons, Parameters), format)
     with opened(model, data, where or Neurons(), format, output, 2**28) as prober:
         share = suffix_shares(model, prober)
         rows = [_row(prober, site, share[site.name], margin, confidence, seed) for site in prober.sites]
-    return pd.DataFrame(rows)
+        coverage, left_out = spoken_of(model, prober)
+    table = pd.DataFrame(rows)
+    table.attrs.update(coverage=coverage, left_out=left_out)
+    return table
 
 
 def _row(

@@ -73,10 +73,16 @@ class LayerVulnerability:
             torch.zeros(count, 2, dtype=torch.int64),
         )
 
-    @staticmethod
-    def bytes_a_neuron(width: int, labels: int) -> int:
-        """What is kept of each neuron: its index, a count a bit, two counts of NaNs, four ends of ranges a class."""
-        return 8 + 4 * width + 16 + 32 * labels
+    @classmethod
+    def room(cls, site: NeuronSite | Site, count: int, classes: int, labels: Tensor) -> int:
+        """Bytes that are kept of so many of a layer's neurons."""
+        one, two = (cls.empty(site, torch.arange(n), classes, labels).nbytes for n in (1, 2))
+        return one + (count - 1) * (two - one)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all sums."""
+        return sum(value.numel() * value.element_size() for value in vars(self).values() if isinstance(value, Tensor))
 
     def seen(self, label: int) -> bool:
         """Whether some analysed input has this golden class."""
@@ -135,7 +141,7 @@ class LayerVulnerability:
                 f"{self.name!r} and {other.name!r} are not the same layer with the same neurons and format "
                 f"({self.format}, {other.format}): analyse both shards with the same model, method and seed"
             )
-        labels = torch.cat([self.labels, other.labels]).unique()
+        labels = distinct(torch.cat([self.labels, other.labels]))
         spread = []
         for one in (self, other):
             wide = _EMPTY.repeat(labels.numel(), one.neurons.numel(), 1)
@@ -153,6 +159,11 @@ class LayerVulnerability:
             probes=self.probes + other.probes,
             forwards=self.forwards + other.forwards,
         )
+
+
+def distinct(classes: Tensor) -> Tensor:
+    """The different classes among these, ascending, int64."""
+    return torch.tensor(sorted(set(classes.tolist())), dtype=torch.int64)
 
 
 def narrowed(ranges: Tensor) -> Tensor:

@@ -100,6 +100,8 @@ def _left_out(product: Product) -> tuple[str, str]:
     """A name for what made a product that no layer's output shows, and why it is none."""
     module = product.modules[-1][0] if product.modules else ""
     shown = repr(module) if module else "the model's own forward"
+    if product.operator in _QUANTISED and product.parameter is None:
+        return module or "forward", f"its weight is quantised and packed ({product.operator}), no torch.nn layer has it"
     if product.parameter is None:
         name = f"{module or 'forward'} (activations × activations)"
         return name, f"{shown} multiplies activations by activations ({product.operator}): no layer gives that product"
@@ -110,11 +112,11 @@ def _left_out(product: Product) -> tuple[str, str]:
     return (owner if owner and attribute in ("weight", "_packed_params") else product.parameter), why
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what runs while it is active, and knows which modules are running."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.products: list[Product] = []
         self.ended: dict[tuple[str, int], int] = {}
         self._model = model
@@ -184,40 +186,47 @@ def _matrix(left: int) -> Callable[[Any, Any], int]:
 
 def _convolution(args: Any, result: Any) -> int:
     transposed = len(args) > 6 and bool(args[6])
-    return int((args[0] if transposed else result).numel()) * int(args[1][0].numel())
+    pixels: int = (args[0] if transposed else result).numel()
+    return pixels * int(args[1][0].numel())
 
 
 def _packed(args: Any, result: Any) -> int:
     """A quantised layer: its weight is inside an object that unpacks it."""
-    weight = args[1].unpack()[0]
-    return int(result.numel()) * int(weight[0].numel())
+    weight = args[1] if isinstance(args[1], Tensor) else args[1].unpack()[0]
+    outputs: int = result.numel()
+    return outputs * int(weight[0].numel())
 
 
 def _recurrent(args: Any, result: Any) -> int:
     """One layer and direction of an LSTM: every step of every sample goes through both matrices."""
     steps, from_input, from_state = args[:3]
-    return prod(steps.shape[:-1]) * int(from_input.numel() + from_state.numel())
+    each: int = from_input.numel() + from_state.numel()
+    return int(prod(steps.shape[:-1])) * each
 
 
 def _attention(args: Any, result: Any) -> int:
     query, key, value = args[:3]
-    return prod(query.shape[:-1]) * int(key.shape[-2]) * int(query.shape[-1] + value.shape[-1])
+    return int(prod(query.shape[:-1])) * int(key.shape[-2]) * int(query.shape[-1] + value.shape[-1])
 
 
 _ADDS = ("addmm", "addmv", "addbmm", "baddbmm", "addr", "_addmm_activation")
 
+_QUANTISED = (
+    *("linear", "linear_relu", "linear_dynamic", "linear_relu_dynamic", "conv1d", "conv2d", "conv3d"),
+    *("conv1d_relu", "conv2d_relu", "conv3d_relu", "conv2d_dynamic"),
+)
+
 _RULES: dict[str, Callable[[Any, Any], int]] = {
-    **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot", "linear", "_int_mm", "_scaled_mm", "_grouped_mm"), _matrix(0)),
+    **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot", "_int_mm", "_scaled_mm", "_grouped_mm"), _matrix(0)),
     **dict.fromkeys(("_weight_int8pack_mm", "_weight_int4pack_mm", "_weight_int4pack_mm_for_cpu"), _matrix(0)),
     **dict.fromkeys(("addmm", "addmv", "baddbmm", "_addmm_activation"), _matrix(1)),
     "addbmm": lambda args, result: prod(args[1].shape) * int(result.shape[-1]),
     "mkldnn_rnn_layer": _recurrent,
     "ger": lambda args, result: int(result.numel()),
     "addr": lambda args, result: int(result.numel()),
-    "_trilinear": lambda args, result: prod(torch.broadcast_shapes(*_widened(args))),
+    "_trilinear": lambda args, result: prod(max(lengths) for lengths in zip(*_widened(args), strict=True)),
     **dict.fromkeys(("convolution", "_convolution", "convolution_overrideable"), _convolution),
-    **dict.fromkeys(("linear_relu", "linear_dynamic", "linear_relu_dynamic", "conv1d", "conv2d", "conv3d"), _packed),
-    **dict.fromkeys(("conv1d_relu", "conv2d_relu", "conv3d_relu"), _packed),
+    **dict.fromkeys(_QUANTISED, _packed),
     **dict.fromkeys(
         (
             "_scaled_dot_product_flash_attention",

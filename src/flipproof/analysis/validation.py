@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from torch import nn
 
-from flipproof.analysis.layer import VERDICTS, LayerVulnerability, verdict
+from flipproof.analysis.layer import VERDICTS, LayerVulnerability, distinct, verdict
 from flipproof.analysis.opening import by_batch, opened
 from flipproof.analysis.probing import Prober
 from flipproof.analysis.weights import WeightProber
@@ -46,8 +46,8 @@ def validate(
     classes. Columns that begin with `overall_` judge every flip by the latter: being what holds for all classes at
     once, it calls more of them semi-vulnerable.
 
-    Ranges are fitted to the analysed inputs. Held against these, the true shares say how well the search worked; what to
-    expect of other inputs is only seen by passing others. Intervals are over inputs: flips into one input resemble each
+    Ranges are fitted to the analysed inputs. Held against these, the true shares say how well the search worked; what
+    to expect of other inputs is only seen by passing others. Intervals are over inputs: flips into one input resemble each
     other, so that few inputs give wide intervals however many flips there are (`clustered_interval`).
 
     Args:
@@ -90,10 +90,11 @@ def validate(
 def clustered_interval(right: ArrayLike, asked: ArrayLike, *, confidence: float = 0.95) -> Interval:
     """Interval of a proportion over inputs: of all flips into inputs like these, the share that is right.
 
-    Wilson's interval, with as many independent flips as would leave the same spread: p (1 − p) / V, V the variance of a
-    ratio of sums over inputs (G / (G − 1) · Σ (right − p · asked)² / (Σ asked)²), and Student's t of G − 1 degrees (as
-    Korn and Graubard, Survey Methodology 1998, do for surveys). p and V are taken with one input more that is wrong half
-    of the time: a few inputs that all agree do not show that all others do. Its coverage is simulated in the tests.
+    Wilson's interval, with as many independent flips as would leave the same spread: p (1 − p) / V, V the variance of
+    a ratio of sums over inputs (G / (G − 1) · Σ (right − p · asked)² / (Σ asked)²), and Student's t of G − 1 degrees
+    (as Korn and Graubard, Survey Methodology 1998, do for surveys). p and V are taken with one input more that is wrong
+    half of the time: a few inputs that all agree do not show that all others do. Its coverage is simulated in the
+    tests.
 
     Args:
         right: right flips of each input.
@@ -201,7 +202,7 @@ def _row(
     golden = prober.classes[sample]
     overall = layer.overall()[place]
     ranges, without = overall.clone(), torch.ones_like(critical)
-    for label in golden.unique().tolist():
+    for label in distinct(golden).tolist():
         if layer.seen(label):
             here = golden == label
             ranges[here], without[here] = layer.of_label(label)[place[here]], False

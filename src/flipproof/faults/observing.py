@@ -32,6 +32,8 @@ class Observer:
         """Shapes with one sample more, for each way to add one that made the model answer once more."""
         self._layers = {}
         for name, module in model.named_modules():
+            if isinstance(getattr(module, "_packed_params", None), nn.Module):
+                left_out[name] = "its weight is quantised and packed (torch.ao): analyse the floating-point model"
             if not isinstance(module, _LAYERS):
                 continue
             if where.selects(name or "*"):
