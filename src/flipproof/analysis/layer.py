@@ -67,7 +67,7 @@ class LayerVulnerability:
             site.values,
             neurons,
             torch.zeros(count, site.width, dtype=torch.int32),
-            labels,
+            labels.clone(),
             _EMPTY.repeat(labels.numel(), count, 1),
             torch.zeros(classes, dtype=torch.int64),
             torch.zeros(count, 2, dtype=torch.int64),

@@ -193,7 +193,7 @@ class Layer:
         return (after == before) | ((after <= floor) & (before <= floor))
 
     def critical(self, rows: Tensor, neurons: Tensor, values: Tensor, *, shortcuts: bool = True) -> Tensor:
-        """Whether each change gives another class, or a NaN, or makes the model raise; bool on the device of the values.
+        """Whether each change gives another class or a NaN, or makes the model raise; bool on the values' device.
 
         Args:
             rows: samples of the batch, int64 (n,).

@@ -26,7 +26,8 @@ def select(found: VulnerabilityMap, *, budget: float, unit: str = "bits") -> pd.
 
     Returns:
         One row a chosen place: `layer`, `bit` or `neuron`, `factor`, `bits` covered, and `covered`: the share of all
-        critical single flips covered by this place and those above it.
+        critical single flips, of the places in the map, covered by this place and those above it. What the map does
+        not speak of is in `.attrs["left_out"]` and `.attrs["coverage"]`.
 
     Raises:
         ConfigError: on another unit or budget, or "neurons" of a sampled map.
@@ -56,6 +57,7 @@ def select(found: VulnerabilityMap, *, budget: float, unit: str = "bits") -> pd.
     chosen = table.iloc[keep].reset_index(drop=True)
     gains = np.cumsum(chosen["factor"].to_numpy() * chosen["bits"].to_numpy())
     chosen["covered"] = gains / critical if critical else gains
+    chosen.attrs.update(coverage=found.coverage, left_out=dict(found.left_out))
     return chosen
 
 

@@ -47,8 +47,8 @@ def validate(
     once, it calls more of them semi-vulnerable.
 
     Ranges are fitted to the analysed inputs. Held against these, the true shares say how well the search worked; what
-    to expect of other inputs is only seen by passing others. Intervals are over inputs: flips into one input resemble each
-    other, so that few inputs give wide intervals however many flips there are (`clustered_interval`).
+    to expect of other inputs is only seen by passing others. Intervals are over inputs: flips into one input resemble
+    each other, so that few inputs give wide intervals however many flips there are (`clustered_interval`).
 
     Args:
         found: the map.
