@@ -137,3 +137,50 @@ def test_a_model_that_raises_makes_that_flip_critical_and_no_other():
     critical = found.layers_found[0].critical
     assert (critical[:, 30] == 4).all()  # the top bit of the exponent: beyond 1e6, or NaN
     assert (critical[:, 0] < 4).all()
+
+
+def test_weights_of_a_model_whose_samples_feel_each_other_are_changed_for_the_whole_batch():
+    net, x = Felt().eval(), torch.randn(6, 4)
+    exact = fp.DeepVigor(factors="exhaustive", ranges=False)
+    found = fp.analyze(net, [(x, torch.zeros(6))], exact, where=fp.Parameters("first.weight"))
+    truth = torch.zeros(24, 32, dtype=torch.int32)
+    with torch.no_grad():
+        golden = net(x).argmax(1)
+        words = net.first.weight.data.view(torch.int32).view(-1)
+        for place in range(24):
+            for bit in range(32):
+                mask = torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
+                words[place] ^= mask
+                out = net(x)
+                words[place] ^= mask
+                truth[place, bit] = int((out.isnan().any(1) | (out.argmax(1) != golden)).sum())
+    assert torch.equal(found.layers_found[0].critical, truth)
+
+
+class TimeFirst(nn.Module):
+    """Its inputs count time first, and time is as long as the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.last = nn.GRU(2, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.rnn(x)[0][-1])
+
+
+def test_weights_of_a_time_first_model_are_those_of_flips_in_memory():
+    net, x = TimeFirst().eval(), torch.randn(4, 4, 2)
+    exact = fp.DeepVigor(factors="exhaustive", ranges=False)
+    found = fp.analyze(net, [(x, torch.zeros(4))], exact, where=fp.Parameters("rnn.weight_ih_l0"))
+    truth = torch.zeros(18, 32, dtype=torch.int32)
+    with torch.no_grad():
+        golden = net(x).argmax(1)
+        words = net.rnn.weight_ih_l0.data.view(torch.int32).view(-1)
+        for place in range(18):
+            for bit in range(32):
+                mask = torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
+                words[place] ^= mask
+                out = net(x)
+                words[place] ^= mask
+                truth[place, bit] = int((out.isnan().any(1) | (out.argmax(1) != golden)).sum())
+    assert torch.equal(found.layers_found[0].critical, truth)

@@ -11,10 +11,13 @@ batch, one question each; where the second does, samples of a batch feel each ot
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from flipproof.analysis.behind import Change, Suffix, cut_behind
 from flipproof.campaigns.batches import Batches, Output, call, pick
@@ -89,7 +92,13 @@ class Prober:
 
     def at(self, site: NeuronSite, batch: int) -> Layer:
         """The questions one can ask of this layer about this batch."""
-        suffix = self.suffix(site, batch)
+        return self._layer(site, batch, self.suffix(site, batch))
+
+    def gathers(self, site: NeuronSite, batch: int, suffix: Suffix) -> bool:
+        """Whether what runs behind a layer answers for any samples put together as it does for the batch."""
+        return self._layer(site, batch, suffix).way == GATHERED
+
+    def _layer(self, site: NeuronSite, batch: int, suffix: Suffix | None) -> Layer:
         values = suffix.values if suffix is not None else self._values(site, batch)
         layer = Layer(self, site, batch, values, self.classes[self.batches.part(batch)], suffix)
         key = (site.name, suffix is None)
@@ -316,3 +325,48 @@ class Layer:
         """What each neuron would hold with each bit of its word flipped; (n, bits)."""
         golden = self.values[rows, neurons][:, None].expand(-1, self._site.width).contiguous()
         return self._site.flipped(golden, torch.arange(self._site.width, device=golden.device))
+
+
+def row_wise(model: nn.Module, inputs: Any, size: int, judged: Callable[[Any], Tensor], golden: Tensor) -> bool:
+    """Whether a model answers for any samples of a batch put together as it does for the batch.
+
+    Tried out: samples taken twice and backwards, then half of them replaced by another sample, by NaN and by the
+    largest number there is, which has to leave every bit of the others' outputs.
+
+    Args:
+        model: any module.
+        inputs: a batch of `size` samples.
+        size: of the batch.
+        judged: from what the model returns to the outputs that are judged, on the CPU.
+        golden: those of the batch.
+    """
+    rows = torch.arange(size).flip(0)[:TRIED].repeat(2)
+    half = rows.numel() // 2
+    try:
+        given = rows_of(inputs, rows, size)
+        plain = judged(call(model, given))
+        if plain.shape != (rows.numel(), *golden.shape[1:]) or not torch.allclose(
+            plain, golden[rows], rtol=1e-3, atol=1e-4 * float(golden.abs().max().clamp(min=1e-30))
+        ):
+            return False
+        for value in (None, float("nan"), 1e30):
+            hit = judged(call(model, pytree.tree_map(partial(_broken, rows.numel(), half, value), given)))
+            if not torch.equal(bit_pattern(hit[half:]), bit_pattern(plain[half:])):
+                return False
+    except Exception as error:  # what refuses such a batch is asked about in its own
+        if is_infrastructure(error):
+            raise InfrastructureError(f"{type(error).__name__}: {error}") from error
+        return False
+    return True
+
+
+def _broken(rows: int, half: int, value: float | None, leaf: Any) -> Any:
+    """A copy with the first half of the samples replaced: by the last one, or by a value where that is possible."""
+    if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != rows:
+        return leaf
+    changed = leaf.clone()
+    if value is None:
+        changed[:half] = leaf[-1]
+    elif leaf.is_floating_point():
+        changed[:half] = min(value, torch.finfo(leaf.dtype).max)
+    return changed

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from flipproof.analysis.behind import Suffix
-from flipproof.analysis.probing import Prober
+from flipproof.analysis.probing import Prober, row_wise
 from flipproof.campaigns.batches import Batches, Output, call, pick
 from flipproof.campaigns.live import rows_of
 from flipproof.campaigns.neuron_trial import neuron_space
@@ -71,6 +71,9 @@ class WeightProber:
             if neurons is not None:
                 self._prober = Prober(model, neurons, batches, output, golden, decision, max_bytes)
         self.traced = self._prober is not None and self._prober.traced
+        first = golden[: batches.sizes[0]]
+        self.row_wise = row_wise(model, batches.inputs[0], batches.sizes[0], lambda r: pick(r, output).cpu(), first)
+        """Whether samples of a batch may be run apart from the others."""
         self.whole = 0
         """Rows run through the whole network so far."""
 
@@ -95,7 +98,7 @@ class WeightProber:
         neurons = self._site(site)
         if self._prober is not None and neurons is not None:
             suffix = self._prober.suffix(neurons, batch)
-            if suffix is not None:
+            if suffix is not None and self._prober.gathers(neurons, batch, suffix):
                 seen = _input_of(self.model, self._lines[site.name], self.batches.inputs[batch])
                 found = _Line(self._lines[site.name], site, suffix, seen, self._prober)
         return WeightLayer(self, site, batch, found)
@@ -164,15 +167,17 @@ class WeightLayer:
     def _in_memory(self, rows: Tensor, place: int, value: Tensor) -> Tensor:
         """The same value for these rows, in the parameter itself."""
         prober = self._prober
-        inputs = rows_of(prober.batches.inputs[self._batch], rows, self._size)
+        inputs, at = prober.batches.inputs[self._batch], rows.cpu()
+        if prober.row_wise:
+            inputs, at = rows_of(inputs, rows, self._size), torch.arange(rows.numel())
         spot = torch.unravel_index(torch.tensor(place, device=self._tensor.device), self._tensor.shape)
         before = self._tensor[spot].clone()
         try:
             self._tensor[spot] = value
-            outputs = pick(call(prober.model, inputs), prober.output).cpu()
+            outputs = pick(call(prober.model, inputs), prober.output).cpu()[at]
         finally:
             self._tensor[spot] = before
-        prober.whole += rows.numel()
+        prober.whole += rows.numel() if prober.row_wise else self._size
         return (prober.decision.classes_of(outputs) != self.classes[rows.cpu()]).to(value.device)
 
 
