@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench ranges clean
 
 demo: $(VENV)/.installed
 	$(BIN)/flipproof demo
@@ -21,6 +21,9 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks
+
+ranges: $(VENV)/.installed-dev  # DATA=folder that holds MNIST/raw
+	$(BIN)/python -m benchmarks.ranges --data-root $(or $(DATA),data)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

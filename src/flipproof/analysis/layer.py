@@ -79,6 +79,29 @@ class LayerVulnerability:
         one, two = (cls.empty(site, torch.arange(n), classes, labels).nbytes for n in (1, 2))
         return one + (count - 1) * (two - one)
 
+    def problem(self) -> str | None:
+        """What does not fit together in sums that were read from a file; None if all does."""
+        n, k = self.neurons.numel(), self.labels.numel()
+        expected = {
+            "neurons": (torch.int64, (n,)),
+            "critical": (torch.int32, (n, self.width)),
+            "labels": (torch.int64, (k,)),
+            "ranges": (torch.float64, (k, n, 4)),
+            "inputs": (torch.int64, tuple(self.inputs.shape[:1])),
+            "nans": (torch.int64, (n, 2)),
+        }
+        for name, (dtype, shape) in expected.items():
+            tensor: Tensor = getattr(self, name)
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                return f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}"
+        if not n or not k or self.labels.tolist() != sorted(set(self.labels.tolist())):
+            return "there are no neurons or classes, or the classes are not in order"
+        if int(self.neurons.min()) < 0 or int(self.neurons.max()) >= self.total:
+            return f"neurons must lie in [0, {self.total})"
+        if int(self.labels.min()) < 0 or int(self.labels.max()) >= self.inputs.numel():
+            return f"classes must lie in [0, {self.inputs.numel()})"
+        return None
+
     @property
     def nbytes(self) -> int:
         """Bytes of all sums."""

@@ -106,7 +106,7 @@ def clustered_interval(right: ArrayLike, asked: ArrayLike, *, confidence: float 
 
     Example:
         >>> [round(bound, 3) for bound in clustered_interval([20] * 50, [20] * 50)]  # 1,000 of 1,000, in 50 inputs
-        [0.966, 1.0]
+        [0.962, 1.0]
     """
     hits, total = np.asarray(right, np.float64), np.asarray(asked, np.float64)
     hits, total = hits[total > 0], total[total > 0]
@@ -123,7 +123,7 @@ def clustered_interval(right: ArrayLike, asked: ArrayLike, *, confidence: float 
     z = float(normal)
     centre = (share + z**2 / (2 * independent)) / (1 + z**2 / independent)
     half = z / (1 + z**2 / independent) * (share * (1 - share) / independent + z**2 / (4 * independent**2)) ** 0.5
-    return (max(0.0, centre - half), min(1.0, centre + half))
+    return (max(0.0, float(centre - half)), min(1.0, float(centre + half)))
 
 
 @contextmanager
