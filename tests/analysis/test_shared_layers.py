@@ -70,7 +70,7 @@ def test_every_call_has_a_cut():
 def test_shared_weights_move_every_call():
     """A weight of a layer called twice is changed in memory: a cut behind one call would miss the other."""
     tied, whole = pair()
-    exact = fp.DeepVigor(factors="exhaustive", ranges=False, neurons=3)
+    exact = fp.DeepVigor(factors="exhaustive", ranges=False, neurons=2)
     where = fp.Parameters("shared")
     quick, slow = (fp.analyze(net, DATA, exact, where=where) for net in (tied, whole))
     for one, other in zip(quick.layers_found, slow.layers_found, strict=True):
@@ -162,7 +162,7 @@ class TimeFirst(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rnn, self.last = nn.GRU(2, 3), nn.Linear(3, 3)
+        self.rnn, self.last = nn.GRU(2, 1), nn.Linear(1, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.rnn(x)[0][-1])
@@ -172,11 +172,11 @@ def test_weights_of_a_time_first_model_are_those_of_flips_in_memory():
     net, x = TimeFirst().eval(), torch.randn(4, 4, 2)
     exact = fp.DeepVigor(factors="exhaustive", ranges=False)
     found = fp.analyze(net, [(x, torch.zeros(4))], exact, where=fp.Parameters("rnn.weight_ih_l0"))
-    truth = torch.zeros(18, 32, dtype=torch.int32)
+    truth = torch.zeros(6, 32, dtype=torch.int32)
     with torch.no_grad():
         golden = net(x).argmax(1)
         words = net.rnn.weight_ih_l0.data.view(torch.int32).view(-1)
-        for place in range(18):
+        for place in range(6):
             for bit in range(32):
                 mask = torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
                 words[place] ^= mask

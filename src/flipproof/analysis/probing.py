@@ -226,28 +226,36 @@ class Layer:
         """How questions may be put together here, tried out on NaN and on the largest number there is."""
         rows = torch.arange(self.values.shape[0], device=self.values.device)
         for way, order in ((GATHERED, rows.flip(0)[:TRIED].repeat(2)), (IN_PLACE, rows)):
-            half = order.numel() // 2
-            try:
-                plain = self._outputs(way, order, None)
-                if not torch.equal(self._prober.classes_of(plain), self.classes[order.cpu()]):
-                    continue
-                apart = True
-                for broken in (slice(0, half), slice(half, None)) if half else ():
-                    found = self._outputs(way, order, self._breaking(broken))
-                    kept = torch.ones(order.numel(), dtype=torch.bool)
-                    kept[broken] = False
-                    apart &= torch.equal(bit_pattern(found[kept]), bit_pattern(plain[kept]))
-            except Exception as error:  # samples of a batch that nothing may be said of are asked about one by one
-                if is_infrastructure(error):
-                    raise InfrastructureError(f"{self._site.name}: {type(error).__name__}: {error}") from error
-                continue
-            return way if apart else ALONE
+            # a model that refuses NaN says nothing of how samples mix: it is tried with other values of its own
+            for gentle in (False, True):
+                try:
+                    plain = self._outputs(way, order, None)
+                    if not torch.equal(self._prober.classes_of(plain), self.classes[order.cpu()]):
+                        break
+                    return way if self._apart(way, order, plain, gentle) else ALONE
+                except Exception as error:
+                    if is_infrastructure(error):
+                        raise InfrastructureError(f"{self._site.name}: {type(error).__name__}: {error}") from error
         return ALONE
 
-    def _breaking(self, part: slice) -> Change:
+    def _apart(self, way: str, order: Tensor, plain: Tensor, gentle: bool) -> bool:
+        """Whether broken samples leave every bit of the others' outputs."""
+        half = order.numel() // 2
+        for broken in (slice(0, half), slice(half, None)) if half else ():
+            found = self._outputs(way, order, self._breaking(broken, gentle))
+            kept = torch.ones(order.numel(), dtype=torch.bool)
+            kept[broken] = False
+            if not torch.equal(bit_pattern(found[kept]), bit_pattern(plain[kept])):
+                return False
+        return True
+
+    def _breaking(self, part: slice, gentle: bool) -> Change:
         def change(output: Tensor) -> None:
             rows = output.movedim(self._site.axis, 0)[part]
-            rows[::2], rows[1::2] = float("nan"), torch.finfo(output.dtype).max
+            if gentle:
+                rows.mul_(-2)
+            else:
+                rows[::2], rows[1::2] = float("nan"), torch.finfo(output.dtype).max
 
         return change
 

@@ -105,7 +105,8 @@ class WeightProber:
 
     def cuts(self, site: NeuronSite | Site) -> bool:
         """Whether questions about this parameter run only what lies behind its layer."""
-        return self.traced and isinstance(site, Site) and self._site(site) is not None
+        neurons = self._site(site) if isinstance(site, Site) else None
+        return neurons is not None and self._prober is not None and self._prober.cuts(neurons)
 
     def _site(self, site: Site) -> NeuronSite | None:
         if site.name not in self._lines or self._prober is None:

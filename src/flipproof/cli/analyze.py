@@ -98,11 +98,11 @@ def analyze(
     held = [found.validate(given)] if validate else []
     if unseen is not None:
         held.append(found.validate(list(called(load_object(unseen)))))
-    table = pd.concat(held, ignore_index=True) if held else None
-    if table is not None:
-        table.to_csv(folder / "validation.csv", index=False)
-        _show(validation_table(table).to_string(index=False))
-    vulnerability_page(folder / "map.html", found, validation=table)
+    checked = pd.concat(held, ignore_index=True) if held else None
+    if checked is not None:
+        checked.to_csv(folder / "validation.csv", index=False)
+        _show(validation_table(checked).to_string(index=False))
+    vulnerability_page(folder / "map.html", found, validation=checked)
     _show(f"Written to {folder}/")
 
 
