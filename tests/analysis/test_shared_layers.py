@@ -117,6 +117,14 @@ def test_samples_that_feel_each_other_have_a_forward_of_their_own():
     assert torch.equal(found.layers_found[0].critical, truth)
 
 
+@torch.fx.wrap
+def checked(x: Tensor) -> Tensor:
+    """A check that tracing keeps as one step."""
+    if bool((x.abs() > 1e6).any()):
+        raise ValueError("out of range")
+    return x
+
+
 class Picky(nn.Module):
     """Refuses a batch that holds something huge, as an assertion in a forward does."""
 
@@ -137,6 +145,38 @@ def test_a_model_that_raises_makes_that_flip_critical_and_no_other():
     critical = found.layers_found[0].critical
     assert (critical[:, 30] == 4).all()  # the top bit of the exponent: beyond 1e6, or NaN
     assert (critical[:, 0] < 4).all()
+
+
+@pytest.mark.parametrize("traceable", [False, True])
+def test_weights_that_make_the_model_raise_are_critical_for_the_samples_it_raises_on(traceable):
+    class Refusing(Picky):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(checked(torch.relu(self.first(x))))
+
+    net, data = (Refusing if traceable else Picky)(), [(torch.randn(4, 4), torch.zeros(4))]
+    before = net.first.weight.clone()
+    exact = fp.DeepVigor(factors="exhaustive", ranges=False, neurons=2)
+    found = fp.analyze(net, data, exact, where=fp.Parameters("first.weight"))
+    layer = found.layers_found[0]
+    truth = torch.zeros(2, 32, dtype=torch.int32)
+    with torch.no_grad():
+        golden = net(data[0][0]).argmax(1)
+        words = net.first.weight.data.view(torch.int32).view(-1)
+        for row, place in enumerate(layer.neurons.tolist()):
+            for bit in range(32):
+                mask = torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
+                words[place] ^= mask
+                for sample in range(4):
+                    try:
+                        out = net(data[0][0][sample : sample + 1])
+                        wrong = bool(out.isnan().any()) or int(out.argmax()) != int(golden[sample])
+                    except ValueError:
+                        wrong = True
+                    truth[row, bit] += int(wrong)
+                words[place] ^= mask
+    assert torch.equal(layer.critical, truth)
+    assert int(truth[:, 30].sum()) > 0
+    assert torch.equal(net.first.weight, before)
 
 
 def test_weights_of_a_model_whose_samples_feel_each_other_are_changed_for_the_whole_batch():

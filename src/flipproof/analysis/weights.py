@@ -18,9 +18,10 @@ from torch.nn.utils import parametrize
 from flipproof.analysis.behind import Suffix
 from flipproof.analysis.probing import Prober, row_wise
 from flipproof.campaigns.batches import Batches, Output, call, pick
+from flipproof.campaigns.evaluation import is_infrastructure
 from flipproof.campaigns.live import rows_of
 from flipproof.campaigns.neuron_trial import neuron_space
-from flipproof.errors import FaultSpaceError
+from flipproof.errors import FaultSpaceError, InfrastructureError
 from flipproof.faults.neuron_sites import Neurons, NeuronSite
 from flipproof.faults.sites import Site
 from flipproof.faults.space import FaultSpace
@@ -173,12 +174,20 @@ class WeightLayer:
             inputs, at = rows_of(inputs, rows, self._size), torch.arange(rows.numel())
         spot = torch.unravel_index(torch.tensor(place, device=self._tensor.device), self._tensor.shape)
         before = self._tensor[spot].clone()
+        prober.whole += rows.numel() if prober.row_wise else self._size
         try:
             self._tensor[spot] = value
             outputs = pick(call(prober.model, inputs), prober.output).cpu()[at]
+        except Exception as error:  # the faulty model raised: on which of these samples?
+            if is_infrastructure(error):
+                raise InfrastructureError(f"{self._site.name}: {type(error).__name__}: {error}") from error
+            if rows.numel() == 1 or not prober.row_wise:
+                return torch.ones(rows.numel(), dtype=torch.bool, device=value.device)
+            parts = torch.split(rows, -(-rows.numel() // 2))
+            self._tensor[spot] = before
+            return torch.cat([self._in_memory(part, place, value) for part in parts])
         finally:
             self._tensor[spot] = before
-        prober.whole += rows.numel() if prober.row_wise else self._size
         return (prober.decision.classes_of(outputs) != self.classes[rows.cpu()]).to(value.device)
 
 
@@ -208,14 +217,27 @@ class _Line:
             asked = part[kept]
             channels = self._channels(places[asked])
 
-            def change(output: Tensor, channels: Tensor = channels, moved: Tensor = moved) -> None:
-                self._by_channel(output)[torch.arange(channels.numel(), device=channels.device), channels] = moved
-
-            outputs = self._prober.outputs(self._suffix.run(rows[asked], change))
-            found = self._prober.classes_of(outputs)
+            found = self._classes(rows[asked], channels, moved)
             result[asked] = (found != classes[rows[asked].cpu()]).to(result.device)
             self._prober.probes += 0 if self.last else asked.numel()
         return result
+
+    def _classes(self, rows: Tensor, channels: Tensor, moved: Tensor) -> Tensor:
+        """The class of each row with its channel replaced; −1 for a NaN, and where the model raises."""
+
+        def change(output: Tensor) -> None:
+            self._by_channel(output)[torch.arange(channels.numel(), device=channels.device), channels] = moved
+
+        try:
+            return self._prober.classes_of(self._prober.outputs(self._suffix.run(rows, change)))
+        except Exception as error:
+            if is_infrastructure(error):
+                raise InfrastructureError(f"{type(error).__name__}: {error}") from error
+            if rows.numel() == 1:
+                return torch.full((1,), -1)
+        half = -(-rows.numel() // 2)
+        parts = zip(*(torch.split(each, half) for each in (rows, channels, moved)), strict=True)
+        return torch.cat([self._classes(*part) for part in parts])
 
     def _moved(self, rows: Tensor, places: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
         """Which rows get another channel that the layers behind can tell from the golden one, and those channels."""
