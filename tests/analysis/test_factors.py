@@ -183,8 +183,8 @@ def test_drawn_inputs_are_those_given(kind):
         "other shapes": [torch.cat([x] * (i + 1), dim=1) for i, x in enumerate(parts)],
         "not by row": [{"x": x, "scale": 2.0} for x in parts],
     }[kind]
-    given = read_batches([(x, torch.arange(len(y)) + 10 * i) for i, (x, y) in enumerate(zip(inputs, parts, strict=True))],
-                         torch.device("cpu"))  # fmt: skip
+    targets = [torch.arange(len(x)) + 10 * i for i, x in enumerate(parts)]
+    given = read_batches(list(zip(inputs, targets, strict=True)), torch.device("cpu"))
     made, order = drawn(given, 6, seed=1)
     assert order.numel() == 6 == len(set(order.tolist()))
     for place in order.tolist():

@@ -1,4 +1,4 @@
-"""What a search decided without asking, asked after all at random: how often it was wrong, and what that does to factors.
+"""What a search decided without asking, asked after all at random: how often it was wrong, and what factors then are.
 
 Two phases (Cochran, Sampling Techniques, 3rd ed. 1977, ch. 12): the search decides every bit flip, most of them from an
 assumption; of what it did not try, a random sample is injected. The factor is then
@@ -6,8 +6,9 @@ assumption; of what it did not try, a random sample is injected. The factor is t
     (flips called critical + Σ_b left_harmless,b · wrong_harmless,b / asked_harmless,b
                            − Σ_b left_critical,b · wrong_critical,b / asked_critical,b) / all flips
 
-over bit positions b, which is unbiased whatever the search assumed. Flips whose harmlessness is proved (a closed ReLU gives
-the same bits) are a stratum of their own: they are asked too, but what was never found wrong there adds no uncertainty.
+over bit positions b, which is unbiased whatever the search assumed. Flips whose harmlessness is proved (a closed ReLU
+gives the same bits) are a stratum of their own: they are asked too, but where nothing was found wrong there, nothing is
+unsure.
 """
 
 from __future__ import annotations
@@ -73,8 +74,9 @@ def correction(counts: Tensor) -> Tensor:
 def distances(counts: Tensor, *, confidence: float = 0.95) -> tuple[float, float]:
     """How many critical flips fewer, and more, than `correction` says there may be.
 
-    Clopper and Pearson's bounds of both error rates, with the finite population allowed for: where all that was left was
-    asked, nothing is unsure. What was called harmless can only add flips, what was called critical only take some away.
+    Clopper and Pearson's bounds of both error rates, with the finite population allowed for: where all that was left
+    was asked, nothing is unsure. What was called harmless can only add flips, what was called critical only take some
+    away.
 
     Args:
         counts: of one bit or of all, (3, decisions, bits) or (strata, 3, decisions, bits).

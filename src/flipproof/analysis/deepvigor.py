@@ -3,8 +3,8 @@
 For a neuron, an input and a sign, the errors that its bit flips make are sorted by size; the first critical one is
 found by galloping down from the largest and bisecting, on the assumption that larger errors of that sign stay critical.
 Ranges then narrow the gap between the last harmless and the first critical error to `tolerance`. The assumption fails
-now and then (the range has *holes*): a random sample of what was decided from it is injected, factors are corrected by what
-that shows, and a layer where it fails too often is asked flip by flip.
+now and then (the range has *holes*): a random sample of what was decided from it is injected, factors are corrected by
+what that shows, and a layer where it fails too often is asked flip by flip.
 """
 
 from __future__ import annotations

@@ -52,12 +52,12 @@ def estimate_factors(
 ) -> pd.DataFrame:
     """The vulnerability factor of each layer or parameter to ± `margin`, from searches of random places and inputs.
 
-    VF = the share of (place, input, bit) whose single flip changes the class, over inputs like those given. Statistical
-    injection draws such triples. Here a pair (place, input) is drawn and all its bits are decided at once by DeepVigor's
-    search, a few runs of what lies behind the layer. The search assumes that larger errors of a sign stay critical, which
-    does not always hold; so a random sample of the flips that it decided without trying is injected after all, and
-    the estimate corrected by what that shows (two-phase sampling): it is unbiased whatever the search assumed. Pairs and
-    injections are drawn until the interval is narrow enough.
+    VF = the share of (place, input, bit) whose single flip changes the class, over inputs like those given.
+    Statistical injection draws such triples. Here a pair (place, input) is drawn and all its bits are decided at once
+    by DeepVigor's search, a few runs of what lies behind the layer. The search assumes that larger errors of a sign
+    stay critical, which does not always hold; so a random sample of the flips that it decided without trying is
+    injected after all, and the estimate corrected by what that shows (two-phase sampling): it is unbiased whatever the
+    search assumed. Pairs and injections are drawn until the interval is narrow enough.
 
     Args:
         model: any classifier, as for `analyze`.
@@ -70,9 +70,9 @@ def estimate_factors(
         seed: of the pairs and injections.
 
     Returns:
-        One row a layer: `factor` with `factor_low` and `factor_high`, which speak of the population that the inputs were
-        taken from (inputs are clusters of pairs); `given_low` and `given_high`, of the inputs given alone. Both hold
-        what unseen pairs, and flips that were not injected, could change. `searched`: the factor as the search alone
+        One row a layer: `factor` with `factor_low` and `factor_high`, which speak of the population that the inputs
+        were taken from (inputs are clusters of pairs); `given_low` and `given_high`, of the inputs given alone. Both
+        hold what unseen pairs, and flips that were not injected, could change. `searched`: the factor as the search alone
         has it. `inputs` and `pairs` drawn, `audited` flips and the share of them that was `wrong`. `forwards`: what all
         that took (rows through what lies behind the layer, weighed by multiplications; rows that recorded and checked
         the golden run; the layer's part of the golden run itself). `injections`: how many random injections the same
@@ -127,8 +127,7 @@ def _warn(found: pd.DataFrame, margin: float) -> None:
     halves = _halves(found)
     if not (missed := halves > margin * (1 + 1e-9)).any():
         return
-    worst = found.loc[halves.idxmax()]
-    half = float(halves.max())
+    worst, half = found.iloc[int(halves.argmax())], float(halves.max())
     warnings.warn(
         f"{worst['inputs']} inputs do not say more about their population than ± {half:.2g} ({worst['layer']}; "
         f"{int(missed.sum())} of {len(found)} layers miss the margin {margin:g}). About "
@@ -177,7 +176,7 @@ class _Layer:
         self._fill()
         # as many injections, without one wrong, as leave the margin room for the scatter over pairs
         while True:
-            searched, given, over_inputs = self._searched()
+            searched, given = self._searched()
             room = 0.8 * margin
             if half_width(searched) > room and not (half_width(given) <= room and self._inputs_are_short(margin)):
                 self._more_pairs()
@@ -222,14 +221,14 @@ class _Layer:
         found = float(self._flags.sum()) + float(correction(counts).sum())
         return min(max(found / self._flags.numel(), 0.0), 1.0)
 
-    def _searched(self) -> tuple[Interval, Interval, float]:
-        """Intervals of the mean of what the search says, over inputs and over the inputs given; the first one's t."""
+    def _searched(self) -> tuple[Interval, Interval]:
+        """Intervals of the mean of what the search says, over inputs and over the inputs given."""
         values = self._flags.double().mean(dim=1).numpy()
         given = mean_interval(values, confidence=self._confidence, bounds=(0.0, 1.0))
         half = t_distance(self._by_input(values), self._confidence)
         mean = float(values.mean())
         whole = (min(given[0], max(0.0, mean - half)), max(given[1], min(1.0, mean + half)))
-        return whole, given, half
+        return whole, given
 
     def _intervals(self) -> tuple[float, float, float, float, float]:
         """Low and high over the population and over the inputs given, and how much of them the audit leaves unsure."""
@@ -259,7 +258,8 @@ class _Layer:
         return values[np.argsort(self._input.numpy(), kind="stable")].reshape(self._inputs, self._times)
 
     def _by_input(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return self._grid(values).mean(axis=1)
+        means: NDArray[np.float64] = self._grid(values).mean(axis=1)
+        return means
 
     def _scatter(self) -> tuple[float, float]:
         """The variance of the factor's estimate that comes from the choice of inputs, and from that of places."""
@@ -276,7 +276,7 @@ class _Layer:
         if self._inputs < 2:
             return True
         t = float(stats.t.ppf((1 + self._confidence) / 2, self._inputs - 1))
-        return t * self._scatter()[0] ** 0.5 > 0.9 * margin
+        return bool(t * self._scatter()[0] ** 0.5 > 0.9 * margin)
 
     def _more_pairs(self) -> None:
         """More inputs, if they scatter more than places do and there are some left, else one more place of each."""

@@ -23,7 +23,6 @@ from flipproof.faults.sites import Parameters
 from flipproof.faults.space import FaultSpace
 from flipproof.outcomes import Decision
 
-
 BATCH = 128
 """Inputs of a batch made of drawn ones."""
 

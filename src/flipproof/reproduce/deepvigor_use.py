@@ -39,7 +39,7 @@ def factors_table(network: str, net: nn.Module, data: Batches, *, injections: in
     tables = []
     for of, where in (("neurons", Neurons()), ("parameters", Parameters())):
         with warnings.catch_warnings():
-            # few images say little about all: both sides of this table are about the images given, `given_low` and so on
+            # few images say little about all: both sides of this table are about the images given
             warnings.simplefilter("ignore", FlipproofWarning)
             found = estimate_factors(net, data, where=where)
         found.insert(0, "network", network)
