@@ -1,6 +1,6 @@
 """Estimated factors against those of exhaustive injection, over many draws of inputs: bias and coverage.
 
-`python -m benchmarks.factor_coverage` (or `make factor-coverage`) prints the table of benchmarks/README.md. Each network
+`python -m benchmarks.factor_coverage` (or `make factor-coverage`) prints the table of benchmarks/README.md. A network
 is small enough for every bit of every neuron to be injected for a population of inputs. Then samples of these inputs
 are drawn again and again, and `estimate_factors` and `analyze` say what they say from each sample. All networks but the
 plain one can have holes: errors that are critical while larger ones of the same sign are not.

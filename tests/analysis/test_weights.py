@@ -170,7 +170,7 @@ def test_a_selection_of_bits_becomes_formats_and_a_campaign_shows_what_it_buys()
     x = torch.randn(100, 2, 8, 8)
     test = [(x, net(x).argmax(dim=1))]
     found = fp.analyze(net, data, where=fp.Parameters())
-    chosen = fp.select(found, budget=0.05)
+    chosen = fp.select(found, budget=0.1)
     formats = fp.protected_formats(found, chosen)
     assert set(formats) == {layer.name for layer in found.layers_found}
     assert formats["a.weight"].protect[0] == 30
@@ -188,6 +188,31 @@ def test_a_selection_of_bits_becomes_formats_and_a_campaign_shows_what_it_buys()
     assert bought.loc["selected", "gain_over_random_low"] > 0
     with pytest.raises(fp.FlipproofError, match="a format stores a whole layer"):
         fp.protected_formats(found, fp.select(found, budget=0.1, unit="neurons"))
+
+
+@pytest.mark.parametrize(("unit", "budget"), [("bits", 0.05), ("bits", 0.5), ("layers", 0.17)])
+@pytest.mark.parametrize("format", [fp.Float32(), fp.Affine(bits=8)], ids=repr)
+def test_the_budget_is_the_memory_that_is_really_added(unit, budget, format):
+    """Bits of the packed words of the whole model, check bits and copies included."""
+    net, data = made(Convs, seed=1)
+    where = fp.Parameters("*.weight", exclude="bn.*")
+    found = fp.analyze(net, data, fp.DeepVigor(ranges=False, neurons=20), where=where, format=format)
+    chosen = fp.select(found, budget=budget, unit=unit)
+
+    def packed(formats: dict[str, fp.Format]) -> int:
+        stored = fp.store_(copy.deepcopy(net), formats)
+        return 8 * sum(buffer.nbytes for name, buffer in stored.named_buffers() if name.endswith("original0"))
+
+    padding = 8 * len(found.layers_found)  # each tensor ends with up to 7 bits that hold nothing
+    plain = sum(layer.total * layer.width for layer in found.layers_found)
+    everything = fp.protected_formats(found)
+    grown = packed(fp.protected_formats(found, chosen))
+    assert abs(grown - plain - chosen["added"].sum()) <= padding
+    assert grown / plain - 1 <= budget + padding / plain
+    assert chosen["memory"].to_list() == pytest.approx((chosen["added"].cumsum() / plain).to_list())
+    bought = fp.protection(found, chosen, data, injections=20).set_index("protected")
+    assert bought.loc["selected", "memory"] == pytest.approx(grown / plain - 1, abs=padding / plain)
+    assert bought.loc["everything", "memory"] == pytest.approx(packed(everything) / plain - 1, abs=padding / plain)
 
 
 def test_a_selection_of_neuron_bits_becomes_formats_too():

@@ -38,7 +38,7 @@ def analyze(
     ] = False,
     margin: Annotated[float, typer.Option(help="Half-width of the intervals of --estimate.")] = 0.01,
     validate: Annotated[bool, typer.Option(help="Hold the ranges against injection on the same data.")] = False,
-    budget: Annotated[float, typer.Option(min=0, max=1, help="Share of the bits that could be protected.")] = 0.05,
+    budget: Annotated[float, typer.Option(min=0, max=1, help="Memory that protection may add, as a share.")] = 0.05,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the map, tables and figures.")] = Path(
         "flipproof-analysis"
     ),
@@ -73,8 +73,10 @@ def analyze(
     (folder / "formats.json").write_text(json.dumps(formats, indent=2) + "\n")
     if len(chosen):
         share = chosen["bits"].sum() / sum(x.total * x.width for x in found.layers_found)
+        last = chosen.iloc[-1]
         _show(
-            f"{100 * share:.2g} % of the bits of {of} hold {100 * chosen['covered'].iloc[-1]:.1f} % of critical flips"
+            f"{100 * share:.2g} % of the bits of {of} hold {100 * last['covered']:.1f} % of critical flips; to protect "
+            f"them takes {100 * last['memory']:.2g} % more memory"
         )
     if validate:
         table = found.validate(given)

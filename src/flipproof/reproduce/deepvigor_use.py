@@ -68,7 +68,7 @@ def evidence_table(
     trials: int,
     workers: int,
     store: Path,
-    budget: float = 0.05,
+    budget: float = 0.1,
     weights: int = 200,
 ) -> pd.DataFrame:
     """Campaigns on stored weights: nothing protected, the selected bits, as many random bits, every word in SECDED.
