@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import flipproof as fp
+from flipproof.analysis.opening import opened
 
 Data = list[tuple[Tensor, Tensor]]
 EXACT = fp.DeepVigor(factors="exhaustive", ranges=False, holes=0)
@@ -112,6 +113,34 @@ def test_factors_are_those_of_exhaustive_injection(kind, format, step):
         for value in range(0, layer.total, step):
             assert layer.critical[value].tolist() == injected(net, data, format, layer.name, value), (layer.name, value)
     assert int(sum(layer.critical.sum() for layer in found.layers_found)) > 50
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_bit_of_weights_in_half_precision_is_that_of_injection(dtype):
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).to(dtype)
+    x = torch.randn(60, 4).to(dtype)
+    data = [(x[:40], torch.zeros(40)), (x[40:], torch.zeros(20))]
+    found = fp.analyze(net, data, EXACT, where=fp.Parameters())
+    for layer in found.layers_found:
+        for value in range(layer.total):
+            assert layer.critical[value].tolist() == injected(net, data, None, layer.name, value), (layer.name, value)
+
+
+def test_a_weight_and_its_bias_share_what_was_recorded():
+    """The layer's input, what lies behind it, and the check of that: once a layer, not once a parameter."""
+    net, data = made(Convs)
+    recorded = []
+    for where in (fp.Parameters("b.weight"), fp.Parameters("b.*")):
+        with opened(net, data, where, None, None, 2**24) as prober:
+            for site in prober.sites:
+                for batch in range(2):
+                    prober.at(site, batch)
+            recorded.append(prober.recorded)
+    assert recorded[0] == recorded[1] > (0, 0)
+    both = fp.analyze(net, data, EXACT, where=fp.Parameters("b.*"))
+    alone = fp.analyze(net, data, EXACT, where=fp.Parameters("b.bias"))
+    assert torch.equal(both.layer("b.bias").critical, alone.layer("b.bias").critical)
 
 
 def test_search_finds_what_exhaustive_asking_finds_and_validation_agrees():

@@ -44,6 +44,11 @@ class Suffix:
             change(live[self._place])
         return self._graph(*live)
 
+    @property
+    def live(self) -> list[Any]:
+        """The golden values behind the layer that what follows reads."""
+        return self._live
+
     def at(self, rows: Tensor) -> Tensor:
         """The golden output of the layer for these rows."""
         return self.values.reshape(self.shape).index_select(0, rows)

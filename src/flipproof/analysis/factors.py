@@ -25,7 +25,7 @@ from flipproof.analysis.audit import (
 )
 from flipproof.analysis.opening import by_batch, device_of, drawn, opened, suffix_shares
 from flipproof.analysis.probing import Prober
-from flipproof.analysis.search import Search
+from flipproof.analysis.search import Questions, Search
 from flipproof.analysis.weights import WeightProber
 from flipproof.campaigns.batches import Data, Output, read_batches
 from flipproof.campaigns.statistics import Interval, half_width, mean_interval
@@ -48,6 +48,7 @@ def estimate_factors(
     output: Output = None,
     margin: float = 0.01,
     confidence: float = 0.95,
+    by: str = "search",
     seed: int = 0,
 ) -> pd.DataFrame:
     """The vulnerability factor of each layer or parameter to ± `margin`, from searches of random places and inputs.
@@ -67,20 +68,22 @@ def estimate_factors(
         output: picks the tensor to judge out of what the model returns.
         margin: half-width of the intervals.
         confidence: of the intervals.
+        by: "search", or "injection" of one random bit of each pair, with the same inputs, rows, intervals and stopping
+            rule. Which of the two is cheaper depends on network and margin: see benchmarks/README.md.
         seed: of the pairs and injections.
 
     Returns:
         One row a layer: `factor` with `factor_low` and `factor_high`, which speak of the population that the inputs
         were taken from (inputs are clusters of pairs); `given_low` and `given_high`, of the inputs given alone. Both
         hold what unseen pairs, and flips that were not injected, could change. `searched`: the factor as the search
-        alone has it. `inputs` and `pairs` drawn, `audited` flips and the share of them that was `wrong`. `forwards`: what all
-        that took (rows through what lies behind the layer, weighed by multiplications; rows that recorded and checked
-        the golden run; the layer's part of the golden run itself). `injections`: how many random injections the same
+        alone has it. `inputs` and `pairs` drawn, `audited` flips and the share of them that was `wrong`. `forwards`:
+        what all that took (rows through what lies behind the layer, weighed by multiplications; rows that recorded and
+        checked the golden run; the layer's part of the golden run itself). `injections`: how many random injections the same
         stopping rule needs for the same margin if the factor is what was found, and `fewer` = their forwards, with the
         same set-up and through the same rest of the network, ÷ `forwards`.
 
     Raises:
-        ConfigError: on a margin or confidence outside (0, 1).
+        ConfigError: on a margin or confidence outside (0, 1), or another `by`.
         FlipproofError: one of its kinds, as for `analyze`.
 
     Warns:
@@ -96,13 +99,16 @@ def estimate_factors(
     """
     if not 0 < margin < 1 or not 0 < confidence < 1:
         raise ConfigError(f"estimate_factors takes margin and confidence in (0, 1), got {margin!r} and {confidence!r}")
+    if by not in ("search", "injection"):
+        raise ConfigError(f"estimate_factors goes by 'search' or 'injection', got {by!r}")
+    kind = _Layer if by == "search" else _Injected
     everything = read_batches(data, device_of(model))
     most, spent = _inputs_for(margin), np.zeros(0)
     while True:
         batches, order = drawn(everything, most, seed)
         with opened(model, batches, where or Neurons(), format, output, 2**28) as prober:
             share = suffix_shares(model, prober)
-            layers = [_Layer(prober, site, share[site.name], order, confidence, seed) for site in prober.sites]
+            layers = [kind(prober, site, share[site.name], order, confidence, seed) for site in prober.sites]
             rows = [layer.row(margin, len(layers)) for layer in layers]
         found = pd.DataFrame(rows)
         found["forwards"] += spent if spent.size else 0.0
@@ -115,8 +121,8 @@ def estimate_factors(
 
 
 def _inputs_for(margin: float) -> int:
-    """Inputs that are enough for most layers: factors of single inputs seldom scatter by more than 0.1."""
-    return max(2 * INPUTS, ceil((2 * 0.1 / margin) ** 2))
+    """Inputs to begin with: enough where factors of single inputs scatter by 0.05, as they mostly do."""
+    return max(2 * INPUTS, ceil((2 * 0.05 / margin) ** 2))
 
 
 def _halves(found: pd.DataFrame) -> pd.Series:
@@ -152,8 +158,8 @@ class _Layer:
     ) -> None:
         self._prober, self._site, self._share, self._order, self._confidence = prober, site, share, order, confidence
         self._draw = TrialGenerator(seed, f"factors {site.name}", 0)
-        self._opened: dict[int, object] = {}
-        width = site.width
+        self._opened: dict[int, Questions] = {}
+        width = self._width(site)
         self._place, self._input = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
         self._inputs = self._times = 0
         """Inputs so far, and pairs of each."""
@@ -162,6 +168,11 @@ class _Layer:
         self._keys = torch.zeros(0, width, dtype=torch.float64)
         """A random number in [0, 1) for each flip: those below `self._rate` are injected."""
         self._rate = 0.0
+
+    @staticmethod
+    def _width(site: NeuronSite | Site) -> int:
+        """Answers a pair gives."""
+        return site.width
 
     @property
     def pairs(self) -> int:
@@ -296,12 +307,8 @@ class _Layer:
         new = torch.repeat_interleave(torch.arange(self._inputs), times)
         many = new.numel()
         place = torch.from_numpy(self._draw.below(self._site.values, many))
-        keys = torch.from_numpy(self._draw.below(2**53, many * self._site.width)).double() / 2**53
-        flags = torch.zeros(many, self._site.width, dtype=torch.bool)
-        left = torch.zeros(many, self._site.width, dtype=torch.int8)
-        for batch, here, rows in by_batch(self._prober, self._order[new]):
-            search = Search(self._at(batch), rows, place[here])  # type: ignore[arg-type]
-            flags[here], left[here] = search.critical, search.left.cpu()
+        flags, left = self._answers(self._order[new], place)
+        keys = torch.from_numpy(self._draw.below(2**53, flags.numel())).double() / 2**53
         nothing = torch.zeros_like(flags)
         self._input, self._place = torch.cat([self._input, new]), torch.cat([self._place, place])
         self._flags, self._left = torch.cat([self._flags, flags]), torch.cat([self._left, left])
@@ -309,6 +316,15 @@ class _Layer:
         self._keys = torch.cat([self._keys, keys.reshape(many, -1)])
         if self._rate:
             self._audit(self._rate)
+
+    def _answers(self, sample: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Which flips of new pairs are critical, and what was left untried of them."""
+        flags = torch.zeros(place.numel(), self._site.width, dtype=torch.bool)
+        left = torch.zeros(place.numel(), self._site.width, dtype=torch.int8)
+        for batch, here, rows in by_batch(self._prober, sample):
+            search = Search(self._at(batch), rows, place[here])
+            flags[here], left[here] = search.critical, search.left.cpu()
+        return flags, left
 
     def _audit(self, rate: float) -> None:
         """Inject each flip that the search left untried with this probability; those drawn before stay drawn."""
@@ -318,14 +334,33 @@ class _Layer:
         sample = self._order[self._input[pair]]
         for batch, here, rows in by_batch(self._prober, sample):
             layer, mine = self._at(batch), pair[here]
-            truth = Search(layer, rows, self._place[mine], decide=False).truth(which[mine])  # type: ignore[arg-type]
+            truth = Search(layer, rows, self._place[mine], decide=False).truth(which[mine])
             self._wrong[mine] |= (truth.cpu() != self._flags[mine]) & which[mine]
         self._asked |= which
 
-    def _at(self, batch: int) -> object:
+    def _at(self, batch: int) -> Questions:
         if batch not in self._opened:
             self._opened[batch] = self._prober.at(self._site, batch)  # type: ignore[arg-type]
         return self._opened[batch]
+
+
+class _Injected(_Layer):
+    """One layer's random injections: pairs of which one random bit is tried, and nothing is left to an assumption."""
+
+    @staticmethod
+    def _width(site: NeuronSite | Site) -> int:
+        return 1
+
+    def _answers(self, sample: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        bit = torch.from_numpy(self._draw.below(self._site.width, place.numel()))
+        flags = torch.zeros(place.numel(), 1, dtype=torch.bool)
+        for batch, here, rows in by_batch(self._prober, sample):
+            layer = self._at(batch)
+            device = layer.values.device
+            rows, mine = rows.to(device), place[here].to(device)
+            flips = layer.flips(rows, mine).gather(1, bit[here].to(device)[:, None])[:, 0]
+            flags[here, 0] = layer.critical(rows, mine, flips).cpu()
+        return flags, torch.full_like(flags, TRIED, dtype=torch.int8)
 
 
 def injections_for(rate: float, margin: float, confidence: float = 0.95) -> int:

@@ -19,9 +19,10 @@ def select(found: VulnerabilityMap, *, budget: float, unit: str = "bits") -> pd.
     """What to protect first: places in order of vulnerability an added bit, until a memory budget is spent.
 
     A place is a bit position of a layer ("bits"), a neuron ("neurons") or a layer ("layers"); protecting it covers all
-    of its bits. What that adds to the memory is what `protected_formats` stores: two copies of each bit (`TripleMSB`), or
-    the check bits of `SECDED` for whole layers. Taking places by critical flips an added bit is optimal for the share of
-    critical flips covered, up to the last place that does not fit whole; places that do not fit are passed over.
+    of its bits. What that adds to the memory is what `protected_formats` stores: two copies of each bit (`TripleMSB`),
+    or the check bits of `SECDED` for whole layers. Taking places by critical flips an added bit is optimal for the
+    share of critical flips covered, up to the last place that does not fit whole; places that do not fit are passed
+    over.
 
     Args:
         found: all neurons analysed, or the factors of those that were stand for their layer ("bits", "layers").
@@ -120,6 +121,8 @@ def protected_formats(found: VulnerabilityMap, chosen: pd.DataFrame | None = Non
     for name, bit in zip(names, chosen["bit"].tolist(), strict=True):
         bits.setdefault(name, set()).add(int(bit))
     return {
-        name: TripleMSB(format, copies=COPIES, protect=tuple(sorted(bits[name], reverse=True))) if name in bits else format
+        name: TripleMSB(format, copies=COPIES, protect=tuple(sorted(bits[name], reverse=True)))
+        if name in bits
+        else format
         for name, format in inner.items()
     }

@@ -3,7 +3,7 @@
 A weight w of a Conv or Linear layer moves one output channel along a line: with v in its place the channel is
 y + (v − w) · P, where P is what the weight sees of the layer's input (zeros where it sees the padding). So each row of
 a batch can have a weight of its own, and only what lies behind the layer runs, as for neurons. Every other parameter,
-and weights of layers that cannot be cut out, are changed in memory, with whole forwards.
+weights in half precision, and weights of layers that cannot be cut out, are changed in memory, with whole forwards.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from flipproof.analysis.behind import Suffix
 from flipproof.analysis.probing import Prober
 from flipproof.campaigns.batches import Batches, Output, call, pick
-from flipproof.campaigns.live import rows_of
+from flipproof.campaigns.live import bytes_of, rows_of
 from flipproof.campaigns.neuron_trial import neuron_space
 from flipproof.errors import FaultSpaceError
 from flipproof.faults.neuron_sites import Neurons, NeuronSite
@@ -74,6 +74,9 @@ class WeightProber:
             if neurons is not None:
                 self._prober = Prober(model, neurons, batches, output, golden, decision, max_bytes)
         self.traced = self._prober is not None and self._prober.traced
+        self._layer: str | None = None
+        self._kept: dict[int, tuple[Suffix | None, Tensor | None]] = {}
+        self._max_bytes = self._room = max_bytes
         self.whole = 0
         """Rows run through the whole network so far."""
         self.checked: dict[str, int] = {}
@@ -99,11 +102,28 @@ class WeightProber:
         found = None
         neurons = self._site(site)
         if self._prober is not None and neurons is not None:
-            suffix = self._prober.suffix(neurons, batch)
-            if suffix is not None:
-                seen = _input_of(self.model, self._lines[site.name], self.batches.inputs[batch])
+            suffix, seen = self._cut_out(neurons, batch)
+            if suffix is not None and seen is not None:
                 found = _Line(self._lines[site.name], site, suffix, seen, self._prober)
         return WeightLayer(self, site, batch, found)
+
+    def _cut_out(self, neurons: NeuronSite, batch: int) -> tuple[Suffix | None, Tensor | None]:
+        """What runs behind a layer and what it sees; kept for the layer's next parameter, as far as memory allows."""
+        assert self._prober is not None
+        if self._layer != neurons.name:
+            self._layer, self._kept, self._room = neurons.name, {}, self._max_bytes
+        if batch in self._kept:
+            return self._kept[batch]
+        suffix = self._prober.suffix(neurons, batch)
+        seen = None
+        if suffix is not None:
+            seen = _input_of(self.model, neurons.layer, self.batches.inputs[batch])
+            self._prober.recorded = (self._prober.recorded[0] + self.batches.sizes[batch], self._prober.recorded[1])
+        size = bytes_of([seen, suffix.live]) if suffix is not None else 0
+        if size <= self._room:
+            self._room -= size
+            self._kept[batch] = (suffix, seen)
+        return suffix, seen
 
     def cuts(self, site: NeuronSite | Site) -> bool:
         """Whether questions about this parameter run only what lies behind its layer."""
@@ -271,10 +291,15 @@ class _Line:
 
 
 def _moves_on_a_line(modules: dict[str, nn.Module], site: Site) -> bool:
-    """Whether the site is the weight or bias of a plain Conv or Linear layer, and of nothing else."""
+    """Whether the site is the weight or bias of a plain Conv or Linear layer, and of nothing else.
+
+    Not in half precision: such a layer adds up in float32 and rounds once, and what the golden output lost in that
+    cannot be had back, so that y + (v − w) · P lands on a neighbouring number now and then.
+    """
     module, attribute = modules[site.layer], site.name.rpartition(".")[2]
     return (
-        type(module) in (*_CONVOLUTIONS, nn.Linear)
+        site.dtype.itemsize >= 4
+        and type(module) in (*_CONVOLUTIONS, nn.Linear)
         and attribute in ("weight", "bias")
         and not site.aliases
         and not parametrize.is_parametrized(module)
@@ -282,13 +307,13 @@ def _moves_on_a_line(modules: dict[str, nn.Module], site: Site) -> bool:
     )
 
 
-def _input_of(model: nn.Module, module: nn.Module, inputs: Any) -> Tensor:
+def _input_of(model: nn.Module, layer: str, inputs: Any) -> Tensor:
     found: list[Tensor] = []
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append((*args, *kwargs.values())[0].clone())
 
-    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    handle = model.get_submodule(layer).register_forward_pre_hook(note, with_kwargs=True)
     try:
         call(model, inputs)
     finally:
