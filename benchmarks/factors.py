@@ -42,7 +42,7 @@ def _compared(
     where: object,
     of: str,
     margin: float,
-    runs: int,
+    times: int,
 ) -> list[Row]:
     forwards: dict[str, list[float]] = {"search": [0.0, 0.0], "injection": [0.0, 0.0]}
     seconds = {"search": 0.0, "injection": 0.0}

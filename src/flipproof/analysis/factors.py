@@ -78,8 +78,8 @@ def estimate_factors(
         hold what unseen pairs, and flips that were not injected, could change. `searched`: the factor as the search
         alone has it. `inputs` and `pairs` drawn, `audited` flips and the share of them that was `wrong`. `forwards`:
         what all that took (rows through what lies behind the layer, weighed by multiplications; rows that recorded and
-        checked the golden run; the layer's part of the golden run itself). `injections`: how many random injections the same
-        stopping rule needs for the same margin if the factor is what was found, and `fewer` = their forwards, with the
+        checked the golden run; the layer's part of the golden run itself). `injections`: how many random injections the
+        same stopping rule needs for the same margin if the factor is what was found, and `fewer` = their forwards, with the
         same set-up and through the same rest of the network, ÷ `forwards`.
 
     Raises:
