@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint bench ranges clean
+.PHONY: demo test lint bench ranges factor-coverage clean
 
 demo: $(VENV)/.installed
 	$(BIN)/flipproof demo
@@ -18,6 +18,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/mypy
+
+factor-coverage: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.factor_coverage
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks

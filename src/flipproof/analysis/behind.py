@@ -63,6 +63,11 @@ class Suffix:
         self._space.begin(self._batch, self._made)
         return self._graph(*live)
 
+    @property
+    def live(self) -> list[Any]:
+        """The golden values behind the layer that what follows reads."""
+        return self._live
+
     def at(self, rows: Tensor) -> Tensor:
         """The golden output of the layer for these rows."""
         return self.values.reshape(self.shape).index_select(0, rows)

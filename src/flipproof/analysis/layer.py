@@ -8,6 +8,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from flipproof.analysis.audit import ASKED, CRITICAL, HARMLESS, PROVEN, WRONG, counted
 from flipproof.errors import ConfigError
 from flipproof.faults.neuron_sites import NeuronSite
 from flipproof.faults.sites import Site
@@ -32,7 +33,13 @@ class LayerVulnerability:
             the class, errors ≤ [1] or ≥ [3] critical for all of them.
         inputs: inputs by golden class, int64 (classes,).
         nans: flips that made a NaN, and those of them that were critical, int64 (neurons, 2).
-        tried, holes: injections of flips that the search decided untried, and those it had wrong.
+        audit: flips that the search decided untried, those injected after all, and those it had wrong, as `counted`
+            has them, one entry a shard: int64 (shards, 3, decisions, width).
+        left: flips that it called harmless, and critical, untried, int64 (neurons, 2).
+        powers: sums over inputs of the share of critical flips and of its square, by bit and, last, over all bits;
+            wrong decisions that were found are in them with their weight; float64 (2, width + 1).
+        squares: sum over inputs of the square of each neuron's share of critical flips, float64 (neurons,).
+        exhaustive: every flip was tried, as the method said or because the search was wrong too often.
         probes: rows run through the rest of the network; `forwards`: the same in forwards of the whole network.
         closed_form: nothing is computed behind the layer.
     """
@@ -47,8 +54,11 @@ class LayerVulnerability:
     ranges: Tensor
     inputs: Tensor
     nans: Tensor
-    tried: int = 0
-    holes: int = 0
+    audit: Tensor
+    left: Tensor
+    powers: Tensor
+    squares: Tensor
+    exhaustive: bool = False
     probes: int = 0
     forwards: float = 0.0
     closed_form: bool = False
@@ -71,6 +81,10 @@ class LayerVulnerability:
             _EMPTY.repeat(labels.numel(), count, 1),
             torch.zeros(classes, dtype=torch.int64),
             torch.zeros(count, 2, dtype=torch.int64),
+            torch.zeros(1, 3, 3, site.width, dtype=torch.int64),
+            torch.zeros(count, 2, dtype=torch.int64),
+            torch.zeros(2, site.width + 1, dtype=torch.float64),
+            torch.zeros(count, dtype=torch.float64),
         )
 
     @classmethod
@@ -147,10 +161,33 @@ class LayerVulnerability:
             own, row = ranges[classes == label], int(torch.searchsorted(self.labels, label))
             self.ranges[row, part] = narrowed(torch.cat([self.ranges[row, part][None], own]))
 
-    def add_holes(self, tried: int, wrong: int) -> None:
-        """Take in injections that looked for holes."""
-        self.tried += tried
-        self.holes += wrong
+    def add_audit(self, part: Tensor, left: Tensor, asked: Tensor, wrong: Tensor) -> None:
+        """Take in what was left untried of some samples and some of the neurons, and what was injected of that.
+
+        Args:
+            part: which entries of `neurons`, (p,).
+            left: the decision about each flip, (n, p, width).
+            asked: which were injected, bool (n, p, width).
+            wrong: and which of these contradicted the search, bool (n, p, width).
+        """
+        self.audit[0] += counted(left.flatten(0, 1), asked.flatten(0, 1), wrong.flatten(0, 1))
+        for column, kind in enumerate((HARMLESS, CRITICAL)):
+            self.left[part, column] += (left == kind).sum(dim=(0, 2))
+
+    def add_inputs(self, shares: Tensor) -> None:
+        """Take in the share of critical flips of some inputs, by bit, (n, width)."""
+        values = torch.cat([shares, shares.mean(dim=1, keepdim=True)], dim=1)
+        self.powers += torch.stack([values.sum(dim=0), values.square().sum(dim=0)])
+
+    @property
+    def tried(self) -> int:
+        """Flips that the search decided untried from its assumption, and that were injected after all."""
+        return int(self.audit[:, ASKED, :PROVEN].sum())
+
+    @property
+    def holes(self) -> int:
+        """Those of `tried` that it had wrong."""
+        return int(self.audit[:, WRONG, :PROVEN].sum())
 
     def overall(self, label: int | None = None) -> Tensor:
         """Ranges over all classes, or of one; float64 (neurons, 4)."""
@@ -177,8 +214,11 @@ class LayerVulnerability:
             ranges=narrowed(torch.stack(spread)),
             inputs=self.inputs + other.inputs,
             nans=self.nans + other.nans,
-            tried=self.tried + other.tried,
-            holes=self.holes + other.holes,
+            audit=torch.cat([self.audit, other.audit]),
+            left=self.left + other.left,
+            powers=self.powers + other.powers,
+            squares=self.squares + other.squares,
+            exhaustive=self.exhaustive and other.exhaustive,
             probes=self.probes + other.probes,
             forwards=self.forwards + other.forwards,
         )

@@ -33,11 +33,12 @@ from flipproof.outcomes import Decision, bit_pattern
 ROWS = 512
 """Most rows of a probing batch: more does not run faster on a CPU."""
 
-TRIED = 32
-"""Samples of a batch that are gathered twice to see whether they may be."""
-
 GATHERED, IN_PLACE, ALONE = "gathered", "in place", "alone"
 """How many questions a forward takes: any, one a sample of the batch, one."""
+
+
+TURNED = 32
+"""Rows of a batch that are run again in another order and number, which has to change nothing."""
 
 
 class Prober:
@@ -119,14 +120,15 @@ class Prober:
         try:
             size = self.batches.sizes[batch]
             suffix = Suffix(self._suffixes, self.space, site, batch, self.batches.inputs[batch], size)
-            self.recorded = (self.recorded[0] + size, self.recorded[1] + 3 * size)
             rows = torch.arange(golden.shape[0], device=suffix.values.device)
+            some = rows.flip(0)[:TURNED].repeat(2)
+            self.recorded = (self.recorded[0] + size, self.recorded[1] + size + some.numel())
             whole = pick(suffix.run(rows), self._output).cpu()
-            turned = pick(suffix.run(rows.flip(0).repeat(2)), self._output).cpu()
+            turned = pick(suffix.run(some), self._output).cpu()
         except Exception:  # what was traced cannot run like the model, in whatever way that shows: run the model
             return None
         same = whole.shape == golden.shape and torch.equal(bit_pattern(whole), bit_pattern(golden))
-        backwards = self.classes_of(golden).flip(0).repeat(2)
+        backwards = self.classes_of(golden).flip(0)[:TURNED].repeat(2)
         return suffix if same and torch.equal(self.classes_of(turned), backwards) else None
 
     def classes_of(self, outputs: Tensor) -> Tensor:
@@ -225,7 +227,7 @@ class Layer:
     def way_found(self) -> str:
         """How questions may be put together here, tried out on NaN and on the largest number there is."""
         rows = torch.arange(self.values.shape[0], device=self.values.device)
-        for way, order in ((GATHERED, rows.flip(0)[:TRIED].repeat(2)), (IN_PLACE, rows)):
+        for way, order in ((GATHERED, rows.flip(0)[:TURNED].repeat(2)), (IN_PLACE, rows)):
             # a model that refuses NaN says nothing of how samples mix: it is tried with other values of its own
             for gentle in (False, True):
                 try:
@@ -307,6 +309,10 @@ class Layer:
             return self._prober.outputs(self._suffix.run(rows if way == GATHERED else every, put))
         return self._prober.outputs(self._prober.whole(self._site, self._batch, rows if way == GATHERED else None, put))
 
+    def truth(self, rows: Tensor, neurons: Tensor, values: Tensor) -> Tensor:
+        """As `critical`, but everything is run, also what seems provable."""
+        return self.critical(rows, neurons, values, shortcuts=False)
+
     def gradient(self) -> Tensor:
         """∂L/∂a of every neuron for every sample, with L = Σ_j σ(E_c − E_j) (PAPERS: deepvigor, Eq. 1); NaN where the
         rest of the network cannot be differentiated; (samples, neurons).
@@ -348,7 +354,7 @@ def row_wise(model: nn.Module, inputs: Any, size: int, judged: Callable[[Any], T
         judged: from what the model returns to the outputs that are judged, on the CPU.
         golden: those of the batch.
     """
-    rows = torch.arange(size).flip(0)[:TRIED].repeat(2)
+    rows = torch.arange(size).flip(0)[:TURNED].repeat(2)
     half = rows.numel() // 2
     try:
         given = rows_of(inputs, rows, size)

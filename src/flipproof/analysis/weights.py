@@ -3,7 +3,7 @@
 A weight w of a Conv or Linear layer moves one output channel along a line: with v in its place the channel is
 y + (v − w) · P, where P is what the weight sees of the layer's input (zeros where it sees the padding). So each row of
 a batch can have a weight of its own, and only what lies behind the layer runs, as for neurons. Every other parameter,
-and weights of layers that cannot be cut out, are changed in memory, with whole forwards.
+weights in half precision, and weights of layers that cannot be cut out, are changed in memory, with whole forwards.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flipproof.analysis.behind import Suffix
 from flipproof.analysis.probing import Prober, row_wise
 from flipproof.campaigns.batches import Batches, Output, call, pick
 from flipproof.campaigns.evaluation import is_infrastructure
-from flipproof.campaigns.live import rows_of
+from flipproof.campaigns.live import bytes_of, rows_of
 from flipproof.campaigns.neuron_trial import neuron_space
 from flipproof.errors import FaultSpaceError, InfrastructureError
 from flipproof.faults.neuron_sites import Neurons, NeuronSite
@@ -27,6 +27,9 @@ from flipproof.faults.sites import Site
 from flipproof.faults.space import FaultSpace
 from flipproof.formats.base import Stored, dense, word_dtype
 from flipproof.outcomes import Decision
+
+CHECKED = 16
+"""Injections of an audit that are made in the model's own memory, a parameter."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -75,8 +78,13 @@ class WeightProber:
         first = golden[: batches.sizes[0]]
         self.row_wise = row_wise(model, batches.inputs[0], batches.sizes[0], lambda r: pick(r, output).cpu(), first)
         """Whether samples of a batch may be run apart from the others."""
+        self._layer: str | None = None
+        self._kept: dict[int, tuple[Suffix | None, Tensor | None]] = {}
+        self._max_bytes = self._room = max_bytes
         self.whole = 0
         """Rows run through the whole network so far."""
+        self.checked: dict[str, int] = {}
+        """How many injections of an audit were made in memory, by parameter."""
 
     @property
     def probes(self) -> int:
@@ -98,11 +106,30 @@ class WeightProber:
         found = None
         neurons = self._site(site)
         if self._prober is not None and neurons is not None:
-            suffix = self._prober.suffix(neurons, batch)
-            if suffix is not None and self._prober.gathers(neurons, batch, suffix):
-                seen = _input_of(self.model, self._lines[site.name], self.batches.inputs[batch])
+            suffix, seen = self._cut_out(neurons, batch)
+            if suffix is not None and seen is not None:
                 found = _Line(self._lines[site.name], site, suffix, seen, self._prober)
         return WeightLayer(self, site, batch, found)
+
+    def _cut_out(self, neurons: NeuronSite, batch: int) -> tuple[Suffix | None, Tensor | None]:
+        """What runs behind a layer and what it sees; kept for the layer's next parameter, as far as memory allows."""
+        assert self._prober is not None
+        if self._layer != neurons.name:
+            self._layer, self._kept, self._room = neurons.name, {}, self._max_bytes
+        if batch in self._kept:
+            return self._kept[batch]
+        suffix = self._prober.suffix(neurons, batch)
+        seen = None
+        if suffix is not None and not self._prober.gathers(neurons, batch, suffix):
+            suffix = None  # samples feel each other: a weight is changed for all of them
+        if suffix is not None:
+            seen = _input_of(self.model, neurons.layer, self.batches.inputs[batch])
+            self._prober.recorded = (self._prober.recorded[0] + self.batches.sizes[batch], self._prober.recorded[1])
+        size = bytes_of([seen, suffix.live]) if suffix is not None else 0
+        if size <= self._room:
+            self._room -= size
+            self._kept[batch] = (suffix, seen)
+        return suffix, seen
 
     def cuts(self, site: NeuronSite | Site) -> bool:
         """Whether questions about this parameter run only what lies behind its layer."""
@@ -165,6 +192,22 @@ class WeightLayer:
             here = (which == i).nonzero()[:, 0]
             result[here] = self._in_memory(rows[here], int(places[here[0]]), values[here[0]])
         return result
+
+    def unseen(self, rows: Tensor, places: Tensor, values: Tensor) -> Tensor:
+        """Nothing is proved about weights without computing what they change."""
+        return torch.zeros(values.shape, dtype=torch.bool, device=values.device)
+
+    def truth(self, rows: Tensor, places: Tensor, values: Tensor) -> Tensor:
+        """As `critical`, the first `CHECKED` changes in memory; the others as the tests hold equal to that."""
+        some = min(values.numel(), max(0, CHECKED - self._prober.checked.get(self._site.name, 0)))
+        self._prober.checked[self._site.name] = self._prober.checked.get(self._site.name, 0) + some
+        first, rest = slice(None, some), slice(some, None)
+        return torch.cat(
+            [
+                self.critical(rows[first], places[first], values[first], shortcuts=False),
+                self.critical(rows[rest], places[rest], values[rest]),
+            ]
+        )
 
     def _in_memory(self, rows: Tensor, place: int, value: Tensor) -> Tensor:
         """The same value for these rows, in the parameter itself."""
@@ -280,10 +323,15 @@ class _Line:
 
 
 def _moves_on_a_line(modules: dict[str, nn.Module], site: Site) -> bool:
-    """Whether the site is the weight or bias of a plain Conv or Linear layer, and of nothing else."""
+    """Whether the site is the weight or bias of a plain Conv or Linear layer, and of nothing else.
+
+    Not in half precision: such a layer adds up in float32 and rounds once, and what the golden output lost in that
+    cannot be had back, so that y + (v − w) · P lands on a neighbouring number now and then.
+    """
     module, attribute = modules[site.layer], site.name.rpartition(".")[2]
     return (
-        type(module) in (*_CONVOLUTIONS, nn.Linear)
+        site.dtype.itemsize >= 4
+        and type(module) in (*_CONVOLUTIONS, nn.Linear)
         and attribute in ("weight", "bias")
         and not site.aliases
         and not parametrize.is_parametrized(module)
@@ -291,13 +339,13 @@ def _moves_on_a_line(modules: dict[str, nn.Module], site: Site) -> bool:
     )
 
 
-def _input_of(model: nn.Module, module: nn.Module, inputs: Any) -> Tensor:
+def _input_of(model: nn.Module, layer: str, inputs: Any) -> Tensor:
     found: list[Tensor] = []
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append((*args, *kwargs.values())[0].clone())
 
-    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    handle = model.get_submodule(layer).register_forward_pre_hook(note, with_kwargs=True)
     try:
         call(model, inputs)
     finally:

@@ -51,7 +51,7 @@ def analyze(
     output: Annotated[
         str | None, typer.Option(help="What to judge of what the model returns: a dict key, or a tuple index.")
     ] = None,
-    budget: Annotated[float, typer.Option(min=0, max=1, help="Share of the bits that could be protected.")] = 0.05,
+    budget: Annotated[float, typer.Option(min=0, max=1, help="Memory that protection may add, as a share.")] = 0.05,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the map, tables and figures.")] = Path(
         "flipproof-analysis"
     ),
@@ -93,8 +93,12 @@ def analyze(
     (folder / "formats.json").write_text(json.dumps(formats, indent=2) + "\n")
     if len(chosen):
         share = chosen["bits"].sum() / sum(x.total * x.width for x in found.layers_found)
+        last = chosen.iloc[-1]
         whose = "critical flips" if found.coverage == 1 else "the critical flips of the analysed layers"
-        _show(f"{100 * share:.2g} % of the bits of {of} hold {100 * chosen['covered'].iloc[-1]:.1f} % of {whose}")
+        _show(
+            f"{100 * share:.2g} % of the bits of {of} hold {100 * last['covered']:.1f} % of {whose}; to protect them "
+            f"takes {100 * last['memory']:.2g} % more memory"
+        )
     held = [found.validate(given)] if validate else []
     if unseen is not None:
         held.append(found.validate(list(called(load_object(unseen)))))
