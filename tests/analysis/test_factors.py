@@ -170,7 +170,7 @@ def test_nothing_is_computed_about_inputs_that_are_not_drawn():
         said.append(float(table["forwards"].item()))
     assert ran[1] < 1.5 * ran[0]
     assert said[1] < 1.5 * said[0]
-    assert ran[1] < 1500
+    assert ran[1] < 1700  # a batch once more to see which axis counts samples
 
 
 @pytest.mark.parametrize("kind", ["one tensor", "pair", "other shapes", "not by row"])

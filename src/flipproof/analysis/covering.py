@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from flipproof.analysis.multiplications import Multiplications
 from flipproof.analysis.probing import Prober
 from flipproof.analysis.weights import WeightProber
 
@@ -19,7 +18,7 @@ def spoken_of(model: nn.Module, prober: Prober | WeightProber) -> tuple[float, d
     """
     left_out = dict(prober.space.left_out)
     if isinstance(prober, Prober):
-        share, rest = Multiplications.of(model, prober.batches.inputs[0]).coverage(prober.sites)
+        share, rest = prober.multiplications.coverage(prober.sites)
         return share, {**rest, **left_out}
     known = getattr(prober.space, "coverage", None)
     if known is not None:

@@ -135,7 +135,7 @@ def by_batch(prober: Prober | WeightProber, sample: Tensor) -> Iterator[tuple[in
 
 def suffix_shares(model: nn.Module, prober: Prober | WeightProber) -> dict[str, float]:
     """Multiplications behind each layer ÷ those of a forward: what a probe of it costs in forwards."""
-    made = Multiplications.of(model, prober.batches.inputs[0])
+    made = prober.multiplications if isinstance(prober, Prober) else Multiplications.of(model, prober.batches.inputs[0])
     shares = {}
     for site in prober.sites:
         behind = made.behind(site.layer, site.call if isinstance(site, NeuronSite) else 0)

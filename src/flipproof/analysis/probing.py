@@ -12,7 +12,7 @@ batch, one question each; where the second does, samples of a batch feel each ot
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from flipproof.analysis.behind import Change, Suffix, cut_behind
+from flipproof.analysis.multiplications import Multiplications
 from flipproof.campaigns.batches import Batches, Output, call, pick
 from flipproof.campaigns.evaluation import is_infrastructure
 from flipproof.campaigns.live import rows_of
@@ -79,6 +80,11 @@ class Prober:
         self.recorded = (0, 0)
         """Rows of whole forwards and of suffixes that prepared and checked the suffixes so far."""
         self._ways: dict[tuple[str, bool], str] = {}
+
+    @cached_property
+    def multiplications(self) -> Multiplications:
+        """Of a forward of the first batch."""
+        return Multiplications.of(self.model, self.batches.inputs[0])
 
     @property
     def sites(self) -> tuple[NeuronSite, ...]:
