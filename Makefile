@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint bench coverage interrupts clean
+.PHONY: demo test lint bench coverage factor-coverage ranges interrupts clean
 
 demo: $(VENV)/.installed
 	$(BIN)/flipproof demo
@@ -19,6 +19,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/mypy
 
+factor-coverage: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.factor_coverage
+
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks
 
@@ -30,6 +33,8 @@ coverage: $(VENV)/.installed-dev
 EVERY ?= 1
 interrupts: $(VENV)/.installed-dev
 	$(BIN)/python tests/interrupt_points.py $(EVERY)
+ranges: $(VENV)/.installed-dev  # DATA=folder that holds MNIST/raw
+	$(BIN)/python -m benchmarks.ranges --data-root $(or $(DATA),data)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -9,7 +9,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import deepvigor, hardening, injection, memory, neurons, recurrent, storage, throughput, workers
+from benchmarks import (
+    deepvigor,
+    factors,
+    hardening,
+    injection,
+    memory,
+    neurons,
+    recurrent,
+    storage,
+    throughput,
+    workers,
+)
 from benchmarks.measure import Row, Size, machine
 
 BENCHMARKS = {
@@ -22,6 +33,7 @@ BENCHMARKS = {
     "storage": storage,
     "neurons": neurons,
     "deepvigor": deepvigor,
+    "factors": factors,
 }
 README = Path(__file__).with_name("README.md")
 

@@ -52,6 +52,55 @@ def test_analyze_writes_what_the_function_finds(tmp_path: Path):
     assert fp.VulnerabilityMap.load(out / "map.safetensors").bits.equals(expected.bits)
     assert (out / "bits.png").stat().st_size > 1000
     assert set(pd.read_csv(out / "validation.csv")["layer"]) == {0, 2}
+    assert "The map speaks of 100 % of the multiplications of a forward." in result.output
+    assert pd.read_csv(out / "left_out.csv").empty
+
+
+def test_the_command_says_what_it_leaves_out_and_validates_on_unseen_data(tmp_path: Path):
+    source = tmp_path / "given.py"
+    source.write_text(
+        "import torch\n"
+        "from torch.nn import functional as F\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.a, self.b, self.c = torch.nn.Linear(4, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 3)\n"
+        "    def forward(self, x):\n"
+        "        x = torch.relu(F.linear(torch.relu(self.a(x)), self.b.weight))\n"
+        "        return {'noise': x, 'logits': self.c(x)}\n"
+        "def net():\n"
+        "    torch.manual_seed(0)\n"
+        "    return Net()\n"
+        "def batches(seed):\n"
+        "    return [(torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)), torch.arange(8) % 3)]\n"
+        "def data():\n"
+        "    return batches(1)\n"
+        "def other():\n"
+        "    return batches(2)\n"
+    )
+    out = tmp_path / "out"
+    arguments = ["analyze", f"{source}:net", "--data", f"{source}:data", "--output", "logits", "--out", str(out)]
+    result = CliRunner().invoke(app, [*arguments, "--validate", "--unseen", f"{source}:other"])
+    assert result.exit_code == 0, result.output
+    shown = " ".join(result.output.split())
+    assert "The map speaks of 46.67 % of the multiplications of a forward." in shown  # (4·8 + 8·3) / (… + 8·8)
+    assert "Of all single bit flips in the analysed layers, not of the network," in shown
+    assert "Left out: b: the forward never calls it as a module" in shown
+    assert "of the critical flips of the analysed layers" in shown
+    held = pd.read_csv(out / "validation.csv")
+    assert held["data"].tolist() == ["analysed", "analysed", "other", "other"]
+    assert (held["true_non_critical_low"] < held["true_non_critical_high"]).all()
+    page = (out / "map.html").read_text(encoding="utf-8")
+    for words in (
+        "not of the network",
+        "the forward never calls it as a module",
+        "46.67 %",
+        "critical as said",
+        "other",
+    ):
+        assert words in page
+    result = CliRunner().invoke(app, [*arguments, "--estimate", "--margin", "0.2"])
+    assert "These factors speak of 46.67 % of the multiplications" in " ".join(result.output.split())
 
 
 def test_weights_from_the_command_line_to_a_protected_campaign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import flipproof as fp
+from flipproof.analysis.opening import opened
 
 Data = list[tuple[Tensor, Tensor]]
 EXACT = fp.DeepVigor(factors="exhaustive", ranges=False, holes=0)
@@ -114,13 +115,41 @@ def test_factors_are_those_of_exhaustive_injection(kind, format, step):
     assert int(sum(layer.critical.sum() for layer in found.layers_found)) > 50
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_bit_of_weights_in_half_precision_is_that_of_injection(dtype):
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).to(dtype)
+    x = torch.randn(60, 4).to(dtype)
+    data = [(x[:40], torch.zeros(40)), (x[40:], torch.zeros(20))]
+    found = fp.analyze(net, data, EXACT, where=fp.Parameters())
+    for layer in found.layers_found:
+        for value in range(layer.total):
+            assert layer.critical[value].tolist() == injected(net, data, None, layer.name, value), (layer.name, value)
+
+
+def test_a_weight_and_its_bias_share_what_was_recorded():
+    """The layer's input, what lies behind it, and the check of that: once a layer, not once a parameter."""
+    net, data = made(Convs)
+    recorded = []
+    for where in (fp.Parameters("b.weight"), fp.Parameters("b.*")):
+        with opened(net, data, where, None, None, 2**24) as prober:
+            for site in prober.sites:
+                for batch in range(2):
+                    prober.at(site, batch)
+            recorded.append(prober.recorded)
+    assert recorded[0] == recorded[1] > (0, 0)
+    both = fp.analyze(net, data, EXACT, where=fp.Parameters("b.*"))
+    alone = fp.analyze(net, data, EXACT, where=fp.Parameters("b.bias"))
+    assert torch.equal(both.layer("b.bias").critical, alone.layer("b.bias").critical)
+
+
 def test_search_finds_what_exhaustive_asking_finds_and_validation_agrees():
     net, data = made(Convs)
     exact = fp.analyze(net, data, EXACT, where=fp.Parameters(exclude="bn"))
     found = fp.analyze(net, data, where=fp.Parameters(exclude="bn"))
     for mine, truth in zip(found.layers_found, exact.layers_found, strict=True):
         assert (mine.critical != truth.critical).double().mean() < 0.005  # larger errors stay critical, nearly always
-        assert mine.probes < truth.probes or mine.closed_form
+        assert mine.probes < truth.probes or mine.closed_form or mine.exhaustive
     held = found.validate(data, injections=400)
     assert held["true_non_critical"].min() > 0.995
     assert held["true_critical"].fillna(1.0).min() > 0.995
@@ -170,7 +199,7 @@ def test_a_selection_of_bits_becomes_formats_and_a_campaign_shows_what_it_buys()
     x = torch.randn(100, 2, 8, 8)
     test = [(x, net(x).argmax(dim=1))]
     found = fp.analyze(net, data, where=fp.Parameters())
-    chosen = fp.select(found, budget=0.05)
+    chosen = fp.select(found, budget=0.1)
     formats = fp.protected_formats(found, chosen)
     assert set(formats) == {layer.name for layer in found.layers_found}
     assert formats["a.weight"].protect[0] == 30
@@ -188,6 +217,31 @@ def test_a_selection_of_bits_becomes_formats_and_a_campaign_shows_what_it_buys()
     assert bought.loc["selected", "gain_over_random_low"] > 0
     with pytest.raises(fp.FlipproofError, match="a format stores a whole layer"):
         fp.protected_formats(found, fp.select(found, budget=0.1, unit="neurons"))
+
+
+@pytest.mark.parametrize(("unit", "budget"), [("bits", 0.05), ("bits", 0.5), ("layers", 0.17)])
+@pytest.mark.parametrize("format", [fp.Float32(), fp.Affine(bits=8)], ids=repr)
+def test_the_budget_is_the_memory_that_is_really_added(unit, budget, format):
+    """Bits of the packed words of the whole model, check bits and copies included."""
+    net, data = made(Convs, seed=1)
+    where = fp.Parameters("*.weight", exclude="bn.*")
+    found = fp.analyze(net, data, fp.DeepVigor(ranges=False, neurons=20), where=where, format=format)
+    chosen = fp.select(found, budget=budget, unit=unit)
+
+    def packed(formats: dict[str, fp.Format]) -> int:
+        stored = fp.store_(copy.deepcopy(net), formats)
+        return 8 * sum(buffer.nbytes for name, buffer in stored.named_buffers() if name.endswith("original0"))
+
+    padding = 8 * len(found.layers_found)  # each tensor ends with up to 7 bits that hold nothing
+    plain = sum(layer.total * layer.width for layer in found.layers_found)
+    everything = fp.protected_formats(found)
+    grown = packed(fp.protected_formats(found, chosen))
+    assert abs(grown - plain - chosen["added"].sum()) <= padding
+    assert grown / plain - 1 <= budget + padding / plain
+    assert chosen["memory"].to_list() == pytest.approx((chosen["added"].cumsum() / plain).to_list())
+    bought = fp.protection(found, chosen, data, injections=20).set_index("protected")
+    assert bought.loc["selected", "memory"] == pytest.approx(grown / plain - 1, abs=padding / plain)
+    assert bought.loc["everything", "memory"] == pytest.approx(packed(everything) / plain - 1, abs=padding / plain)
 
 
 def test_a_selection_of_neuron_bits_becomes_formats_too():

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from flipproof.campaigns.live import rows_of
 from flipproof.campaigns.suffix import Suffixes
 from flipproof.faults.neuron_sites import NeuronSite
+from flipproof.faults.neurons import NeuronSpace
 from flipproof.interrupts import check
 
 _RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_)
@@ -21,14 +22,30 @@ Change = Callable[[Tensor], None]
 """Changes a layer's output in place; its rows are those that are asked about."""
 
 
-class Suffix:
-    """What runs behind a layer, and the golden activations of a batch there."""
+def cut_behind(suffixes: Suffixes, site: NeuronSite, calls: int) -> int | None:
+    """The cut right behind this call of a layer; None if the trace does not hold its `calls` calls, or nothing reads
+    what this one gives.
+    """
+    places = [i for i, n in enumerate(suffixes._nodes) if n.op == "call_module" and str(n.target) == site.layer]
+    return places[site.call] + 1 if len(places) == calls and suffixes._nodes[places[site.call]].users else None
 
-    def __init__(self, suffixes: Suffixes, site: NeuronSite, inputs: Any, size: int) -> None:
-        cut = suffixes.behind(site.layer)
+
+class Suffix:
+    """What runs behind one call of a layer, and the golden activations of a batch there.
+
+    Raises:
+        LookupError: if there is no cut behind it.
+    """
+
+    def __init__(self, suffixes: Suffixes, space: NeuronSpace, site: NeuronSite, batch: int, inputs: Any, size: int):
+        cut = cut_behind(suffixes, site, space.calls[site.layer])
         if cut is None:
-            raise LookupError(f"{site.layer} has not one call whose output is read")
+            raise LookupError(f"there is no cut behind {site.name}")
+        self._space, self._batch = space, batch
         self._node = suffixes._nodes[cut - 1]
+        before = [str(node.target) for node in suffixes._nodes[:cut] if node.op == "call_module"]
+        self._made = {layer: before.count(layer) for layer in space.calls}
+        space.begin(batch)
         self._live = suffixes._record(inputs, [cut])[cut]
         self._size = size
         self._place = suffixes.place(cut)
@@ -40,11 +57,18 @@ class Suffix:
         self._modules = dict(suffixes._traced.named_modules())
 
     def run(self, rows: Tensor, change: Change | None = None) -> Any:
+        """What the model returns for these rows, with the layer's output changed."""
         check()
         live = rows_of(self._live, rows, self._size)
         if change is not None:
             change(live[self._place])
+        self._space.begin(self._batch, self._made)
         return self._graph(*live)
+
+    @property
+    def live(self) -> list[Any]:
+        """The golden values behind the layer that what follows reads."""
+        return self._live
 
     def at(self, rows: Tensor) -> Tensor:
         """The golden output of the layer for these rows."""

@@ -2,8 +2,9 @@
 
 For a neuron, an input and a sign, the errors that its bit flips make are sorted by size; the first critical one is
 found by galloping down from the largest and bisecting, on the assumption that larger errors of that sign stay critical.
-Ranges then narrow the gap between the last harmless and the first critical error to `tolerance`. That the assumption
-fails now and then (the range has *holes*) is measured by random injections a layer and reported, never hidden.
+Ranges then narrow the gap between the last harmless and the first critical error to `tolerance`. The assumption fails
+now and then (the range has *holes*): a random sample of what was decided from it is injected, factors are corrected by
+what that shows, and a layer where it fails too often is asked flip by flip.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from flipproof.analysis.layer import LayerVulnerability
+from flipproof.analysis.asking import check_asked
+from flipproof.analysis.audit import LEFT, PROVEN, TRIED, signed
+from flipproof.analysis.covering import spoken_of
+from flipproof.analysis.layer import LayerVulnerability, distinct
 from flipproof.analysis.opening import opened, suffix_shares
 from flipproof.analysis.probing import Layer, Prober
 from flipproof.analysis.search import Search
 from flipproof.analysis.vulnerability import VulnerabilityMap
 from flipproof.analysis.weights import WeightProber
 from flipproof.campaigns.batches import Data, Output
+from flipproof.campaigns.statistics import wilson_interval
 from flipproof.errors import ConfigError
 from flipproof.faults.neuron_sites import Neurons, NeuronSite
 from flipproof.faults.sampling import TrialGenerator
@@ -41,8 +46,14 @@ class DeepVigor:
         gradient: the paper's step 1: a neuron with ∂L/∂a = 0, L = Σ_j σ(E_c − E_j), is called non-vulnerable for that
             input without asking. A heuristic (a neuron that a ReLU silences has no gradient, and may wake up), off by
             default; `holes` shows what it costs. For neurons of networks that can be traced.
-        holes: random injections a layer (of what the search decided without trying) that look for holes; 0 for none.
-        max_bytes: bound on working memory, approximately.
+        holes: random injections a layer, of what the search decided without trying, that look for holes: about so many,
+            and at least 1 % of those flips. Factors are corrected by what they show and their intervals widened by what
+            they leave unsure. 0 for none: intervals then hold whatever the untried flips could be.
+        fallback: flips that the search has wrong ÷ flips that it calls critical: a layer where that is surely higher is
+            analysed again with every flip tried, so that neurons and ranges are right too (not with `gradient`, which
+            is wrong on purpose).
+        max_bytes: bound on what the map keeps, and once more on what a round of questions works on. A map keeps
+            4 · bits + 32 · classes bytes a neuron and a few dozen more, with as many classes as golden answers have.
         seed: of the neurons and the injections that are drawn.
 
     Raises:
@@ -58,16 +69,18 @@ class DeepVigor:
     tolerance: float = 0.05
     neurons: int | None = None
     gradient: bool = False
-    holes: int = 256
+    holes: int = 512
+    fallback: float = 0.05
     max_bytes: int = 2**28
     seed: int = 0
 
     def __post_init__(self) -> None:
         sound = self.factors in ("search", "exhaustive") and self.tolerance > 0 and self.holes >= 0 and self.seed >= 0
+        sound = sound and self.fallback >= 0
         if not sound or (self.neurons is not None and self.neurons < 1) or self.max_bytes < 2**20:
             raise ConfigError(
                 f"DeepVigor takes factors 'search' or 'exhaustive', tolerance > 0, neurons ≥ 1 or None, holes ≥ 0, "
-                f"seed ≥ 0 and max_bytes ≥ 2**20, got {self!r}"
+                f"fallback ≥ 0, seed ≥ 0 and max_bytes ≥ 2**20, got {self!r}"
             )
         if self.gradient and self.factors == "exhaustive":
             raise ConfigError("gradient=True skips neurons, factors='exhaustive' tries every bit: choose one of them")
@@ -108,38 +121,94 @@ def analyze(
         >>> [found.classify("", 1, delta) for delta in (1.5, 2.5, -9.0)]  # 1 + 2.5 beats 3
         ['non_vulnerable', 'vulnerable', 'non_vulnerable']
     """
-    method = method or DeepVigor()
-    if not isinstance(model, nn.Module) or not isinstance(method, DeepVigor):
-        raise ConfigError(f"analyze takes a torch.nn.Module, data and fp.DeepVigor(), got {model!r} and {method!r}")
-    where = where or Neurons()
+    method = DeepVigor() if method is None else method
+    where = Neurons() if where is None else where
+    if not isinstance(method, DeepVigor):
+        raise ConfigError(f"analyze takes fp.DeepVigor(…) as its method, got {method!r}")
+    check_asked("analyze", model, where, (Neurons, Parameters), format)
     if method.gradient and isinstance(where, Parameters):
         raise ConfigError("gradient=True is about neurons; analyse parameters without it")
     of = "parameters" if isinstance(where, Parameters) else "neurons"
     with opened(model, data, where, format, output, method.max_bytes, decision) as prober:
+        labels = distinct(prober.classes)
+        _check_room(prober, method, labels)
         share = suffix_shares(model, prober)
-        layers = [_analyse(prober, site, method, prober.decision.classes, share[site.name]) for site in prober.sites]
-        rule = prober.decision.choice
+        layers = [_analyse(prober, site, method, share[site.name], labels) for site in prober.sites]
         samples, digest = prober.batches.samples, prober.batches.digest()
-    found = VulnerabilityMap(layers, repr(method), samples, of=of, model=model, output=output, data=digest)
+        coverage, left_out = spoken_of(model, prober)
+        rule = prober.decision.choice
+    found = VulnerabilityMap(
+        layers,
+        repr(method),
+        samples,
+        of=of,
+        model=model,
+        output=output,
+        left_out=left_out,
+        coverage=coverage,
+        data=digest,
+    )
     found.decision = rule
     return found
 
 
+def _check_room(prober: Prober | WeightProber, method: DeepVigor, labels: Tensor) -> None:
+    """Refuse a map that would be larger than `max_bytes`."""
+    counts = [min(site.values, method.neurons or site.values) for site in prober.sites]
+    classes = prober.decision.classes
+    sites: tuple[NeuronSite | Site, ...] = prober.sites
+    needed = sum(LayerVulnerability.room(s, n, classes, labels) for s, n in zip(sites, counts, strict=True))
+    if needed > method.max_bytes:
+        raise ConfigError(
+            f"a map of {sum(counts):,} places and {labels.numel()} golden classes keeps {needed / 2**20:,.1f} MiB, "
+            f"max_bytes allows {method.max_bytes / 2**20:,.1f}: pass DeepVigor(max_bytes={needed}), analyse fewer with "
+            f"neurons=, or fewer layers with where="
+        )
+
+
 def _analyse(
-    prober: Prober | WeightProber, site: NeuronSite | Site, method: DeepVigor, classes: int, share: float
+    prober: Prober | WeightProber, site: NeuronSite | Site, method: DeepVigor, share: float, labels: Tensor
 ) -> LayerVulnerability:
+    before, whole = prober.probes, _whole(prober)
+    found = _asked(prober, site, method, labels, exhaustive=_everything(prober, site, method))
+    if found is None:
+        found = _asked(prober, site, method, labels, exhaustive=True)
+    assert found is not None  # what is tried flip by flip has no holes
+    found.probes = prober.probes - before
+    whole = _whole(prober) - whole
+    found.forwards = (found.probes - whole) * share + whole
+    return found
+
+
+def _everything(prober: Prober | WeightProber, site: NeuronSite | Site, method: DeepVigor) -> bool:
+    """Whether to try every flip: as the method says, or because the audit alone would come to most of them."""
+    return method.factors == "exhaustive" or (not method.gradient and _rate(prober, site, method) == 1)
+
+
+def _rate(prober: Prober | WeightProber, site: NeuronSite | Site, method: DeepVigor) -> float:
+    """The share of untried flips to inject; about a quarter of all flips of a layer are untried and unproved."""
+    flips = prober.batches.samples * min(site.values, method.neurons or site.values) * site.width
+    return min(1.0, max(0.01, 4 * method.holes / flips)) if method.holes else 0.0
+
+
+def _asked(
+    prober: Prober | WeightProber, site: NeuronSite | Site, method: DeepVigor, labels: Tensor, *, exhaustive: bool
+) -> LayerVulnerability | None:
+    """One layer's answers; None as soon as the search turns out to be wrong too often."""
     draw = TrialGenerator(method.seed, f"DeepVigor {site.name}", 0)
     chosen = torch.arange(site.values)
     if method.neurons is not None and method.neurons < site.values:
         chosen = torch.from_numpy(draw.distinct(method.neurons, site.values))
-    found = LayerVulnerability.empty(site, chosen, classes)
-    before = prober.probes
+    found = LayerVulnerability.empty(site, chosen, prober.decision.classes, labels)
+    found.exhaustive = exhaustive
+    rate = 0.0 if exhaustive else _rate(prober, site, method)
     # a dozen arrays of pairs × bits of 8 bytes are alive at once
     pairs = max(1, method.max_bytes // (100 * site.width))
     for batch, size in enumerate(prober.batches.sizes):
         layer = prober.at(site, batch)  # type: ignore[arg-type]
         silent = layer.gradient() == 0 if method.gradient and isinstance(layer, Layer) else None
         found.count(layer.classes)
+        by_input = torch.zeros(size, site.width, dtype=torch.float64)
         for part in torch.split(torch.arange(chosen.numel()), pairs):
             for samples in torch.split(torch.arange(size), max(1, pairs // part.numel())):
                 grid = (samples.numel(), part.numel())
@@ -149,20 +218,50 @@ def _analyse(
                     rows,
                     places,
                     skip=None if silent is None else silent[rows, places],
-                    exhaustive=method.factors == "exhaustive",
+                    exhaustive=exhaustive,
                     tolerance=method.tolerance,
                 )
+                critical = search.critical.reshape(*grid, -1)
                 found.add(
                     layer.classes[samples],
                     part,
-                    search.critical.reshape(*grid, -1),
+                    critical,
                     search.ranges(narrow=method.ranges).reshape(*grid, 4),
                     search.nans.sum(dim=1).reshape(*grid, 2),
                 )
-                if method.holes:
-                    everything = prober.batches.samples * chosen.numel()
-                    found.add_holes(*search.holes(draw, -(-method.holes * grid[0] * grid[1] // everything)))
+                answers = critical.double()
+                if not exhaustive:
+                    left, asked, wrong = (x.reshape(*grid, -1) for x in _audited(search, draw, rate))
+                    found.add_audit(part, left, asked, wrong)
+                    if rate and not method.gradient and _too_often(found, method.fallback):
+                        return None
+                    answers += signed(left, wrong, rate) if rate else 0.0
+                by_input[samples] += answers.sum(dim=1)
+                found.squares[part] += answers.mean(dim=2).square().sum(dim=0)
+        found.add_inputs(by_input / chosen.numel())
         found.closed_form = layer.last
-    found.probes = prober.probes - before
-    found.forwards = found.probes * share
     return found
+
+
+def _audited(search: Search, draw: TrialGenerator, rate: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What the search left untried, which of that was injected at this rate, and which it had wrong; (pairs, width)."""
+    left = search.left.cpu()
+    asked = torch.zeros_like(left, dtype=torch.bool)
+    pair, bit = (left != TRIED).nonzero(as_tuple=True)
+    some = torch.from_numpy(draw.bernoulli(rate, pair.numel()))
+    asked[pair[some], bit[some]] = True
+    return left, asked, (search.truth(asked).cpu() != search.critical) & asked
+
+
+def _too_often(found: LayerVulnerability, allowed: float) -> bool:
+    """Whether what the search has wrong surely comes to more than this share of what it calls critical."""
+    if found.holes < 2:
+        return False
+    low, _ = wilson_interval(found.holes, found.tried, confidence=0.99)
+    left = float(found.audit[:, LEFT, :PROVEN].sum())
+    return low * left > allowed * max(float(found.critical.sum()), 1.0)
+
+
+def _whole(prober: Prober | WeightProber) -> int:
+    """Rows that went through the whole network so far."""
+    return prober.whole if isinstance(prober, WeightProber) else prober.whole_rows

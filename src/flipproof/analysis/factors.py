@@ -1,28 +1,45 @@
-"""Vulnerability factors to a margin, with few forwards (PAPERS: deepvigor, and its successor's goal)."""
+"""Vulnerability factors to a margin, from searches that are audited (PAPERS: deepvigor, and its successor's goal)."""
 
 from __future__ import annotations
+
+import warnings
+from math import ceil, hypot, inf
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from scipy import stats
+from torch import Tensor, nn
 
-from flipproof.analysis.opening import by_batch, opened, suffix_shares
+from flipproof.analysis.asking import check_asked
+from flipproof.analysis.audit import (
+    ASKED,
+    CRITICAL,
+    TRIED,
+    WRONG,
+    correction,
+    counted,
+    distances,
+    signed,
+    t_distance,
+)
+from flipproof.analysis.covering import spoken_of
+from flipproof.analysis.opening import by_batch, device_of, drawn, opened, suffix_shares
 from flipproof.analysis.probing import Prober
-from flipproof.analysis.search import Search
+from flipproof.analysis.search import Questions, Search
 from flipproof.analysis.weights import WeightProber
-from flipproof.campaigns.batches import Data, Output
-from flipproof.campaigns.statistics import half_width, mean_interval, sample_size
-from flipproof.errors import ConfigError
+from flipproof.campaigns.batches import Data, Output, read_batches
+from flipproof.campaigns.statistics import Interval, half_width, mean_interval
+from flipproof.errors import ConfigError, FlipproofWarning
 from flipproof.faults.neuron_sites import Neurons, NeuronSite
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.faults.selection import FormatChoice
 from flipproof.faults.sites import Parameters, Site
 from flipproof.outcomes import DecisionChoice
 
-FIRST = 128
-"""Pairs of a place and an input to begin with."""
+FIRST, INPUTS = 128, 64
+"""Pairs of a place and an input to begin with, and the inputs among them."""
 
 
 def estimate_factors(
@@ -35,94 +52,345 @@ def estimate_factors(
     decision: DecisionChoice = None,
     margin: float = 0.01,
     confidence: float = 0.95,
+    by: str = "search",
     seed: int = 0,
 ) -> pd.DataFrame:
     """The vulnerability factor of each layer or parameter to ± `margin`, from searches of random places and inputs.
 
-    VF = the share of (place, input, bit) whose single flip changes the class. Statistical injection draws such triples
-    and needs Eq. 7's number of forwards a layer. Here a pair (place, input) is drawn and all its bits are decided at
-    once by DeepVigor's search, a few runs of what lies behind the layer; pairs are drawn until the interval of their
-    mean is narrow enough. The search assumes that larger errors of a sign stay critical; `analyze` reports how often
-    they do not.
+    VF = the share of (place, input, bit) whose single flip changes the class, over inputs like those given.
+    Statistical injection draws such triples. Here a pair (place, input) is drawn and all its bits are decided at once
+    by DeepVigor's search, a few runs of what lies behind the layer. The search assumes that larger errors of a sign
+    stay critical, which does not always hold; so a random sample of the flips that it decided without trying is
+    injected after all, and the estimate corrected by what that shows (two-phase sampling): it is unbiased whatever the
+    search assumed. Pairs and injections are drawn until the interval is narrow enough.
 
     Args:
         model: any classifier, as for `analyze`.
-        data: batches `(inputs, targets)`; every batch costs a forward a layer before it is asked about, so a few
-            batches are cheaper than a test set.
+        data: batches `(inputs, targets)`. Inputs are drawn at random, and nothing is computed about those that are not.
         where: `fp.Neurons(…)`, all by default, or `fp.Parameters(…)`.
         format: how they are stored.
         output: picks the tensor to judge out of what the model returns.
         decision: how outputs become classes, as for `assess`.
         margin: half-width of the intervals.
-        confidence: of the intervals. They are Student's t over pairs, widened by what unseen pairs could change.
-        seed: of the pairs.
+        confidence: of the intervals.
+        by: "search", or "injection" of one random bit of each pair, with the same inputs, rows, intervals and stopping
+            rule. Which of the two is cheaper depends on network and margin: see benchmarks/README.md.
+        seed: of the pairs and injections.
 
     Returns:
-        One row a layer: `factor` with `factor_low` and `factor_high`, `pairs` drawn, `forwards` that took (rows through
-        what lies behind the layer, weighed by multiplications, and rows that recorded and checked the golden run),
-        `injections` (Eq. 7's for the same margin) and `fewer` = injections ÷ forwards.
+        One row a layer: `factor` with `factor_low` and `factor_high`, which speak of the population that the inputs
+        were taken from (inputs are clusters of pairs); `given_low` and `given_high`, of the inputs given alone. Both
+        hold what unseen pairs, and flips that were not injected, could change. `searched`: the factor as the search
+        alone has it. `inputs` and `pairs` drawn, `audited` flips and the share of them that was `wrong`. `forwards`:
+        what all that took (rows through what lies behind the layer, weighed by multiplications; rows that recorded and
+        checked the golden run; the layer's part of the golden run itself). `injections`: how many random injections the
+        same stopping rule needs for the same margin if the factor is what was found, and `fewer` = their forwards, with
+        the same set-up and through the same rest of the network, ÷ `forwards`. What they do not speak of is in
+        `.attrs["left_out"]` and `.attrs["coverage"]`, as of a `VulnerabilityMap`.
 
     Raises:
-        ConfigError: on a margin or confidence outside (0, 1).
+        ConfigError: on a margin or confidence outside (0, 1), or another `by`.
         FlipproofError: one of its kinds, as for `analyze`.
+
+    Warns:
+        FlipproofWarning: if so few inputs cannot speak of their population to ± `margin`, with how many it takes. Pairs
+            are then drawn until `given_low` and `given_high` are narrow enough.
 
     Example:
         >>> import flipproof as fp, torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> found = estimate_factors(net, [(torch.randn(16, 4), torch.zeros(16))], margin=0.02)
+        >>> found = estimate_factors(net, [(torch.randn(500, 4), torch.zeros(500))], margin=0.02)
         >>> found["layer"].tolist(), bool(((found["factor_high"] - found["factor_low"]) <= 0.04).all())
         (['0', '2'], True)
     """
     if not 0 < margin < 1 or not 0 < confidence < 1:
         raise ConfigError(f"estimate_factors takes margin and confidence in (0, 1), got {margin!r} and {confidence!r}")
-    with opened(model, data, where or Neurons(), format, output, 2**28, decision) as prober:
-        share = suffix_shares(model, prober)
-        rows = [_row(prober, site, share[site.name], margin, confidence, seed) for site in prober.sites]
-    return pd.DataFrame(rows)
-
-
-def _row(
-    prober: Prober | WeightProber, site: NeuronSite | Site, share: float, margin: float, confidence: float, seed: int
-) -> dict[str, object]:
-    samples = prober.batches.samples
-    injections = sample_size(samples * site.values * site.width, margin=margin, confidence=confidence)
-    draw = TrialGenerator(seed, f"factors {site.name}", 0)
-    asked, (whole, suffix) = prober.probes, prober.recorded
-    values = np.zeros(0)
-    layers: dict[int, object] = {}
+    check_asked("estimate_factors", model, Neurons() if where is None else where, (Neurons, Parameters), format)
+    if by not in ("search", "injection"):
+        raise ConfigError(f"estimate_factors goes by 'search' or 'injection', got {by!r}")
+    kind = _Layer if by == "search" else _Injected
+    everything = read_batches(data, device_of(model))
+    most, spent = _inputs_for(margin), np.zeros(0)
     while True:
-        wanted = min(max(FIRST, values.size // 3), injections - values.size)
-        pairs = (draw.below(samples, wanted), draw.below(site.values, wanted))
-        values = np.concatenate([values, _critical_share(prober, site, *pairs, layers)])
-        low, high = mean_interval(values, confidence=confidence, bounds=(0.0, 1.0))
-        if half_width((low, high)) <= margin or values.size >= injections:
+        batches, order = drawn(everything, most, seed)
+        with opened(model, batches, where or Neurons(), format, output, 2**28) as prober:
+            share = suffix_shares(model, prober)
+            layers = [kind(prober, site, share[site.name], order, confidence, seed) for site in prober.sites]
+            rows = [layer.row(margin, len(layers)) for layer in layers]
+            coverage, left_out = spoken_of(model, prober)
+        found = pd.DataFrame(rows)
+        found["forwards"] += spent if spent.size else 0.0
+        if most >= everything.samples or not (_halves(found) > margin).any():
             break
-    recorded = prober.recorded
-    forwards = (prober.probes - asked + recorded[1] - suffix) * share + recorded[0] - whole
-    return {
-        "layer": site.name,
-        "factor": float(values.mean()),
-        "factor_low": low,
-        "factor_high": high,
-        "pairs": values.size,
-        "forwards": forwards,
-        "injections": injections,
-        "fewer": injections / forwards if forwards else np.inf,
-    }
+        most, spent = 4 * most, found["forwards"].to_numpy()
+    _warn(found, margin)
+    found["fewer"] = found.pop("rival") / found["forwards"].clip(lower=1e-12)
+    found.attrs.update(coverage=coverage, left_out=left_out)
+    return found
 
 
-def _critical_share(
-    prober: Prober | WeightProber,
-    site: NeuronSite | Site,
-    sample: NDArray[np.int64],
-    place: NDArray[np.int64],
-    layers: dict[int, object],
-) -> NDArray[np.float64]:
-    """The share of critical bits of each pair; a batch's layer is opened once and kept in `layers`."""
-    found, places = torch.zeros(sample.size, dtype=torch.float64), torch.from_numpy(place)
-    for batch, here, rows in by_batch(prober, torch.from_numpy(sample)):
-        if batch not in layers:
-            layers[batch] = prober.at(site, batch)  # type: ignore[arg-type]
-        search = Search(layers[batch], rows, places[here])  # type: ignore[arg-type]
-        found[here] = search.critical.double().mean(dim=1)
-    return found.numpy()
+def _inputs_for(margin: float) -> int:
+    """Inputs to begin with: enough where factors of single inputs scatter by 0.05, as they mostly do."""
+    return max(2 * INPUTS, ceil((2 * 0.05 / margin) ** 2))
+
+
+def _halves(found: pd.DataFrame) -> pd.Series:
+    return (found["factor_high"] - found["factor_low"]) / 2
+
+
+def _warn(found: pd.DataFrame, margin: float) -> None:
+    halves = _halves(found)
+    if not (missed := halves > margin * (1 + 1e-9)).any():
+        return
+    worst, half = found.iloc[int(halves.argmax())], float(halves.max())
+    warnings.warn(
+        f"{worst['inputs']} inputs do not say more about their population than ± {half:.2g} ({worst['layer']}; "
+        f"{int(missed.sum())} of {len(found)} layers miss the margin {margin:g}). About "
+        f"{ceil(worst['inputs'] * (half / margin) ** 2)} inputs would do; given_low and given_high speak of the inputs "
+        f"given alone",
+        FlipproofWarning,
+        stacklevel=3,
+    )
+
+
+class _Layer:
+    """One layer's pairs so far, and what was injected of them."""
+
+    def __init__(
+        self,
+        prober: Prober | WeightProber,
+        site: NeuronSite | Site,
+        share: float,
+        order: Tensor,
+        confidence: float,
+        seed: int,
+    ) -> None:
+        self._prober, self._site, self._share, self._order, self._confidence = prober, site, share, order, confidence
+        self._draw = TrialGenerator(seed, f"factors {site.name}", 0)
+        self._opened: dict[int, Questions] = {}
+        width = self._width(site)
+        self._place, self._input = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+        self._inputs = self._times = 0
+        """Inputs so far, and pairs of each."""
+        self._flags, self._asked, self._wrong = (torch.zeros(0, width, dtype=torch.bool) for _ in range(3))
+        self._left = torch.zeros(0, width, dtype=torch.int8)
+        self._keys = torch.zeros(0, width, dtype=torch.float64)
+        """A random number in [0, 1) for each flip: those below `self._rate` are injected."""
+        self._rate = 0.0
+
+    @staticmethod
+    def _width(site: NeuronSite | Site) -> int:
+        """Answers a pair gives."""
+        return site.width
+
+    @property
+    def pairs(self) -> int:
+        return self._place.numel()
+
+    def row(self, margin: float, layers: int) -> dict[str, object]:
+        """Draw until the margin is met, and say what was found."""
+        prober = self._prober
+        asked, (whole, suffix) = prober.probes, prober.recorded
+        self._inputs = min(INPUTS, self._order.numel())
+        self._times = ceil(FIRST / self._inputs)
+        self._fill()
+        # as many injections, without one wrong, as leave the margin room for the scatter over pairs
+        while True:
+            searched, given = self._searched()
+            room = 0.8 * margin
+            if half_width(searched) > room and not (half_width(given) <= room and self._inputs_are_short(margin)):
+                self._more_pairs()
+                continue
+            if not self._rate:
+                self._audit(4.4 / (margin * self._flags.numel()))
+            low, high, given_low, given_high, off = self._intervals()
+            short = self._inputs_are_short(margin)
+            if (high - low) / 2 <= margin or ((given_high - given_low) / 2 <= margin and short):
+                break
+            if off > 0.5 * margin and self._rate < 1:
+                self._audit(1.5 * self._rate)
+            else:
+                self._more_pairs()
+        recorded = prober.recorded
+        golden = (2 * prober.batches.samples + prober.batches.sizes[0]) / layers
+        set_up = golden + recorded[0] - whole + (recorded[1] - suffix) * self._share
+        forwards = set_up + (prober.probes - asked) * self._share
+        factor = self._factor()
+        injections = injections_for(factor, margin, self._confidence)
+        kinds = counted(self._left, self._asked, self._wrong)[:, : CRITICAL + 1].sum(dim=(1, 2)).tolist()
+        self._opened.clear()
+        return {
+            "layer": self._site.name,
+            "factor": factor,
+            "factor_low": low,
+            "factor_high": high,
+            "given_low": given_low,
+            "given_high": given_high,
+            "searched": float(self._flags.double().mean()),
+            "inputs": self._inputs,
+            "pairs": self.pairs,
+            "audited": kinds[ASKED],
+            "wrong": kinds[WRONG] / kinds[ASKED] if kinds[ASKED] else 0.0,
+            "forwards": forwards,
+            "injections": injections,
+            "rival": set_up + injections * self._share,
+        }
+
+    def _factor(self) -> float:
+        counts = counted(self._left, self._asked, self._wrong)
+        found = float(self._flags.sum()) + float(correction(counts).sum())
+        return min(max(found / self._flags.numel(), 0.0), 1.0)
+
+    def _searched(self) -> tuple[Interval, Interval]:
+        """Intervals of the mean of what the search says, over inputs and over the inputs given."""
+        values = self._flags.double().mean(dim=1).numpy()
+        given = mean_interval(values, confidence=self._confidence, bounds=(0.0, 1.0))
+        half = t_distance(self._by_input(values), self._confidence)
+        mean = float(values.mean())
+        whole = (min(given[0], max(0.0, mean - half)), max(given[1], min(1.0, mean + half)))
+        return whole, given
+
+    def _intervals(self) -> tuple[float, float, float, float, float]:
+        """Low and high over the population and over the inputs given, and how much of them the audit leaves unsure."""
+        flips, factor, confidence = self._flags.numel(), self._factor(), self._confidence
+        counts = counted(self._left, self._asked, self._wrong)
+        below, above = (flips_off / flips for flips_off in distances(counts, confidence=confidence))
+        values = self._flags.double().mean(dim=1).numpy()
+        found = self._wrong_by_pair()
+        mean = float(values.mean())
+        ends = []
+        for interval, groups in zip(
+            self._searched()[:2], (self._by_input(values + found), values + found), strict=True
+        ):
+            half = t_distance(groups, confidence)  # holds what inputs with many wrong decisions have in common
+            ends.append(max(0.0, factor - max(half, hypot(mean - interval[0], below))))
+            ends.append(min(1.0, factor + max(half, hypot(interval[1] - mean, above))))
+        return ends[0], ends[1], ends[2], ends[3], (below + above) / 2
+
+    def _wrong_by_pair(self) -> NDArray[np.float64]:
+        if not self._rate:
+            return np.zeros(self.pairs)
+        found: NDArray[np.float64] = signed(self._left, self._wrong, min(self._rate, 1.0)).mean(dim=1).numpy()
+        return found
+
+    def _grid(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Values of pairs as (inputs, pairs of each)."""
+        return values[np.argsort(self._input.numpy(), kind="stable")].reshape(self._inputs, self._times)
+
+    def _by_input(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        means: NDArray[np.float64] = self._grid(values).mean(axis=1)
+        return means
+
+    def _scatter(self) -> tuple[float, float]:
+        """The variance of the factor's estimate that comes from the choice of inputs, and from that of places."""
+        values = self._grid(self._flags.double().mean(dim=1).numpy() + self._wrong_by_pair())
+        within = float(values.var(axis=1, ddof=1).mean()) / values.size
+        if self._inputs < 2:
+            return inf, within
+        return max(0.0, float(values.mean(axis=1).var(ddof=1)) / self._inputs - within), within
+
+    def _inputs_are_short(self, margin: float) -> bool:
+        """Whether no number of pairs makes the interval over the population narrow enough: inputs scatter too much."""
+        if self._inputs < self._order.numel():
+            return False
+        if self._inputs < 2:
+            return True
+        t = float(stats.t.ppf((1 + self._confidence) / 2, self._inputs - 1))
+        return bool(t * self._scatter()[0] ** 0.5 > 0.9 * margin)
+
+    def _more_pairs(self) -> None:
+        """More inputs, if they scatter more than places do and there are some left, else one more place of each."""
+        between, within = self._scatter()
+        there = self._order.numel()
+        if between > within and self._inputs < there:
+            self._inputs = min(there, self._inputs + ceil(self._inputs / 3))
+        else:
+            self._times += 1
+        self._fill()
+
+    def _fill(self) -> None:
+        """Draw and search the pairs that are missing for every input to have its number of them."""
+        times = torch.full((self._inputs,), self._times)
+        if self.pairs:
+            times -= torch.bincount(self._input, minlength=self._inputs)
+        new = torch.repeat_interleave(torch.arange(self._inputs), times)
+        many = new.numel()
+        place = torch.from_numpy(self._draw.below(self._site.values, many))
+        flags, left = self._answers(self._order[new], place)
+        keys = torch.from_numpy(self._draw.below(2**53, flags.numel())).double() / 2**53
+        nothing = torch.zeros_like(flags)
+        self._input, self._place = torch.cat([self._input, new]), torch.cat([self._place, place])
+        self._flags, self._left = torch.cat([self._flags, flags]), torch.cat([self._left, left])
+        self._asked, self._wrong = torch.cat([self._asked, nothing]), torch.cat([self._wrong, nothing])
+        self._keys = torch.cat([self._keys, keys.reshape(many, -1)])
+        if self._rate:
+            self._audit(self._rate)
+
+    def _answers(self, sample: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Which flips of new pairs are critical, and what was left untried of them."""
+        flags = torch.zeros(place.numel(), self._site.width, dtype=torch.bool)
+        left = torch.zeros(place.numel(), self._site.width, dtype=torch.int8)
+        for batch, here, rows in by_batch(self._prober, sample):
+            search = Search(self._at(batch), rows, place[here])
+            flags[here], left[here] = search.critical, search.left.cpu()
+        return flags, left
+
+    def _audit(self, rate: float) -> None:
+        """Inject each flip that the search left untried with this probability; those drawn before stay drawn."""
+        self._rate = min(rate, 1.0)
+        which = (self._left != TRIED) & (self._keys < self._rate) & ~self._asked
+        pair = which.any(dim=1).nonzero()[:, 0]
+        sample = self._order[self._input[pair]]
+        for batch, here, rows in by_batch(self._prober, sample):
+            layer, mine = self._at(batch), pair[here]
+            truth = Search(layer, rows, self._place[mine], decide=False).truth(which[mine])
+            self._wrong[mine] |= (truth.cpu() != self._flags[mine]) & which[mine]
+        self._asked |= which
+
+    def _at(self, batch: int) -> Questions:
+        if batch not in self._opened:
+            self._opened[batch] = self._prober.at(self._site, batch)  # type: ignore[arg-type]
+        return self._opened[batch]
+
+
+class _Injected(_Layer):
+    """One layer's random injections: pairs of which one random bit is tried, and nothing is left to an assumption."""
+
+    @staticmethod
+    def _width(site: NeuronSite | Site) -> int:
+        return 1
+
+    def _answers(self, sample: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        bit = torch.from_numpy(self._draw.below(self._site.width, place.numel()))
+        flags = torch.zeros(place.numel(), 1, dtype=torch.bool)
+        for batch, here, rows in by_batch(self._prober, sample):
+            layer = self._at(batch)
+            device = layer.values.device
+            rows, mine = rows.to(device), place[here].to(device)
+            flips = layer.flips(rows, mine).gather(1, bit[here].to(device)[:, None])[:, 0]
+            flags[here, 0] = layer.critical(rows, mine, flips).cpu()
+        return flags, torch.full_like(flags, TRIED, dtype=torch.int8)
+
+
+def injections_for(rate: float, margin: float, confidence: float = 0.95) -> int:
+    """How many random injections `mean_interval` needs for ± `margin` where this share of them is critical.
+
+    Example:
+        >>> injections_for(0.5, 0.01) > injections_for(0.05, 0.01) > 300
+        True
+    """
+
+    def enough(n: int) -> bool:
+        hits = round(rate * n)
+        outcomes = np.zeros(n)
+        outcomes[:hits] = 1.0
+        return half_width(mean_interval(outcomes, confidence=confidence, bounds=(0.0, 1.0))) <= margin
+
+    high = 2
+    while not enough(high):
+        high *= 2
+    low = high // 2
+    while high - low > max(1, low // 200):
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high

@@ -4,28 +4,86 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from flipproof.analysis.multiplications import Multiplications
 from flipproof.analysis.probing import Prober
 from flipproof.analysis.weights import WeightProber
-from flipproof.campaigns.batches import Data, Output, call, read_batches
+from flipproof.campaigns.batches import Batches, Data, Output, read_batches
 from flipproof.campaigns.deciding import decide
 from flipproof.campaigns.evaluation import eval_mode, golden_run, one_thread
+from flipproof.campaigns.live import rows_of
 from flipproof.campaigns.neuron_trial import neuron_space
-from flipproof.faults.neuron_sites import Neurons
+from flipproof.faults.neuron_sites import Neurons, NeuronSite
+from flipproof.faults.sampling import TrialGenerator
 from flipproof.faults.selection import FormatChoice
 from flipproof.faults.sites import Parameters
 from flipproof.faults.space import FaultSpace
 from flipproof.interrupts import given_back
 from flipproof.outcomes import DecisionChoice
 
+BATCH = 128
+"""Inputs of a batch made of drawn ones."""
+
+
+def drawn(batches: Batches, most: int, seed: int) -> tuple[Batches, Tensor]:
+    """A random part of the inputs, so that nothing is computed about the others, and a random order of them.
+
+    Inputs that are tensors of one shape are put into batches of `BATCH` in the order drawn. Batches of other kinds are
+    thinned out where every tensor in them holds one row a sample, and else stay whole.
+
+    Args:
+        batches: all there are.
+        most: how many inputs are wanted at most.
+        seed: of the draw.
+
+    Returns:
+        The batches, and int64 positions in them in random order; with the first n, n inputs are drawn without
+        replacement.
+    """
+    order = _shuffled(batches.samples, seed)
+    if not all(map(_one_row_a_sample, batches.inputs, batches.sizes)):
+        return batches, order[:most]
+    order = order[:most]
+    parts: list[Any] = []
+    chosen: list[Tensor] = []
+    for i, inputs in enumerate(batches.inputs):
+        part = batches.part(i)
+        mine = order[(order >= part.start) & (order < part.stop)]
+        if mine.numel():
+            parts.append(rows_of(inputs, mine - part.start, batches.sizes[i]))
+            chosen.append(mine)
+    together = torch.cat(chosen)
+    place = torch.empty(batches.samples, dtype=torch.int64)
+    place[together] = torch.arange(order.numel())
+    try:
+        whole = pytree.tree_map(lambda *leaves: torch.cat(leaves), *parts)
+    except (ValueError, RuntimeError):  # batches of different shapes stay apart
+        sizes = tuple(mine.numel() for mine in chosen)
+        return Batches(tuple(parts), sizes, batches.targets[together]), place[order]
+    rows = torch.split(order, BATCH)
+    inputs = tuple(rows_of(whole, place[some], order.numel()) for some in rows)
+    return Batches(inputs, tuple(map(len, rows)), batches.targets[order]), torch.arange(order.numel())
+
+
+def _shuffled(count: int, seed: int) -> Tensor:
+    keys = TrialGenerator(seed, "inputs", 0).below(2**62, count)
+    return torch.from_numpy(keys).argsort(stable=True)
+
+
+def _one_row_a_sample(inputs: Any, size: int) -> bool:
+    leaves = pytree.tree_leaves(inputs)
+    return all(isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size for leaf in leaves)
+
 
 @contextmanager
 def opened(
     model: nn.Module,
-    data: Data,
+    data: Data | Batches,
     where: Neurons | Parameters,
     format: FormatChoice,
     output: Output,
@@ -34,17 +92,26 @@ def opened(
 ) -> Iterator[Prober | WeightProber]:
     """Probes of a model's neurons or parameters, while it is stored in their formats; it comes back as it was.
 
+    Args:
+        model: see `analyze`.
+        data: see `analyze`; or batches that were read already.
+        where: see `analyze`.
+        format: see `analyze`.
+        output: see `analyze`.
+        max_bytes: bound on the activations of a probing batch.
+        decision: see `analyze`.
+
     Raises:
         FlipproofError: as `assess` does, if the model rejects the data or its fault-free outputs hold NaN.
         FaultSpaceError: if nothing can be asked about.
     """
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    device = device_of(model)
     with given_back(model), eval_mode(model), one_thread(device):
-        batches = read_batches(data, device)
+        batches = data if isinstance(data, Batches) else read_batches(data, device)
         space = (
             FaultSpace(model, where=where, format=format)
             if isinstance(where, Parameters)
-            else neuron_space(model, batches, where, format)
+            else neuron_space(model, batches, where, format, output)
         )
         with space.stored():
             golden = golden_run(model, batches, output)
@@ -53,6 +120,11 @@ def opened(
                 yield WeightProber(model, space, batches, output, golden, rule, max_bytes)
             else:
                 yield Prober(model, space, batches, output, golden, rule, max_bytes)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's tensors are."""
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
 def by_batch(prober: Prober | WeightProber, sample: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -67,28 +139,9 @@ def by_batch(prober: Prober | WeightProber, sample: Tensor) -> Iterator[tuple[in
 
 def suffix_shares(model: nn.Module, prober: Prober | WeightProber) -> dict[str, float]:
     """Multiplications behind each layer ÷ those of a forward: what a probe of it costs in forwards."""
-    order: list[tuple[str, float]] = []
-    handles = []
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() > 1:
-
-            def hook(
-                module: nn.Module, args: object, result: object, name: str = name, weight: Tensor = weight
-            ) -> None:
-                if isinstance(result, Tensor):
-                    order.append((name, result.numel() * weight[0].numel()))
-
-            handles.append(module.register_forward_hook(hook))
-    try:
-        call(model, prober.batches.inputs[0])
-    finally:
-        for handle in handles:
-            handle.remove()
-    total = sum(cost for _, cost in order)
+    made = prober.multiplications if isinstance(prober, Prober) else Multiplications.of(model, prober.batches.inputs[0])
     shares = {}
     for site in prober.sites:
-        place = next((i for i, (name, _) in enumerate(order) if name == site.layer), None)
-        behind = sum(cost for _, cost in order[place + 1 :]) if place is not None else total
-        shares[site.name] = behind / total if total and prober.cuts(site) else 1.0
+        behind = made.behind(site.layer, site.call if isinstance(site, NeuronSite) else 0)
+        shares[site.name] = behind / made.total if made.total and prober.cuts(site) else 1.0
     return shares

@@ -3,19 +3,29 @@
 A probe puts a value into one neuron of one sample and looks at the class. Rows are gathered from the golden activations
 right behind the layer, so each row of a batch has a change of its own and only the rest of the network runs. Where a
 model cannot be traced, or its suffix does not give back the golden outputs bit by bit, whole forwards with a hook do.
+
+Gathering is tried before it is trusted: samples taken twice and backwards must give their classes, and rows beside
+rows that hold NaN and huge values must keep every bit. Where the first fails, samples stay where they are in their
+batch, one question each; where the second does, samples of a batch feel each other and every question has a forward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from flipproof.analysis.behind import Change, Suffix
+from flipproof.analysis.behind import Change, Suffix, cut_behind
+from flipproof.analysis.multiplications import Multiplications
 from flipproof.campaigns.batches import Batches, Output, call, pick
+from flipproof.campaigns.evaluation import is_infrastructure
 from flipproof.campaigns.live import rows_of
 from flipproof.campaigns.suffix import Suffixes
+from flipproof.errors import InfrastructureError, ModelError
 from flipproof.faults.neuron_sites import NeuronSite
 from flipproof.faults.neurons import NeuronSpace
 from flipproof.faults.sites import Site
@@ -23,6 +33,13 @@ from flipproof.outcomes import Decision, bit_pattern
 
 ROWS = 512
 """Most rows of a probing batch: more does not run faster on a CPU."""
+
+GATHERED, IN_PLACE, ALONE = "gathered", "in place", "alone"
+"""How many questions a forward takes: any, one a sample of the batch, one."""
+
+
+TURNED = 32
+"""Rows of a batch that are run again in another order and number, which has to change nothing."""
 
 
 class Prober:
@@ -50,7 +67,7 @@ class Prober:
         self.classes = decision.classes_of(golden)
         """Golden class of every sample."""
         self._golden = golden
-        self._suffixes = None if space.repeated else Suffixes.trace(model, batches.inputs)
+        self._suffixes = Suffixes.trace(model, batches.inputs)
         # a layer's output is commonly held four times over: itself, normalised, activated, pooled or unfolded
         a_row = 16 * sum(site.values for site in space.sites)
         self.rows = max(1, min(ROWS, max_bytes // a_row))
@@ -58,8 +75,16 @@ class Prober:
         """Whether probes run only what lies behind their layer."""
         self.probes = 0
         """Rows that were run through a network so far."""
+        self.whole_rows = 0
+        """Those of them that went through the whole network."""
         self.recorded = (0, 0)
         """Rows of whole forwards and of suffixes that prepared and checked the suffixes so far."""
+        self._ways: dict[tuple[str, bool], str] = {}
+
+    @cached_property
+    def multiplications(self) -> Multiplications:
+        """Of a forward of the first batch."""
+        return Multiplications.of(self.model, self.batches.inputs[0])
 
     @property
     def sites(self) -> tuple[NeuronSite, ...]:
@@ -68,30 +93,48 @@ class Prober:
 
     def cuts(self, site: NeuronSite | Site) -> bool:
         """Whether questions about this layer run only what lies behind it."""
-        return self.traced
+        if self._suffixes is None or not isinstance(site, NeuronSite) or site.axis != 0:
+            return False
+        return cut_behind(self._suffixes, site, self.space.calls[site.layer]) is not None
 
     def at(self, site: NeuronSite, batch: int) -> Layer:
         """The questions one can ask of this layer about this batch."""
-        suffix = self.suffix(site, batch)
+        return self._layer(site, batch, self.suffix(site, batch))
+
+    def gathers(self, site: NeuronSite, batch: int, suffix: Suffix) -> bool:
+        """Whether what runs behind a layer answers for any samples put together as it does for the batch."""
+        return self._layer(site, batch, suffix).way == GATHERED
+
+    def _layer(self, site: NeuronSite, batch: int, suffix: Suffix | None) -> Layer:
         values = suffix.values if suffix is not None else self._values(site, batch)
-        return Layer(self, site, batch, values, self.classes[self.batches.part(batch)], suffix)
+        layer = Layer(self, site, batch, values, self.classes[self.batches.part(batch)], suffix)
+        key = (site.name, suffix is None)
+        if key not in self._ways:
+            before = (self.probes, self.whole_rows)
+            self._ways[key] = layer.way_found()
+            rows, whole = self.probes - before[0], self.whole_rows - before[1]
+            self.recorded = (self.recorded[0] + whole, self.recorded[1] + rows - whole)
+            self.probes, self.whole_rows = before
+        layer.way = self._ways[key]
+        return layer
 
     def suffix(self, site: NeuronSite, batch: int) -> Suffix | None:
-        """What runs behind this layer, or None where that does not reproduce the golden outputs."""
+        """What runs behind this call of a layer, or None where that does not reproduce the golden outputs."""
         golden = self._golden[self.batches.part(batch)]
-        if self._suffixes is None or site.axis != 0:
+        if self._suffixes is None or not self.cuts(site):
             return None
         try:
             size = self.batches.sizes[batch]
-            suffix = Suffix(self._suffixes, site, self.batches.inputs[batch], size)
-            self.recorded = (self.recorded[0] + size, self.recorded[1] + 3 * size)
+            suffix = Suffix(self._suffixes, self.space, site, batch, self.batches.inputs[batch], size)
             rows = torch.arange(golden.shape[0], device=suffix.values.device)
+            some = rows.flip(0)[:TURNED].repeat(2)
+            self.recorded = (self.recorded[0] + size, self.recorded[1] + size + some.numel())
             whole = pick(suffix.run(rows), self._output).cpu()
-            turned = pick(suffix.run(rows.flip(0).repeat(2)), self._output).cpu()
+            turned = pick(suffix.run(some), self._output).cpu()
         except Exception:  # what was traced cannot run like the model, in whatever way that shows: run the model
             return None
         same = whole.shape == golden.shape and torch.equal(bit_pattern(whole), bit_pattern(golden))
-        backwards = self.classes_of(golden).flip(0).repeat(2)
+        backwards = self.classes_of(golden).flip(0)[:TURNED].repeat(2)
         return suffix if same and torch.equal(self.classes_of(turned), backwards) else None
 
     def classes_of(self, outputs: Tensor) -> Tensor:
@@ -110,10 +153,15 @@ class Prober:
             call(self.model, self.batches.inputs[batch])
         return found[0]
 
-    def whole(self, site: NeuronSite, batch: int, rows: Tensor, change: Change) -> Tensor:
-        """Outputs of whole forwards on these rows of the batch with the layer's output changed."""
+    def whole(self, site: NeuronSite, batch: int, rows: Tensor | None, change: Change) -> Any:
+        """What a whole forward on these rows of the batch, or the batch as it is, returns with the layer's output
+        changed.
+        """
         size = self.batches.sizes[batch]
-        inputs = rows_of(self.batches.inputs[batch], rows, size)
+        inputs = self.batches.inputs[batch]
+        if rows is not None:
+            inputs = rows_of(inputs, rows, size)
+        self.whole_rows += size if rows is None else rows.numel()
 
         def put(seen: NeuronSite, output: Tensor) -> Tensor | None:
             if seen.name != site.name:
@@ -124,7 +172,7 @@ class Prober:
 
         self.space.begin(batch)
         with self.space.changed(put):
-            return pick(call(self.model, inputs), self._output)
+            return call(self.model, inputs)
 
     def outputs(self, raw: Any) -> Tensor:
         """The tensor to judge, on the CPU."""
@@ -138,6 +186,7 @@ class Layer:
         values: golden outputs (samples, neurons).
         classes: golden class of each sample.
         last: True if nothing is computed behind the layer, so that a probe costs a comparison and no network.
+        way: how many questions a forward takes.
     """
 
     def __init__(
@@ -146,6 +195,7 @@ class Layer:
         self._prober, self._site, self._batch, self._suffix = prober, site, batch, suffix
         self.values, self.classes = values, classes
         self.last = suffix is not None and suffix.last
+        self.way = GATHERED
         self._floor = suffix.floor() if suffix is not None else None
 
     def unseen(self, rows: Tensor, neurons: Tensor, values: Tensor) -> Tensor:
@@ -160,24 +210,114 @@ class Layer:
         return (after == before) | ((after <= floor) & (before <= floor))
 
     def critical(self, rows: Tensor, neurons: Tensor, values: Tensor, *, shortcuts: bool = True) -> Tensor:
-        """Whether each change gives another class, or a NaN; bool on the device of the values.
+        """Whether each change gives another class or a NaN, or makes the model raise; bool on the values' device.
 
         Args:
             rows: samples of the batch, int64 (n,).
             neurons: flat indices, int64 (n,).
             values: what the neurons hold instead, (n,).
             shortcuts: skip what `unseen` proves; False runs everything.
+
+        Raises:
+            ModelError: if the model raises although nothing was changed.
         """
         result = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
         ask = torch.arange(values.numel(), device=values.device)
         if shortcuts:
             ask = ask[~self.unseen(rows, neurons, values)]
-        for part in torch.split(ask, self._prober.rows) if ask.numel() else ():
-            raw = self._run(rows[part], neurons[part], values[part])
-            found = self._prober.classes_of(self._prober.outputs(raw))
+        for part in self._forwards(ask, rows) if ask.numel() else ():
+            found = self._found(rows[part], neurons[part], values[part])
             result[part] = (found != self.classes[rows[part].cpu()]).to(result.device)
-            self._prober.probes += 0 if self.last else part.numel()
         return result
+
+    def way_found(self) -> str:
+        """How questions may be put together here, tried out on NaN and on the largest number there is."""
+        rows = torch.arange(self.values.shape[0], device=self.values.device)
+        for way, order in ((GATHERED, rows.flip(0)[:TURNED].repeat(2)), (IN_PLACE, rows)):
+            # a model that refuses NaN says nothing of how samples mix: it is tried with other values of its own
+            for gentle in (False, True):
+                try:
+                    plain = self._outputs(way, order, None)
+                    if not torch.equal(self._prober.classes_of(plain), self.classes[order.cpu()]):
+                        break
+                    return way if self._apart(way, order, plain, gentle) else ALONE
+                except Exception as error:
+                    if is_infrastructure(error):
+                        raise InfrastructureError(f"{self._site.name}: {type(error).__name__}: {error}") from error
+        return ALONE
+
+    def _apart(self, way: str, order: Tensor, plain: Tensor, gentle: bool) -> bool:
+        """Whether broken samples leave every bit of the others' outputs."""
+        half = order.numel() // 2
+        for broken in (slice(0, half), slice(half, None)) if half else ():
+            found = self._outputs(way, order, self._breaking(broken, gentle))
+            kept = torch.ones(order.numel(), dtype=torch.bool)
+            kept[broken] = False
+            if not torch.equal(bit_pattern(found[kept]), bit_pattern(plain[kept])):
+                return False
+        return True
+
+    def _breaking(self, part: slice, gentle: bool) -> Change:
+        def change(output: Tensor) -> None:
+            rows = output.movedim(self._site.axis, 0)[part]
+            if gentle:
+                rows.mul_(-2)
+            else:
+                rows[::2], rows[1::2] = float("nan"), torch.finfo(output.dtype).max
+
+        return change
+
+    def _forwards(self, ask: Tensor, rows: Tensor) -> list[Tensor]:
+        """Which questions share a forward."""
+        if self.way == GATHERED:
+            return list(torch.split(ask, self._prober.rows))
+        if self.way == ALONE:
+            return list(torch.split(ask, 1))
+        sample = rows[ask]
+        order = sample.argsort(stable=True)
+        found = torch.searchsorted(sample[order].contiguous(), sample[order].contiguous())
+        turn = torch.arange(ask.numel(), device=ask.device) - found  # the how many-th question about its sample
+        return [ask[order[turn == i]] for i in range(int(turn.max()) + 1)]
+
+    def _found(self, rows: Tensor, neurons: Tensor, values: Tensor) -> Tensor:
+        """The class of each question; −1 for a NaN, and where the model raises."""
+        count = rows.numel()
+        at = torch.arange(count, device=rows.device) if self.way == GATHERED else rows
+
+        def change(output: Tensor) -> None:
+            output[self._site.index(at, neurons)] = values
+
+        try:
+            outputs = self._outputs(self.way, rows, change)
+            return self._prober.classes_of(outputs if self.way == GATHERED else outputs[rows.cpu()])
+        except Exception as error:
+            if is_infrastructure(error):
+                raise InfrastructureError(f"{self._site.name}: {type(error).__name__}: {error}") from error
+            if count > 1:  # one of them made the model raise: which?
+                halves = (slice(0, count // 2), slice(count // 2, None))
+                return torch.cat([self._found(rows[half], neurons[half], values[half]) for half in halves])
+        try:
+            self._outputs(self.way, rows, None)
+        except Exception as error:
+            raise ModelError(
+                f"{self._site.name}: the model raises on golden values too ({type(error).__name__}: {error}), so that "
+                f"nothing can be asked about it"
+            ) from error
+        return torch.full((1,), -1)
+
+    def _outputs(self, way: str, rows: Tensor, change: Change | None) -> Tensor:
+        """What is judged, for these rows gathered, or for the whole batch as it is; on the CPU."""
+        put: Change = change if change is not None else lambda output: None
+        size = self.values.shape[0]
+        self._prober.probes += 0 if self.last else rows.numel() if way == GATHERED else size
+        if self._suffix is not None:
+            every = torch.arange(size, device=self.values.device)
+            return self._prober.outputs(self._suffix.run(rows if way == GATHERED else every, put))
+        return self._prober.outputs(self._prober.whole(self._site, self._batch, rows if way == GATHERED else None, put))
+
+    def truth(self, rows: Tensor, neurons: Tensor, values: Tensor) -> Tensor:
+        """As `critical`, but everything is run, also what seems provable."""
+        return self.critical(rows, neurons, values, shortcuts=False)
 
     def gradient(self) -> Tensor:
         """∂L/∂a of every neuron for every sample, with L = Σ_j σ(E_c − E_j) (PAPERS: deepvigor, Eq. 1); NaN where the
@@ -206,10 +346,47 @@ class Layer:
         golden = self.values[rows, neurons][:, None].expand(-1, self._site.width).contiguous()
         return self._site.flipped(golden, torch.arange(self._site.width, device=golden.device))
 
-    def _run(self, rows: Tensor, neurons: Tensor, values: Tensor) -> Any:
-        def change(output: Tensor) -> None:
-            output[self._site.index(torch.arange(rows.numel(), device=rows.device), neurons)] = values
 
-        if self._suffix is not None:
-            return self._suffix.run(rows, change)
-        return self._prober.whole(self._site, self._batch, rows, change)
+def row_wise(model: nn.Module, inputs: Any, size: int, judged: Callable[[Any], Tensor], golden: Tensor) -> bool:
+    """Whether a model answers for any samples of a batch put together as it does for the batch.
+
+    Tried out: samples taken twice and backwards, then half of them replaced by another sample, by NaN and by the
+    largest number there is, which has to leave every bit of the others' outputs.
+
+    Args:
+        model: any module.
+        inputs: a batch of `size` samples.
+        size: of the batch.
+        judged: from what the model returns to the outputs that are judged, on the CPU.
+        golden: those of the batch.
+    """
+    rows = torch.arange(size).flip(0)[:TURNED].repeat(2)
+    half = rows.numel() // 2
+    try:
+        given = rows_of(inputs, rows, size)
+        plain = judged(call(model, given))
+        if plain.shape != (rows.numel(), *golden.shape[1:]) or not torch.allclose(
+            plain, golden[rows], rtol=1e-3, atol=1e-4 * float(golden.abs().max().clamp(min=1e-30))
+        ):
+            return False
+        for value in (None, float("nan"), 1e30):
+            hit = judged(call(model, pytree.tree_map(partial(_broken, rows.numel(), half, value), given)))
+            if not torch.equal(bit_pattern(hit[half:]), bit_pattern(plain[half:])):
+                return False
+    except Exception as error:  # what refuses such a batch is asked about in its own
+        if is_infrastructure(error):
+            raise InfrastructureError(f"{type(error).__name__}: {error}") from error
+        return False
+    return True
+
+
+def _broken(rows: int, half: int, value: float | None, leaf: Any) -> Any:
+    """A copy with the first half of the samples replaced: by the last one, or by a value where that is possible."""
+    if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != rows:
+        return leaf
+    changed = leaf.clone()
+    if value is None:
+        changed[:half] = leaf[-1]
+    elif leaf.is_floating_point():
+        changed[:half] = min(value, torch.finfo(leaf.dtype).max)
+    return changed

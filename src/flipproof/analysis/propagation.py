@@ -13,10 +13,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from flipproof.analysis.asking import check_asked
 from flipproof.campaigns.arguments import check_hooks_run
 from flipproof.campaigns.batches import Data, call, read_batches
-from flipproof.campaigns.evaluation import eval_mode
-from flipproof.errors import ConfigError
+from flipproof.campaigns.evaluation import eval_mode, is_infrastructure
+from flipproof.errors import ConfigError, DataError, InfrastructureError, ModelError
 from flipproof.faults import FaultModel, FaultSpace, Parameters
 from flipproof.faults.models import Faults
 from flipproof.faults.sampling import TrialGenerator
@@ -94,6 +95,8 @@ def propagation(
 
     Raises:
         ConfigError: if no layer fits `include`, or the numbers make no sense.
+        DataError: if the model rejects a batch.
+        ModelError: if no layer gives floating-point tensors, or the model cannot be watched.
 
     Example:
         >>> import flipproof as fp, torch
@@ -104,6 +107,10 @@ def propagation(
     """
     if trials < 1 or bins < 1:
         raise ConfigError(f"propagation needs trials ≥ 1 and bins ≥ 1, got trials={trials}, bins={bins}")
+    where = Parameters() if where is None else where
+    check_asked("propagation", model, where, (Parameters,), format)
+    if not hasattr(faults, "points"):
+        raise ConfigError(f"propagation takes faults= a fault model such as fp.RandomBits(1), got {faults!r}")
     check_hooks_run(model)
     layers = _layers(model, (include,) if isinstance(include, str) else tuple(include))
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
@@ -116,10 +123,15 @@ def propagation(
         jobs += [(point, trial, point.draw(space, TrialGenerator(seed, repr(point), trial))) for trial in range(count)]
     seen: dict[tuple[int, str], _Seen] = {}
     with given_back(model), eval_mode(model), torch.no_grad(), space.stored():
-        golden = [_outputs(model, layers, inputs) for inputs in batches.inputs]
+        golden = [_golden(model, layers, inputs, i) for i, inputs in enumerate(batches.inputs)]
         order = dict.fromkeys(name for outputs in golden for name in outputs)  # as they are executed
         edges = {name: _edges([g[name] for g in golden if name in g], bins) for name in order}
         edges = {name: found for name, found in edges.items() if found is not None}
+        if not edges:
+            raise ModelError(
+                f"none of the layers {list(layers)[:20]} gives a floating-point tensor when the model runs: quantised "
+                f"layers, and layers whose weights are used by functions alone, cannot be compared"
+            )
         before = {name: _count([g[name] for g in golden if name in g], edges[name]) for name in edges}
         after = {name: np.zeros(bins + 2, np.int64) for name in edges}
         for number, (_, _, drawn) in enumerate(jobs):
@@ -151,6 +163,15 @@ def _layers(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Module]
     if not found:
         raise ConfigError(f"no layer fits include={list(patterns)}; the model's layers are {list(leaves)[:20]}")
     return found
+
+
+def _golden(model: nn.Module, layers: dict[str, nn.Module], inputs: Any, batch: int) -> dict[str, Tensor]:
+    try:
+        return _outputs(model, layers, inputs)
+    except Exception as error:
+        if is_infrastructure(error):
+            raise InfrastructureError(f"golden run, batch {batch}: {type(error).__name__}: {error}") from error
+        raise DataError(f"the model rejects batch {batch}: {type(error).__name__}: {error}") from error
 
 
 def _outputs(model: nn.Module, layers: dict[str, nn.Module], inputs: Any) -> dict[str, Tensor]:

@@ -8,12 +8,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from flipproof.analysis.selection import COPIES
 from flipproof.analysis.validation import injected, reopened
 from flipproof.analysis.vulnerability import VulnerabilityMap
 from flipproof.campaigns.batches import Data
 from flipproof.campaigns.statistics import mean_interval, wilson_interval
 from flipproof.errors import ConfigError
 from flipproof.faults.sampling import TrialGenerator
+from flipproof.formats import SECDED
 
 
 def protection(
@@ -42,9 +44,10 @@ def protection(
         seed: of the injections and the random bits.
 
     Returns:
-        Rows "nothing", "selected", "random", "everything": `bits` protected (share), `critical` with Wilson interval,
-        and `gain`: critical rate saved against "nothing", with a paired interval over injections; in `gain_over_random`
-        the same against "random".
+        Rows "nothing", "selected", "random", "everything": `bits` protected, as a share of all bits; `memory`: the bits
+        that storing them so adds, as a share (for "random" two copies of each bit, for "everything" the check bits of
+        SECDED); `critical` with Wilson interval, and `gain`: critical rate saved against "nothing", with a paired
+        interval over injections; in `gain_over_random` the same against "random".
 
     Raises:
         ConfigError: if injections is below 2, or the map has no model.
@@ -81,11 +84,14 @@ def protection(
     nobody = np.zeros(injections, np.bool_)
     schemes = {"nothing": (0, nobody), "selected": (count, covered), "random": (count, at_random)}
     schemes["everything"] = (total, ~nobody)
+    added = {"selected": int(chosen["added"].sum()) if len(chosen) else 0, "random": COPIES * count}
+    added["everything"] = sum(x.total * (SECDED(x.stored_as).width - x.width) for x in found.layers_found)
     left = {name: critical & ~protected for name, (_, protected) in schemes.items()}
     rows = []
     for name, (bits, _) in schemes.items():
         low, high = wilson_interval(int(left[name].sum()), injections, confidence=confidence)
-        row: dict[str, str | float] = {"protected": name, "bits": bits / total, "critical": float(left[name].mean())}
+        row: dict[str, str | float] = {"protected": name, "bits": bits / total}
+        row |= {"memory": added.get(name, 0) / total, "critical": float(left[name].mean())}
         row |= {"critical_low": low, "critical_high": high}
         for column, other in (("gain", "nothing"), ("gain_over_random", "random")):
             row |= _paired(column, left[other].astype(float) - left[name].astype(float), confidence)

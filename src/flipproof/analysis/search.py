@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flipproof.faults.sampling import TrialGenerator
+from flipproof.analysis.audit import CRITICAL, HARMLESS, PROVEN, TRIED
 
 
 class Questions(Protocol):
@@ -29,6 +29,12 @@ class Questions(Protocol):
     def critical(self, rows: Tensor, places: Tensor, values: Tensor, *, shortcuts: bool = True) -> Tensor:
         """Whether each change gives another class, or a NaN; bool (n,)."""
 
+    def unseen(self, rows: Tensor, places: Tensor, values: Tensor) -> Tensor:
+        """Whether each change provably gives the golden outputs; bool (n,)."""
+
+    def truth(self, rows: Tensor, places: Tensor, values: Tensor) -> Tensor:
+        """As `critical`, by a run of what lies behind, whatever seems provable; bool (n,)."""
+
 
 class Search:
     """The searches of some pairs of a sample and a place, in lockstep: every round asks one question of each.
@@ -40,6 +46,7 @@ class Search:
         skip: pairs that are asked about NaNs and changed signs of zero only, and else taken as harmless, bool (pairs,).
         exhaustive: try every bit.
         tolerance: of `ranges`.
+        decide: search; without, only `truth` can be asked for.
 
     Attributes:
         critical: which bits of which pairs are critical, bool (pairs, bits).
@@ -55,6 +62,7 @@ class Search:
         skip: Tensor | None = None,
         exhaustive: bool = False,
         tolerance: float = 0.05,
+        decide: bool = True,
     ) -> None:
         device = layer.values.device
         self._layer, self._tolerance = layer, tolerance
@@ -65,6 +73,8 @@ class Search:
         self._delta = self._faulty.double() - self._golden.double()[:, None]
         self._flags = torch.zeros(self._faulty.shape, dtype=torch.bool, device=device)
         self._tried = torch.zeros_like(self._flags)
+        if not decide:
+            return
         everything = exhaustive or layer.last
         # NaN and a changed sign of zero have no place in an order of errors: they are tried themselves
         self._try(torch.ones_like(self._flags) if everything else ~((self._delta > 0) | (self._delta < 0)))
@@ -87,9 +97,10 @@ class Search:
     def _ask(self, pairs: Tensor, values: Tensor) -> Tensor:
         return self._layer.critical(self._rows[pairs], self._places[pairs], values)
 
-    def _side(self, sign: int, everything: bool) -> tuple[Tensor, Tensor]:
-        """Largest harmless and smallest critical error of this sign among the bit flips, as magnitudes; 0 and inf where
-        there is none.
+    def _side(self, sign: int, everything: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the bit flips with errors of this sign, as magnitudes: the largest with no critical one up to it, the
+        smallest critical one, the largest harmless one, and the smallest with all critical from it on; 0 and inf where
+        there is none. The first and third, and the second and fourth, differ where there are holes.
         """
         size = self._delta * sign
         member = size > 0
@@ -99,15 +110,22 @@ class Search:
         if everything:
             flags = self._flags.gather(1, order.indices) & (index < count[:, None])
             first = torch.where(flags.any(dim=1), flags.int().argmax(dim=1), count)
+            calm = ~flags & (index < count[:, None])
+            after = torch.where(calm, index + 1, 0).amax(dim=1)
         else:
-            first = self._first_critical(order.indices, count)
+            after = first = self._first_critical(order.indices, count)
             flags = (index >= first[:, None]) & (index < count[:, None])
             self._flags |= torch.zeros_like(self._flags).scatter_(1, order.indices, flags)
         sizes = order.values
-        harmless = torch.where(first > 0, sizes.gather(1, (first - 1).clamp(min=0)[:, None])[:, 0], 0.0)
         last = sizes.shape[1] - 1
-        critical = torch.where(first < count, sizes.gather(1, first.clamp(max=last)[:, None])[:, 0], inf)
-        return harmless, critical
+
+        def before(place: Tensor) -> Tensor:
+            return torch.where(place > 0, sizes.gather(1, (place - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+
+        def at(place: Tensor) -> Tensor:
+            return torch.where(place < count, sizes.gather(1, place.clamp(max=last)[:, None])[:, 0], inf)
+
+        return before(first), at(first), before(after), at(after)
 
     def _first_critical(self, order: Tensor, count: Tensor) -> Tensor:
         """Index of the first critical flip in each row of `order`: gallop down from the largest, then bisect."""
@@ -126,24 +144,30 @@ class Search:
 
     def ranges(self, *, narrow: bool = True) -> Tensor:
         """Per pair: harmless down to, critical from there down, harmless up to, critical from there up, as errors;
-        float64 (pairs, 4). `narrow` asks between the bit flips that were tried.
+        float64 (pairs, 4). `narrow` asks between the bit flips that were tried. Holes that were found lie in the gap
+        between harmless and critical.
         """
         parts = []
-        for sign, (harmless, critical) in zip((-1, 1), self._sides[::-1], strict=True):
-            near, far = self._narrowed(sign, harmless, critical) if narrow else (harmless, critical)
+        for sign, (near, first, last, far) in zip((-1, 1), self._sides[::-1], strict=True):
+            if narrow:
+                holed = last > near
+                near, reached = self._narrowed(sign, near, first, torch.ones_like(holed))
+                far = torch.where(holed, self._narrowed(sign, last, far, holed)[1], reached)
             parts += [sign * near, sign * far]
         return torch.stack(parts, dim=1).cpu()
 
-    def _narrowed(self, sign: int, harmless: Tensor, critical: Tensor) -> tuple[Tensor, Tensor]:
+    def _narrowed(self, sign: int, harmless: Tensor, critical: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        """Both ends of the gaps of these pairs, moved towards each other."""
         harmless, critical = harmless.clone(), critical.clone()
         top = torch.finfo(self._golden.dtype).max
-        everyone = (~self._skip).nonzero()[:, 0]
+        which = which & ~self._skip
+        everyone = which.nonzero()[:, 0]
         # no finite error was critical yet: ask for the largest there is
         open_ended = everyone[torch.isinf(critical[everyone])]
         self._move(sign, open_ended, torch.full_like(harmless[open_ended], top), harmless, critical)
         for _ in range(40):
             wide = torch.isfinite(critical) & (critical > harmless.clamp(min=1e-30) * (1 + self._tolerance))
-            active = (wide & ~self._skip).nonzero()[:, 0]
+            active = (wide & which).nonzero()[:, 0]
             if not active.numel():
                 break
             near, far = harmless[active], critical[active]
@@ -167,12 +191,21 @@ class Search:
         harmless[pairs[~hit]] = asked[~hit]
         return new
 
-    def holes(self, draw: TrialGenerator, wanted: int) -> tuple[int, int]:
-        """Injections of flips that the search decided without trying: how many, and how many it had wrong."""
+    @property
+    def left(self) -> Tensor:
+        """What became of each flip without being tried, int8 (pairs, bits): `HARMLESS` or `CRITICAL` as the search has
+        it, or `PROVEN` harmless; `TRIED` for the others.
+        """
+        found = torch.where(self._flags, CRITICAL, HARMLESS).to(torch.int8)
+        found[self._tried] = TRIED
         pair, bit = (~self._tried).nonzero(as_tuple=True)
-        if not pair.numel():
-            return 0, 0
-        some = torch.from_numpy(draw.below(pair.numel(), wanted)).to(pair.device)
-        pair, bit = pair[some], bit[some]
-        truth = self._layer.critical(self._rows[pair], self._places[pair], self._faulty[pair, bit], shortcuts=False)
-        return wanted, int((truth != self._flags[pair, bit]).sum())
+        proven = self._layer.unseen(self._rows[pair], self._places[pair], self._faulty[pair, bit])
+        found[pair[proven], bit[proven]] = PROVEN
+        return found
+
+    def truth(self, which: Tensor) -> Tensor:
+        """Whether these flips are critical when they are injected, bool (pairs, bits); False for all others."""
+        pair, bit = which.to(self._flags.device).nonzero(as_tuple=True)
+        found = torch.zeros_like(self._flags)
+        found[pair, bit] = self._layer.truth(self._rows[pair], self._places[pair], self._faulty[pair, bit])
+        return found

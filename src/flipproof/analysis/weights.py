@@ -3,7 +3,7 @@
 A weight w of a Conv or Linear layer moves one output channel along a line: with v in its place the channel is
 y + (v − w) · P, where P is what the weight sees of the layer's input (zeros where it sees the padding). So each row of
 a batch can have a weight of its own, and only what lies behind the layer runs, as for neurons. Every other parameter,
-and weights of layers that cannot be cut out, are changed in memory, with whole forwards.
+weights in half precision, and weights of layers that cannot be cut out, are changed in memory, with whole forwards.
 """
 
 from __future__ import annotations
@@ -16,16 +16,20 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from flipproof.analysis.behind import Suffix
-from flipproof.analysis.probing import Prober
+from flipproof.analysis.probing import Prober, row_wise
 from flipproof.campaigns.batches import Batches, Output, call, pick
-from flipproof.campaigns.live import rows_of
+from flipproof.campaigns.evaluation import is_infrastructure
+from flipproof.campaigns.live import bytes_of, rows_of
 from flipproof.campaigns.neuron_trial import neuron_space
-from flipproof.errors import FaultSpaceError
+from flipproof.errors import FaultSpaceError, InfrastructureError
 from flipproof.faults.neuron_sites import Neurons, NeuronSite
 from flipproof.faults.sites import Site
 from flipproof.faults.space import FaultSpace
 from flipproof.formats.base import Stored, dense, word_dtype
 from flipproof.outcomes import Decision
+
+CHECKED = 16
+"""Injections of an audit that are made in the model's own memory, a parameter."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -65,14 +69,22 @@ class WeightProber:
         self._prober: Prober | None = None
         if layers:
             try:
-                neurons = neuron_space(model, batches, Neurons(include=layers), None)
+                neurons = neuron_space(model, batches, Neurons(include=layers), None, output)
             except FaultSpaceError:  # no layer gives one row a sample
                 neurons = None
             if neurons is not None:
                 self._prober = Prober(model, neurons, batches, output, golden, decision, max_bytes)
         self.traced = self._prober is not None and self._prober.traced
+        first = golden[: batches.sizes[0]]
+        self.row_wise = row_wise(model, batches.inputs[0], batches.sizes[0], lambda r: pick(r, output).cpu(), first)
+        """Whether samples of a batch may be run apart from the others."""
+        self._layer: str | None = None
+        self._kept: dict[int, tuple[Suffix | None, Tensor | None]] = {}
+        self._max_bytes = self._room = max_bytes
         self.whole = 0
         """Rows run through the whole network so far."""
+        self.checked: dict[str, int] = {}
+        """How many injections of an audit were made in memory, by parameter."""
 
     @property
     def probes(self) -> int:
@@ -94,18 +106,40 @@ class WeightProber:
         found = None
         neurons = self._site(site)
         if self._prober is not None and neurons is not None:
-            suffix = self._prober.suffix(neurons, batch)
-            if suffix is not None:
-                seen = _input_of(self.model, self._lines[site.name], self.batches.inputs[batch])
+            suffix, seen = self._cut_out(neurons, batch)
+            if suffix is not None and seen is not None:
                 found = _Line(self._lines[site.name], site, suffix, seen, self._prober)
         return WeightLayer(self, site, batch, found)
 
+    def _cut_out(self, neurons: NeuronSite, batch: int) -> tuple[Suffix | None, Tensor | None]:
+        """What runs behind a layer and what it sees; kept for the layer's next parameter, as far as memory allows."""
+        assert self._prober is not None
+        if self._layer != neurons.name:
+            self._layer, self._kept, self._room = neurons.name, {}, self._max_bytes
+        if batch in self._kept:
+            return self._kept[batch]
+        suffix = self._prober.suffix(neurons, batch)
+        seen = None
+        if suffix is not None and not self._prober.gathers(neurons, batch, suffix):
+            suffix = None  # samples feel each other: a weight is changed for all of them
+        if suffix is not None:
+            seen = _input_of(self.model, neurons.layer, self.batches.inputs[batch])
+            self._prober.recorded = (self._prober.recorded[0] + self.batches.sizes[batch], self._prober.recorded[1])
+        size = bytes_of([seen, suffix.live]) if suffix is not None else 0
+        if size <= self._room:
+            self._room -= size
+            self._kept[batch] = (suffix, seen)
+        return suffix, seen
+
     def cuts(self, site: NeuronSite | Site) -> bool:
         """Whether questions about this parameter run only what lies behind its layer."""
-        return self.traced and isinstance(site, Site) and self._site(site) is not None
+        neurons = self._site(site) if isinstance(site, Site) else None
+        return neurons is not None and self._prober is not None and self._prober.cuts(neurons)
 
     def _site(self, site: Site) -> NeuronSite | None:
         if site.name not in self._lines or self._prober is None:
+            return None
+        if self._prober.space.calls.get(site.layer, 1) > 1:  # the weight moves the output of every call
             return None
         return next((found for found in self._prober.space.sites if found.name == site.layer), None)
 
@@ -159,18 +193,44 @@ class WeightLayer:
             result[here] = self._in_memory(rows[here], int(places[here[0]]), values[here[0]])
         return result
 
+    def unseen(self, rows: Tensor, places: Tensor, values: Tensor) -> Tensor:
+        """Nothing is proved about weights without computing what they change."""
+        return torch.zeros(values.shape, dtype=torch.bool, device=values.device)
+
+    def truth(self, rows: Tensor, places: Tensor, values: Tensor) -> Tensor:
+        """As `critical`, the first `CHECKED` changes in memory; the others as the tests hold equal to that."""
+        some = min(values.numel(), max(0, CHECKED - self._prober.checked.get(self._site.name, 0)))
+        self._prober.checked[self._site.name] = self._prober.checked.get(self._site.name, 0) + some
+        first, rest = slice(None, some), slice(some, None)
+        return torch.cat(
+            [
+                self.critical(rows[first], places[first], values[first], shortcuts=False),
+                self.critical(rows[rest], places[rest], values[rest]),
+            ]
+        )
+
     def _in_memory(self, rows: Tensor, place: int, value: Tensor) -> Tensor:
         """The same value for these rows, in the parameter itself."""
         prober = self._prober
-        inputs = rows_of(prober.batches.inputs[self._batch], rows, self._size)
+        inputs, at = prober.batches.inputs[self._batch], rows.cpu()
+        if prober.row_wise:
+            inputs, at = rows_of(inputs, rows, self._size), torch.arange(rows.numel())
         spot = torch.unravel_index(torch.tensor(place, device=self._tensor.device), self._tensor.shape)
         before = self._tensor[spot].clone()
+        prober.whole += rows.numel() if prober.row_wise else self._size
         try:
             self._tensor[spot] = value
-            outputs = pick(call(prober.model, inputs), prober.output).cpu()
+            outputs = pick(call(prober.model, inputs), prober.output).cpu()[at]
+        except Exception as error:  # the faulty model raised: on which of these samples?
+            if is_infrastructure(error):
+                raise InfrastructureError(f"{self._site.name}: {type(error).__name__}: {error}") from error
+            if rows.numel() == 1 or not prober.row_wise:
+                return torch.ones(rows.numel(), dtype=torch.bool, device=value.device)
+            parts = torch.split(rows, -(-rows.numel() // 2))
+            self._tensor[spot] = before
+            return torch.cat([self._in_memory(part, place, value) for part in parts])
         finally:
             self._tensor[spot] = before
-        prober.whole += rows.numel()
         return (prober.decision.classes_of(outputs) != self.classes[rows.cpu()]).to(value.device)
 
 
@@ -200,14 +260,27 @@ class _Line:
             asked = part[kept]
             channels = self._channels(places[asked])
 
-            def change(output: Tensor, channels: Tensor = channels, moved: Tensor = moved) -> None:
-                self._by_channel(output)[torch.arange(channels.numel(), device=channels.device), channels] = moved
-
-            outputs = self._prober.outputs(self._suffix.run(rows[asked], change))
-            found = self._prober.classes_of(outputs)
+            found = self._classes(rows[asked], channels, moved)
             result[asked] = (found != classes[rows[asked].cpu()]).to(result.device)
             self._prober.probes += 0 if self.last else asked.numel()
         return result
+
+    def _classes(self, rows: Tensor, channels: Tensor, moved: Tensor) -> Tensor:
+        """The class of each row with its channel replaced; −1 for a NaN, and where the model raises."""
+
+        def change(output: Tensor) -> None:
+            self._by_channel(output)[torch.arange(channels.numel(), device=channels.device), channels] = moved
+
+        try:
+            return self._prober.classes_of(self._prober.outputs(self._suffix.run(rows, change)))
+        except Exception as error:
+            if is_infrastructure(error):
+                raise InfrastructureError(f"{type(error).__name__}: {error}") from error
+            if rows.numel() == 1:
+                return torch.full((1,), -1)
+        half = -(-rows.numel() // 2)
+        parts = zip(*(torch.split(each, half) for each in (rows, channels, moved)), strict=True)
+        return torch.cat([self._classes(*part) for part in parts])
 
     def _moved(self, rows: Tensor, places: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
         """Which rows get another channel that the layers behind can tell from the golden one, and those channels."""
@@ -250,10 +323,15 @@ class _Line:
 
 
 def _moves_on_a_line(modules: dict[str, nn.Module], site: Site) -> bool:
-    """Whether the site is the weight or bias of a plain Conv or Linear layer, and of nothing else."""
+    """Whether the site is the weight or bias of a plain Conv or Linear layer, and of nothing else.
+
+    Not in half precision: such a layer adds up in float32 and rounds once, and what the golden output lost in that
+    cannot be had back, so that y + (v − w) · P lands on a neighbouring number now and then.
+    """
     module, attribute = modules[site.layer], site.name.rpartition(".")[2]
     return (
-        type(module) in (*_CONVOLUTIONS, nn.Linear)
+        site.dtype.itemsize >= 4
+        and type(module) in (*_CONVOLUTIONS, nn.Linear)
         and attribute in ("weight", "bias")
         and not site.aliases
         and not parametrize.is_parametrized(module)
@@ -261,13 +339,13 @@ def _moves_on_a_line(modules: dict[str, nn.Module], site: Site) -> bool:
     )
 
 
-def _input_of(model: nn.Module, module: nn.Module, inputs: Any) -> Tensor:
+def _input_of(model: nn.Module, layer: str, inputs: Any) -> Tensor:
     found: list[Tensor] = []
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append((*args, *kwargs.values())[0].clone())
 
-    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    handle = model.get_submodule(layer).register_forward_pre_hook(note, with_kwargs=True)
     try:
         call(model, inputs)
     finally:

@@ -183,14 +183,22 @@ def pick(raw: Any, output: Output) -> Tensor:
         DataError: saying what the model returned and how to pick from it.
     """
     if callable(output):
-        picked = output(raw)
+        try:
+            picked = output(raw)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise DataError(
+                f"output= raises {type(error).__name__}: {error} on what the model returns, {describe(raw)}"
+                f"{_boxes(raw)}"
+            ) from error
     elif output is None:
         picked = raw
     else:
         try:
             picked = raw[output]
         except (KeyError, IndexError, TypeError) as error:
-            raise DataError(f"output={output!r} does not fit what the model returns, {describe(raw)}") from error
+            raise DataError(
+                f"output={output!r} does not fit what the model returns, {describe(raw)}{_boxes(raw)}"
+            ) from error
     if not isinstance(picked, Tensor) or not picked.is_floating_point():
         one_each = isinstance(cast(object, picked), list)
         raise DataError(
@@ -200,8 +208,19 @@ def pick(raw: Any, output: Output) -> Tensor:
                 if one_each
                 else "a tuple index, a dict key or a function that picks it"
             )
+            + _boxes(raw)
         )
     return picked
+
+
+def _boxes(raw: Any) -> str:
+    """What to add to an error where the model is a detector."""
+    if not isinstance(raw, (list, tuple)) or not any(isinstance(one, Mapping) and "boxes" in one for one in raw):
+        return ""
+    return (
+        ". These are a detector's boxes, as many a sample as it finds, or none: one class a sample is judged, so take "
+        "one that every sample has, for example the scores of its head"
+    )
 
 
 def describe(thing: Any) -> str:

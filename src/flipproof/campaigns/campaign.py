@@ -161,7 +161,7 @@ def assess(
             batches = read_batches(data, target)
             randomness = RandomState(seed, target)
             randomness.pin()
-            space = neuron_space(model, batches, where, format)
+            space = neuron_space(model, batches, where, format, output)
             for point in points:
                 space.check(point)
         else:

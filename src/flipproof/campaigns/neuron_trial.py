@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from flipproof.campaigns.arguments import check_hooks_run
-from flipproof.campaigns.batches import Batches, call
+from flipproof.campaigns.batches import Batches, Output, call
 from flipproof.campaigns.evaluation import Answers, FaultyRunError, answer, run_faulty
+from flipproof.campaigns.growing import grown
 from flipproof.campaigns.live import same
 from flipproof.campaigns.suffix import Suffixes
 from flipproof.campaigns.trial import TrialRunner, same_answers
@@ -36,8 +37,10 @@ _AUDITED_UPSETS = 8
 """So many upsets of an audited trial run again, each in a forward of its own."""
 
 
-def neuron_space(model: nn.Module, batches: Batches, where: Neurons, format: FormatChoice) -> NeuronSpace:
-    """The space of a model's neurons on these batches.
+def neuron_space(
+    model: nn.Module, batches: Batches, where: Neurons, format: FormatChoice, output: Output = None
+) -> NeuronSpace:
+    """The space of a model's neurons on these batches; `output` picks what tells how many samples were answered.
 
     Raises:
         DataError: if the model rejects a batch.
@@ -52,7 +55,8 @@ def neuron_space(model: nn.Module, batches: Batches, where: Neurons, format: For
 
     check_hooks_run(model)
     runs = [((lambda i=i: run(i)), size) for i, size in enumerate(batches.sizes)]
-    return NeuronSpace(model, runs, where=where, format=format)
+    more = grown(model, batches.inputs[0], batches.sizes[0], output)
+    return NeuronSpace(model, runs, where=where, format=format, grown=more)
 
 
 @dataclass

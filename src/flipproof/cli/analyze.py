@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+import pandas as pd
 import typer
 
 from flipproof.analysis import DeepVigor, estimate_factors, protected_formats, select
@@ -16,7 +17,13 @@ from flipproof.errors import ConfigError
 from flipproof.faults import Parameters
 from flipproof.faults.neuron_sites import Neurons
 from flipproof.reports import save
-from flipproof.reports.vulnerability import bit_layer_figure
+from flipproof.reports.vulnerability import (
+    bit_layer_figure,
+    coverage_lines,
+    layer_table,
+    validation_table,
+    vulnerability_page,
+)
 from flipproof.specs import load_object, parse_decision, parse_format
 
 
@@ -38,7 +45,13 @@ def analyze(
     ] = False,
     margin: Annotated[float, typer.Option(help="Half-width of the intervals of --estimate.")] = 0.01,
     validate: Annotated[bool, typer.Option(help="Hold the ranges against injection on the same data.")] = False,
-    budget: Annotated[float, typer.Option(min=0, max=1, help="Share of the bits that could be protected.")] = 0.05,
+    unseen: Annotated[
+        str | None, typer.Option(help="MODULE:FACTORY of batches not analysed: hold the ranges against these too.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="What to judge of what the model returns: a dict key, or a tuple index.")
+    ] = None,
+    budget: Annotated[float, typer.Option(min=0, max=1, help="Memory that protection may add, as a share.")] = 0.05,
     decision: Annotated[
         str | None,
         typer.Option(help="How outputs become classes: logits, probabilities, argmax, or a threshold such as 0.3."),
@@ -57,35 +70,52 @@ def analyze(
         raise ConfigError(f"--of is neurons or parameters, got {of!r}")
     where = (Neurons if of == "neurons" else Parameters)(include=include or "*", exclude=exclude or ())
     stored = parse_format(format) if format else None
+    picked = int(output) if output is not None and output.lstrip("-").isdigit() else output
     rule = parse_decision(decision)
     folder.mkdir(parents=True, exist_ok=True)
     if estimate:
-        table = estimate_factors(net, given, where=where, format=stored, margin=margin, decision=rule)
+        table = estimate_factors(net, given, where=where, format=stored, output=picked, margin=margin, decision=rule)
         table.to_csv(folder / "factors.csv", index=False)
         _show(table.to_string(index=False, float_format="{:.4g}".format))
+        _show(f"These factors speak of {100 * table.attrs['coverage']:.4g} % of the {_WHOLE[of]}.")
+        for name, why in table.attrs["left_out"].items():
+            _show(f"Left out: {name}: {why}")
         _show(f"Written to {folder}/")
         return
-    found = analyze_model(net, given, method, format=stored, where=where, decision=rule)
+    found = analyze_model(net, given, method, format=stored, where=where, output=picked, decision=rule)
     found.save(folder / "map.safetensors")
     for name in ("layers", "neurons", "bits", "ranges"):
         getattr(found, name).to_csv(folder / f"{name}.csv", index=False)
     save(bit_layer_figure(found), folder / "bits.png")
-    columns = ["layer", "neurons", "analysed", "lvf", "semi", "hole_rate", "forwards_per_neuron"]
-    _show(found.layers[columns].to_string(index=False))
+    outside = pd.DataFrame([*found.left_out.items()], columns=["name", "why"])
+    outside.to_csv(folder / "left_out.csv", index=False)
+    _show(layer_table(found).to_string(index=False))
+    for line in coverage_lines(found):
+        _show(line)
     chosen = select(found, budget=budget)
     chosen.to_csv(folder / "selected.csv", index=False)
     formats = {name: repr(format) for name, format in protected_formats(found, chosen).items()}
     (folder / "formats.json").write_text(json.dumps(formats, indent=2) + "\n")
     if len(chosen):
         share = chosen["bits"].sum() / sum(x.total * x.width for x in found.layers_found)
+        last = chosen.iloc[-1]
+        whose = "critical flips" if found.coverage == 1 else "the critical flips of the analysed layers"
         _show(
-            f"{100 * share:.2g} % of the bits of {of} hold {100 * chosen['covered'].iloc[-1]:.1f} % of critical flips"
+            f"{100 * share:.2g} % of the bits of {of} hold {100 * last['covered']:.1f} % of {whose}; to protect them "
+            f"takes {100 * last['memory']:.2g} % more memory"
         )
-    if validate:
-        table = found.validate(given)
-        table.to_csv(folder / "validation.csv", index=False)
-        _show(table[["layer", "injections", "true_non_critical", "true_critical"]].to_string(index=False))
+    held = [found.validate(given)] if validate else []
+    if unseen is not None:
+        held.append(found.validate(list(called(load_object(unseen)))))
+    checked = pd.concat(held, ignore_index=True) if held else None
+    if checked is not None:
+        checked.to_csv(folder / "validation.csv", index=False)
+        _show(validation_table(checked).to_string(index=False))
+    vulnerability_page(folder / "map.html", found, validation=checked)
     _show(f"Written to {folder}/")
+
+
+_WHOLE = {"neurons": "multiplications of a forward", "parameters": "bits of the parameters"}
 
 
 def _show(text: str) -> None:

@@ -6,7 +6,7 @@ model's parameters are never touched; forward hooks, removed again, change the o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
@@ -36,6 +36,7 @@ class NeuronSpace:
         where: which layers.
         format: how outputs are stored: None for each tensor's own type, one Format, or {pattern: Format} (what no
             pattern fits keeps its own type). `Affine` takes its range from the fault-free outputs over all batches.
+        grown: functions that run the first batch with one sample more; they show where outputs count samples.
 
     Raises:
         FaultSpaceError: if no layer is left, with the reason for each.
@@ -49,6 +50,7 @@ class NeuronSpace:
         *,
         where: Neurons | None = None,
         format: FormatChoice = None,
+        grown: Sequence[Callable[[], bool]] = (),
     ) -> None:
         where = Neurons() if where is None else where
         if not isinstance(where, Neurons):
@@ -60,7 +62,7 @@ class NeuronSpace:
         """Layers that are not in the space, and why."""
         seen = Observer(model, where, self.left_out)
         with Outputs(model) as outputs:
-            seen.watch(forwards)
+            seen.watch(forwards, grown)
         sites: list[NeuronSite] = []
         offset = 0
         for (layer, call), (shape, axis, dtype, low, high) in seen.found.items():
@@ -199,9 +201,9 @@ class NeuronSpace:
             for handle in handles:
                 handle.remove()
 
-    def begin(self, batch: int) -> None:
-        """A run of this batch starts."""
-        self._counts = {}
+    def begin(self, batch: int, made: Mapping[str, int] | None = None) -> None:
+        """A run of this batch starts; `made` says how often each layer was called before the place it starts at."""
+        self._counts = dict(made or {})
         self._batch = batch
 
     @contextmanager

@@ -197,7 +197,8 @@ def _cost(study: Study, net: nn.Module, found: VulnerabilityMap, unseen: Batches
         "inputs": found.samples,
         "probes_per_neuron": layers["probes"].sum() / questions,
         "forwards_per_neuron": layers["forwards"].sum() / questions,
-        "holes": (layers["hole_rate"].fillna(0) * layers["hole_injections"]).sum() / layers["hole_injections"].sum(),
+        "holes": (layers["hole_rate"].fillna(0) * layers["hole_injections"]).sum()
+        / max(1, layers["hole_injections"].sum()),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from flipproof.analysis import DeepVigor, analyze, estimate_factors, protected_f
 from flipproof.analysis.opening import opened
 from flipproof.analysis.validation import injected
 from flipproof.campaigns import assess
-from flipproof.campaigns.statistics import wilson_interval
+from flipproof.campaigns.statistics import sample_size, wilson_interval
+from flipproof.errors import FlipproofWarning
 from flipproof.faults import BitErrorRate, Parameters
 from flipproof.faults.neuron_sites import Neurons, NeuronSite
 from flipproof.faults.sampling import TrialGenerator
@@ -36,13 +38,16 @@ def factors_table(network: str, net: nn.Module, data: Batches, *, injections: in
     """
     tables = []
     for of, where in (("neurons", Neurons()), ("parameters", Parameters())):
-        found = estimate_factors(net, data, where=where)
+        with warnings.catch_warnings():
+            # few images say little about all: both sides of this table are about the images given
+            warnings.simplefilter("ignore", FlipproofWarning)
+            found = estimate_factors(net, data, where=where)
         found.insert(0, "network", network)
         found.insert(1, "of", of)
         with opened(net, data, where, None, None, 2**28) as prober:
             sites: list[NeuronSite | Site] = list(prober.sites)
             for i, site in enumerate(sites):
-                count = injections or int(found["injections"].iloc[i])
+                count = injections or sample_size(prober.batches.samples * site.values * site.width)
                 draw = TrialGenerator(1, f"injected {site.name}", 0)
                 parts = [draw.below(n, count) for n in (prober.batches.samples, site.values, site.width)]
                 critical = injected(prober, site, *(torch.from_numpy(part) for part in parts))[1]
@@ -63,7 +68,7 @@ def evidence_table(
     trials: int,
     workers: int,
     store: Path,
-    budget: float = 0.05,
+    budget: float = 0.1,
     weights: int = 200,
 ) -> pd.DataFrame:
     """Campaigns on stored weights: nothing protected, the selected bits, as many random bits, every word in SECDED.
