@@ -237,7 +237,7 @@ def _asked(
                         return None
                     answers += signed(left, wrong, rate) if rate else 0.0
                 by_input[samples] += answers.sum(dim=1)
-                found.squares[part] += answers.mean(dim=2).square().sum(dim=0)
+                found.add_neurons(part, answers.mean(dim=2))
         found.add_inputs(by_input / chosen.numel())
         found.closed_form = layer.last
     return found

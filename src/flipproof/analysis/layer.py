@@ -36,9 +36,9 @@ class LayerVulnerability:
         audit: flips that the search decided untried, those injected after all, and those it had wrong, as `counted`
             has them, one entry a shard: int64 (shards, 3, decisions, width).
         left: flips that it called harmless, and critical, untried, int64 (neurons, 2).
-        powers: sums over inputs of the share of critical flips and of its square, by bit and, last, over all bits;
-            wrong decisions that were found are in them with their weight; float64 (2, width + 1).
-        squares: sum over inputs of the square of each neuron's share of critical flips, float64 (neurons,).
+        powers: sums over inputs of the share of critical flips, its square and its cube, by bit and, last, over all
+            bits; wrong decisions that were found are in them with their weight; float64 (3, width + 1).
+        by_neuron: the same of each neuron's share, float64 (3, neurons).
         exhaustive: every flip was tried, as the method said or because the search was wrong too often.
         probes: rows run through the rest of the network; `forwards`: the same in forwards of the whole network.
         closed_form: nothing is computed behind the layer.
@@ -57,7 +57,7 @@ class LayerVulnerability:
     audit: Tensor
     left: Tensor
     powers: Tensor
-    squares: Tensor
+    by_neuron: Tensor
     exhaustive: bool = False
     probes: int = 0
     forwards: float = 0.0
@@ -83,8 +83,8 @@ class LayerVulnerability:
             torch.zeros(count, 2, dtype=torch.int64),
             torch.zeros(1, 3, 3, site.width, dtype=torch.int64),
             torch.zeros(count, 2, dtype=torch.int64),
-            torch.zeros(2, site.width + 1, dtype=torch.float64),
-            torch.zeros(count, dtype=torch.float64),
+            torch.zeros(3, site.width + 1, dtype=torch.float64),
+            torch.zeros(3, count, dtype=torch.float64),
         )
 
     @classmethod
@@ -103,6 +103,10 @@ class LayerVulnerability:
             "ranges": (torch.float64, (k, n, 4)),
             "inputs": (torch.int64, tuple(self.inputs.shape[:1])),
             "nans": (torch.int64, (n, 2)),
+            "audit": (torch.int64, (*self.audit.shape[:1], 3, *self.audit.shape[2:3], self.width)),
+            "left": (torch.int64, (n, 2)),
+            "powers": (torch.float64, (3, self.width + 1)),
+            "by_neuron": (torch.float64, (3, n)),
         }
         for name, (dtype, shape) in expected.items():
             tensor: Tensor = getattr(self, name)
@@ -177,7 +181,11 @@ class LayerVulnerability:
     def add_inputs(self, shares: Tensor) -> None:
         """Take in the share of critical flips of some inputs, by bit, (n, width)."""
         values = torch.cat([shares, shares.mean(dim=1, keepdim=True)], dim=1)
-        self.powers += torch.stack([values.sum(dim=0), values.square().sum(dim=0)])
+        self.powers += _powers(values)
+
+    def add_neurons(self, part: Tensor, shares: Tensor) -> None:
+        """Take in the share of critical flips of some neurons for some inputs, (n, p)."""
+        self.by_neuron[:, part] += _powers(shares)
 
     @property
     def tried(self) -> int:
@@ -217,7 +225,7 @@ class LayerVulnerability:
             audit=torch.cat([self.audit, other.audit]),
             left=self.left + other.left,
             powers=self.powers + other.powers,
-            squares=self.squares + other.squares,
+            by_neuron=self.by_neuron + other.by_neuron,
             exhaustive=self.exhaustive and other.exhaustive,
             probes=self.probes + other.probes,
             forwards=self.forwards + other.forwards,
@@ -227,6 +235,10 @@ class LayerVulnerability:
 def distinct(classes: Tensor) -> Tensor:
     """The different classes among these, ascending, int64."""
     return torch.tensor(sorted(set(classes.tolist())), dtype=torch.int64)
+
+
+def _powers(values: Tensor) -> Tensor:
+    return torch.stack([(values**power).sum(dim=0) for power in (1, 2, 3)])
 
 
 def narrowed(ranges: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from math import isinf
-
 import numpy as np
 import pandas as pd
 
@@ -26,7 +24,7 @@ def select(found: VulnerabilityMap, *, budget: float, unit: str = "bits") -> pd.
 
     Args:
         found: all neurons analysed, or the factors of those that were stand for their layer ("bits", "layers").
-        budget: what may be added, as a share of the bits that the map's neurons or parameters take now, from 0; 0.05
+        budget: what may be added, as a share of the bits that the map's neurons or parameters take now, in [0, 1]; 0.05
             selects 2.5 % of the bits, each stored three times then.
         unit: what is protected together.
 
@@ -47,8 +45,8 @@ def select(found: VulnerabilityMap, *, budget: float, unit: str = "bits") -> pd.
            bit  bits  added  memory
         0   30     4      8  0.0625
     """
-    if unit not in ("bits", "neurons", "layers") or not budget >= 0 or isinf(budget):
-        raise ConfigError(f"select takes a budget from 0 and unit bits, neurons or layers, got {budget!r}, {unit!r}")
+    if unit not in ("bits", "neurons", "layers") or not 0 <= budget <= 1:
+        raise ConfigError(f"select takes a budget in [0, 1] and unit bits, neurons or layers, got {budget!r}, {unit!r}")
     sizes = {layer.name: layer for layer in found.layers_found}
     if unit == "neurons" and any(x.neurons.numel() < x.total for x in found.layers_found):
         raise ConfigError("unit='neurons' needs every neuron analysed; the map holds a sample of them")
