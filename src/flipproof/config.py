@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from flipproof.campaigns import Assessment, assess
-from flipproof.errors import ConfigError, FlipproofError
+from flipproof.errors import ConfigError, FlipproofError, MetricError
 from flipproof.faults import Parameters
 from flipproof.faults.neuron_sites import Neurons
 from flipproof.faults.selection import FormatChoice
 from flipproof.hardening import load_hardened
-from flipproof.metrics import METRIC_NAMES, Metric
+from flipproof.metrics import Metric
 from flipproof.models.weights import load_weights
 from flipproof.specs import load_object, parse_faults, parse_format, parse_output
 
@@ -124,6 +124,16 @@ class CampaignConfig:
         if isinstance(self.format, dict):
             return {pattern: parse_format(text) for pattern, text in self.format.items()}
         return None if self.format is None else parse_format(self.format)
+
+
+def _metric(name: str) -> Any:
+    """A named metric, or the function or `Metric` that MODULE:NAME holds."""
+    if ":" in name:
+        return load_object(name)
+    try:
+        return Metric(name)
+    except MetricError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _fitting(field: Field[Any], value: Any, source: str) -> Any:
