@@ -91,9 +91,7 @@ class CampaignConfig:
             format=self._format(),
             where=self._where(),
             trials=self.trials,
-            metrics=[
-                Metric(name) if name in METRIC_NAMES or ":" not in name else load_object(name) for name in self.metrics
-            ],
+            metrics=[_metric(name) for name in self.metrics],
             seed=self.seed,
             store=folder / "journal.jsonl",
             workers=self.workers,
