@@ -123,7 +123,8 @@ def clustered_interval(right: ArrayLike, asked: ArrayLike, *, confidence: float 
     z = float(normal)
     centre = (share + z**2 / (2 * independent)) / (1 + z**2 / independent)
     half = z / (1 + z**2 / independent) * (share * (1 - share) / independent + z**2 / (4 * independent**2)) ** 0.5
-    return (max(0.0, float(centre - half)), min(1.0, float(centre + half)))
+    low, high = max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    return (min(low, share), max(high, share))  # rounding may put an end on the wrong side of 0 or 1
 
 
 @contextmanager
