@@ -531,7 +531,11 @@ def refusals():
         (FormatError, r"maps patterns.*got '\*': 'Float32'", lambda: FaultSpace(net, format={"*": "Float32"})),
         (FaultSpaceError, neurons, lambda: FaultSpace(net, where=fp.Neurons())),
         (FaultSpaceError, neurons, lambda: fp.store_(net, fp.Affine(8), where=fp.Neurons())),
-        (FaultSpaceError, neurons, lambda: fp.propagation(net, data, faults=fp.RandomBits(1), where=fp.Neurons())),
+        (
+            ConfigError,
+            r"takes where=fp\.Parameters",
+            lambda: fp.propagation(net, data, faults=fp.RandomBits(1), where=fp.Neurons()),
+        ),
         (FaultSpaceError, "a neuron space takes", lambda: NeuronSpace(net, [], where=fp.Parameters())),
         (FaultSpaceError, script, lambda: FaultSpace(traced)),
         (FaultSpaceError, script, lambda: fp.assess(nn.Sequential(traced), **run)),

@@ -24,7 +24,7 @@ def test_words_are_the_bytes_in_memory(dtype):
     for bit in range(info.bits):
         word = (values[3] % modulus) ^ (1 << bit)
         flipped = format.decode_words(stored.words ^ torch.ones_like(stored.words).bitwise_left_shift(bit), (), dtype)
-        assert int(flipped[3]) == (word - modulus if info.min < 0 and word >= modulus // 2 else word)
+        assert flipped.tolist()[3] == (word - modulus if info.min < 0 and word >= modulus // 2 else word)
 
 
 def test_encoding_leaves_its_input_alone_whatever_the_layout():

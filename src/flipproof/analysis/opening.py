@@ -18,6 +18,8 @@ from flipproof.campaigns.deciding import decide
 from flipproof.campaigns.evaluation import eval_mode, golden_run, one_thread
 from flipproof.campaigns.live import rows_of
 from flipproof.campaigns.neuron_trial import neuron_space
+from flipproof.campaigns.snapshots import Snapshot
+from flipproof.errors import ModelError
 from flipproof.faults.neuron_sites import Neurons, NeuronSite
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.faults.selection import FormatChoice
@@ -103,6 +105,7 @@ def opened(
 
     Raises:
         FlipproofError: as `assess` does, if the model rejects the data or its fault-free outputs hold NaN.
+        ModelError: naming what the model writes while it answers.
         FaultSpaceError: if nothing can be asked about.
     """
     device = device_of(model)
@@ -114,12 +117,25 @@ def opened(
             else neuron_space(model, batches, where, format, output)
         )
         with space.stored():
-            golden = golden_run(model, batches, output)
+            state = Snapshot(model)
+            golden = golden_run(model, batches, output, state)
+            if state.written:
+                raise ModelError(_stateful(state.written, "in every forward"))
             rule = decide(model, batches, output, golden, decision)
             if isinstance(space, FaultSpace):
                 yield WeightProber(model, space, batches, output, golden, rule, max_bytes)
             else:
                 yield Prober(model, space, batches, output, golden, rule, max_bytes)
+            if wrote := {*state.restore(), *state.verify()}:
+                raise ModelError(_stateful(wrote, "under some error"))
+
+
+def _stateful(names: set[str], when: str) -> str:
+    return (
+        f"the model writes {', '.join(sorted(names)[:5])} {when}, so that one question would change the answer to the "
+        f"next. It was put back. Remove that state (observers, BatchNorm in train mode, max_norm), or measure with "
+        f"assess, which puts it back after every batch"
+    )
 
 
 def device_of(model: nn.Module) -> torch.device:

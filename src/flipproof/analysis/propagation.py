@@ -17,6 +17,7 @@ from flipproof.analysis.asking import check_asked
 from flipproof.campaigns.arguments import check_hooks_run
 from flipproof.campaigns.batches import Data, call, read_batches
 from flipproof.campaigns.evaluation import eval_mode, is_infrastructure
+from flipproof.campaigns.snapshots import Snapshot
 from flipproof.errors import ConfigError, DataError, InfrastructureError, ModelError
 from flipproof.faults import FaultModel, FaultSpace, Parameters
 from flipproof.faults.models import Faults
@@ -123,7 +124,11 @@ def propagation(
         jobs += [(point, trial, point.draw(space, TrialGenerator(seed, repr(point), trial))) for trial in range(count)]
     seen: dict[tuple[int, str], _Seen] = {}
     with given_back(model), eval_mode(model), torch.no_grad(), space.stored():
-        golden = [_golden(model, layers, inputs, i) for i, inputs in enumerate(batches.inputs)]
+        state = Snapshot(model)
+        golden = []
+        for i, inputs in enumerate(batches.inputs):
+            golden.append(_golden(model, layers, inputs, i))
+            state.verify()
         order = dict.fromkeys(name for outputs in golden for name in outputs)  # as they are executed
         edges = {name: _edges([g[name] for g in golden if name in g], bins) for name in order}
         edges = {name: found for name, found in edges.items() if found is not None}
@@ -138,6 +143,8 @@ def propagation(
             for inputs, clean in zip(batches.inputs, golden, strict=True):
                 with space.corrupted(drawn):
                     faulty = _outputs(model, layers, inputs)
+                if state.changed():
+                    state.restore()
                 for name in edges:
                     if name in clean and name in faulty and clean[name].shape == faulty[name].shape:
                         _compare(clean[name], faulty[name], seen.setdefault((number, name), _Seen()))

@@ -115,14 +115,6 @@ def _class_targets(target: Any, batch: int) -> Tensor:
         raise DataError(f"batch {batch}: targets must be class numbers, got {describe(target)} ({error})") from error
     if target.dim() == 2 and target.shape[1] == 1:
         target = target[:, 0]
-    if target.dim() == 2 and target.shape[1] > 1 and bool(((target == 0) | (target == 1)).all()):
-        several = int(((target != 0).sum(dim=1) != 1).sum())
-        if several:
-            raise DataError(
-                f"batch {batch}: targets of shape {tuple(target.shape)} hold several or no positive labels in "
-                f"{several} rows; multi-label targets are not supported, and their argmax would mean nothing. Judge "
-                f"one label at a time: targets[:, i] with output= a function that gives the score of label i"
-            )
     if target.dim() != 1:
         raise DataError(
             f"batch {batch}: targets must hold one class a sample, shape (samples,) or (samples, 1), "
@@ -142,9 +134,11 @@ def _several(target: Tensor) -> str:
     if ones and bool((target.sum(dim=1) == 1).all()):
         return "; one-hot targets go through .argmax(dim=1)"
     if ones:
+        several = int((target.sum(dim=1) != 1).sum())
         return (
-            "; several labels a sample (multi-label) are judged one label at a time: with output=lambda scores: "
-            "scores[:, 0] and targets[:, 0], and so on"
+            f", with several or no positive labels in {several} rows; multi-label targets are not supported, and their "
+            f"argmax would mean nothing. Judge one label at a time: with output=lambda scores: scores[:, 0] and "
+            f"targets[:, 0], and so on"
         )
     return ""
 

@@ -336,7 +336,7 @@ def _header(
             "format": _hash(repr([(s.name, s.shape, repr(s.format)) for s in space.sites]).encode()),
             "bits": space.bits,
             "metrics": [metric.name for metric in runner.metrics],
-            "metrics_code": digest_of([metric.measure for metric in runner.metrics]),
+            "metrics_code": digest_of([metric.function for metric in runner.metrics]),
             "seed": runner.seed,
             "device": runner.device.type,
             "output": _name_of(runner.output),

@@ -210,7 +210,7 @@ def _picked(raw: Any, output: Output, batch: int) -> Tensor:
         raise
     except Exception as error:
         raise DataError(
-            f"output= raised {type(error).__name__}: {error} on batch {batch}, for which the model returned "
+            f"output= raises {type(error).__name__}: {error} on what the model returns for batch {batch}, "
             f"{describe(raw)}"
         ) from error
 

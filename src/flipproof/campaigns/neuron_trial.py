@@ -21,6 +21,7 @@ from flipproof.campaigns.batches import Batches, Output, call
 from flipproof.campaigns.evaluation import Answers, FaultyRunError, answer, run_faulty
 from flipproof.campaigns.growing import grown
 from flipproof.campaigns.live import same
+from flipproof.campaigns.snapshots import Snapshot
 from flipproof.campaigns.suffix import Suffixes
 from flipproof.campaigns.trial import TrialRunner, same_answers
 from flipproof.errors import DataError
@@ -55,8 +56,12 @@ def neuron_space(
 
     check_hooks_run(model)
     runs = [((lambda i=i: run(i)), size) for i, size in enumerate(batches.sizes)]
-    more = grown(model, batches.inputs[0], batches.sizes[0], output)
-    return NeuronSpace(model, runs, where=where, format=format, grown=more)
+    state = Snapshot(model)
+    try:
+        more = grown(model, batches.inputs[0], batches.sizes[0], output)
+        return NeuronSpace(model, runs, where=where, format=format, grown=more)
+    finally:
+        state.verify()
 
 
 @dataclass

@@ -61,8 +61,9 @@ class NeuronSpace:
         self.left_out: dict[str, str] = {}
         """Layers that are not in the space, and why."""
         seen = Observer(model, where, self.left_out)
+        seen.grow(grown)
         with Outputs(model) as outputs:
-            seen.watch(forwards, grown)
+            seen.watch(forwards)
         sites: list[NeuronSite] = []
         offset = 0
         for (layer, call), (shape, axis, dtype, low, high) in seen.found.items():

@@ -41,19 +41,23 @@ class Observer:
             else:
                 left_out[name] = "not selected by where="
 
-    def watch(
-        self, forwards: Sequence[tuple[Callable[[], object], int]], grown: Sequence[Callable[[], bool]] = ()
-    ) -> None:
-        """Run every batch once.
+    def grow(self, grown: Sequence[Callable[[], bool]]) -> None:
+        """Run the first batch with one sample more: before `watch`, to see which axis counts samples.
 
         Args:
-            forwards: one function a batch that runs the model, and the samples of that batch.
-            grown: run the first batch with one sample more, and say whether the model answered once more.
+            grown: do that in several ways, and say whether the model answered once more.
         """
         for way in grown:
             answered, shapes = self._shapes(way)
             if answered:
                 self._grown.append(shapes)
+
+    def watch(self, forwards: Sequence[tuple[Callable[[], object], int]]) -> None:
+        """Run every batch once.
+
+        Args:
+            forwards: one function a batch that runs the model, and the samples of that batch.
+        """
         handles = [module.register_forward_hook(self._hook(name)) for name, module in self._layers.items()]
         try:
             for forward, self._size in forwards:
