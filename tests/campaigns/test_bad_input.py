@@ -153,7 +153,7 @@ class TestOutputs:
             (
                 each_its_own,
                 lambda found: found[0]["boxes"],
-                "output= raises KeyError: 'boxes' on what the model returns, a list of 6",
+                "output= raises KeyError: 'boxes' on what the .* a list of 6",
             ),
             (lambda h: h.argmax(dim=1), None, "one floating-point tensor to judge, got a torch.int64 tensor"),
             (lambda h: h.sum(), None, r"output has the shape \(\); the first"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import flipproof as fp
-from flipproof.errors import FaultModelError, FaultSpaceError, FlipproofWarning, FormatError
+from flipproof.errors import ConfigError, FaultModelError, FaultSpaceError, FlipproofWarning, FormatError
 from flipproof.faults import Faults, FaultSpace, TrialGenerator, Upsets
 from flipproof.faults.neurons import NeuronSpace
 from flipproof.formats import Float64, Integer
