@@ -249,7 +249,7 @@ class given_back(held):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._training = [(module, module.training) for module in model.modules()]
+        self._training = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
         self._asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._hooks = [(hooks, set(hooks)) for module in model.modules() for hooks in _hooks_of(module)]
         self._gradients = torch.is_grad_enabled()

@@ -140,7 +140,7 @@ def test_compare_names_gains(run, tmp_path):
     [
         (("assess",), "model, data, faults must be given"),
         ((*ASSESS, "--faults", "BitErrorRate(2)"), "FaultModelError"),
-        ((*ASSESS, "--faults", "BitErrorRate(1e-3)", "--metrics", "f1"), "'average_precision'"),
+        ((*ASSESS, "--faults", "BitErrorRate(1e-3)", "--metrics", "f1"), "average_precision"),
         ((*ASSESS, "--faults", "BitErrorRate(1e-3)", "--include", "conv*"), "FaultSpaceError"),
         (("assess", "ours.py:nothing", "--data", "ours.py:batches", "--faults", "RandomBits(1)"), "has no 'nothing'"),
         ((*ASSESS[:4], "--faults", "RandomBits(1)"), "output="),

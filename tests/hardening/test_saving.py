@@ -224,7 +224,7 @@ class TestHostileFiles:
     @pytest.mark.parametrize(
         ("field", "value", "message"),
         [
-            ("version", 2, "expected version 1 of the format, got 2; save the model again"),
+            ("version", 1, "expected version 2 of the format, got 1; save the model again"),
             ("method", 3, "method: expected a text, got 3"),
             ("sites", {"0": 1}, "sites: expected a list, got a?.*'0'"),
             ("sites", ["x"], r"sites\[0\]: expected an object with named fields, got 'x'"),

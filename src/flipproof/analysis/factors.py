@@ -114,7 +114,7 @@ def estimate_factors(
     most, spent = _inputs_for(margin), np.zeros(0)
     while True:
         batches, order = drawn(everything, most, seed)
-        with opened(model, batches, where or Neurons(), format, output, 2**28) as prober:
+        with opened(model, batches, where or Neurons(), format, output, 2**28, decision) as prober:
             share = suffix_shares(model, prober)
             layers = [kind(prober, site, share[site.name], order, confidence, seed) for site in prober.sites]
             rows = [layer.row(margin, len(layers)) for layer in layers]

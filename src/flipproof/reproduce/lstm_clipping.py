@@ -84,7 +84,7 @@ def reproduce(
             # bounds are not weights: one of 2.0 or more has bit 30 set, and clipping would destroy it
             format: Format | dict[str, Format] = Float32()
             if "WBC" in method:
-                format = {"*.threshold": Float32(), "*.low": Float32(), "*": wbc}
+                format = {"*.threshold": Float32(), "*.low": Float32(), "*": wbc} if "AVC" in method else wbc
             run = partial(assess, model, data=test, format=format, where=WEIGHTS, workers=workers)
             journal = out / "journals" / f"{name}-{method.replace(' ', '')}.jsonl"
             result = run(faults=BitErrorRate(RATES), metrics=("accuracy", "auroc"), trials=trials, store=journal)
