@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint bench coverage factor-coverage ranges interrupts clean
+.PHONY: demo test lint bench coverage factor-coverage ranges interrupts survive clean
 
 demo: $(VENV)/.installed
 	$(BIN)/flipproof demo
@@ -28,6 +28,10 @@ bench: $(VENV)/.installed-dev
 # how often intervals hold the truth, by simulation: docs/results/coverage
 coverage: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.coverage
+
+# a thousand trials of every stateful model against fresh copies
+survive: $(VENV)/.installed-dev
+	TRIALS=1000 $(BIN)/pytest tests/campaigns/test_nothing_survives.py -k thousand
 
 # Ctrl-C at every function entry of every call: hours on one core. `make interrupts EVERY=10` tries a tenth.
 EVERY ?= 1

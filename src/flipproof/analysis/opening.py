@@ -19,11 +19,11 @@ from flipproof.campaigns.evaluation import eval_mode, golden_run, one_thread
 from flipproof.campaigns.live import rows_of
 from flipproof.campaigns.neuron_trial import neuron_space
 from flipproof.campaigns.snapshots import Snapshot
-from flipproof.errors import ModelError
+from flipproof.errors import ConfigError, ModelError
 from flipproof.faults.neuron_sites import Neurons, NeuronSite
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.faults.selection import FormatChoice
-from flipproof.faults.sites import Parameters
+from flipproof.faults.sites import Parameters, Site
 from flipproof.faults.space import FaultSpace
 from flipproof.interrupts import given_back
 from flipproof.outcomes import DecisionChoice
@@ -116,6 +116,12 @@ def opened(
             if isinstance(where, Parameters)
             else neuron_space(model, batches, where, format, output)
         )
+        for site in space.sites:
+            if isinstance(site, Site) and not site.is_even:
+                raise ConfigError(
+                    f"{site.name} is stored as {site.format!r}, whose words differ in width within a block; an "
+                    f"analysis asks about every bit of equally wide words. Measure such storage with assess"
+                )
         with space.stored():
             state = Snapshot(model)
             golden = golden_run(model, batches, output, state)

@@ -130,10 +130,10 @@ def mean_intervals(rows: FloatArray, *, confidence: float = 0.95, bounds: Interv
 def _upper_ends(rows: FloatArray, bound: float, confidence: float) -> FloatArray:
     n = rows.shape[1]
     ordered = np.sort(rows, axis=1)
-    agree = ordered[:, 0] == ordered[:, -1]
+    spread = rows.std(axis=1)
+    agree = (ordered[:, 0] == ordered[:, -1]) | (spread < 1e-150)  # a difference whose square is no number is none
     mean = np.where(agree, ordered[:, 0], rows.mean(axis=1))
-    scale = np.where(agree, 1.0, rows.std(axis=1))
-    scale = np.where(scale > 0, scale, 1.0)
+    scale = np.where(agree, 1.0, spread)
     x = (ordered - mean[:, None]) / scale[:, None]
     limit = (bound - mean) / scale
     z, t, bell = _quantiles(n, confidence)

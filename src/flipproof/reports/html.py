@@ -18,7 +18,7 @@ from flipproof.errors import ConfigError
 from flipproof.metrics import Scale
 from flipproof.outcomes import OUTCOMES
 from flipproof.reports.figures import OUTCOME_STYLE, SERIES, SWEEPS, sweep_of
-from flipproof.reports.tables import between, compare, findings, number
+from flipproof.reports.tables import between, compare, coverage_text, findings, number
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
@@ -44,6 +44,9 @@ q = 1 − ((1 − confidence)/2)<sup>1/n</sup> of trials, of a kind of which non
 rare fatal flip could still do. <b>Gains</b> are over the first campaign, ours − theirs: of the paired differences where
 both drew the very same bits, otherwise of two independent means; <i>identical</i> is the same campaign.
 <b>Memory</b> counts the bits of the fault space.</p>
+<p><b>Coverage</b> is the bits that could be hit ÷ all bits that the model stores (for neurons: that its layers
+compute for a sample). <b>Audited</b> trials ran again, whole, on a fresh copy of the model, and gave the same answers
+bit by bit.</p>
 """
 
 
@@ -108,10 +111,12 @@ def _campaigns(assessments: Mapping[str, Assessment]) -> str:
                 "model": fingerprint["model"].rsplit(".", 1)[-1],
                 "stored as": ", ".join(formats),
                 "bits": f"{assessment.bits:,}",
+                "coverage": coverage_text(assessment),
                 "samples": f"{fingerprint['samples']:,}",
                 "without faults [over samples]": golden,
                 "faults": fingerprint["faults"],
                 "trials": f"{len(assessment.records):,}",
+                "audited": f"{sum(record.audited for record in assessment.records):,}",
                 "seed": str(fingerprint["seed"]),
             }
         )

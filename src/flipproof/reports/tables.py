@@ -40,7 +40,42 @@ def summary_table(assessment: Assessment, *, title: str | None = None, rows: lis
     tables: list[Table | Text] = [_table(assessment, [first], title, rows, outcomes=True)]
     for start in range(0, len(others), METRICS_A_TABLE):
         tables.append(_table(assessment, others[start : start + METRICS_A_TABLE], None, rows, outcomes=False))
-    return Group(*tables, Text(interval_note(assessment), style="dim"))
+    return Group(*tables, Text(f"{basis(assessment)}\n{interval_note(assessment)}", style="dim"))
+
+
+def basis(assessment: Assessment) -> str:
+    """What a campaign rests on: how much of the model could be hit, and how many trials were audited.
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> data = [(torch.eye(2), torch.tensor([0, 1]))]
+        >>> basis(fp.assess(torch.nn.Linear(2, 2), data=data, faults=fp.RandomBits(1), trials=4))
+        'Fault space: 192 bits, 100 % of what the model stores. Audited: 4 of 4 trials.'
+    """
+    of = "what its layers compute for a sample" if _of_neurons(assessment) else "what the model stores"
+    audited = sum(record.audited for record in assessment.records)
+    itself = assessment.header.get("audit", {}).get("on") == "the model itself"
+    on = ", on the model itself" if itself else ""
+    return (
+        f"Fault space: {assessment.bits:,} bits, {coverage_text(assessment)} of {of}. "
+        f"Audited: {audited} of {len(assessment.records)} trials{on if audited else ''}."
+    )
+
+
+def coverage_text(assessment: Assessment) -> str:
+    """Coverage in percent, rounded down, so that 100 % is all.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> [coverage_text(SimpleNamespace(coverage=share)) for share in (1.0, 0.99997, 0.5)]
+        ['100 %', '99.9 %', '50 %']
+    """
+    share = assessment.coverage
+    return "an unknown share" if np.isnan(share) else f"{np.floor(1000 * share + 1e-9) / 10:g} %"
+
+
+def _of_neurons(assessment: Assessment) -> bool:
+    return any(site["kind"] == "neuron" for site in assessment.header["stored"])
 
 
 def interval_note(assessment: Assessment) -> str:
@@ -156,6 +191,9 @@ def findings(assessment: Assessment) -> list[str]:
     interval = between(scale, *assessment.golden_interval(metric))
     known = "" if interval == "(unknown)" else f" {interval}"
     said = [f"Without faults {metric} is {scale.with_unit(golden)}{known} over {samples:,} samples."]
+    if assessment.coverage < 0.99:
+        what = "bits that layers compute" if _of_neurons(assessment) else "stored bits"
+        said.append(f"Only {coverage_text(assessment)} of the {what} could be hit; nothing is said about the others.")
     negligible, words = _negligible(scale, golden)
     if "bit" in summary:
         return said + _about_bits(summary, metric, scale, negligible, words)
