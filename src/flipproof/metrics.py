@@ -7,7 +7,7 @@ it as wrong, ranking metrics rank it worst (a positive below, a negative above e
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from math import inf, isfinite, isinf, isnan, nan
@@ -158,7 +158,11 @@ class Metric:
             return _NAMED[self.function](outputs, targets, decision)
         if isinstance(self.function, torchmetrics.Metric):
             self.function.reset()
-        return float(self.function(outputs, targets))
+        value = self.function(outputs, targets)
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise MetricError(f"the metric {self.name} gives {value!r}, expected one number ({error})") from error
 
     def __repr__(self) -> str:
         scale = self.scale
@@ -234,6 +238,8 @@ def resolve(metrics: Metrics) -> tuple[Metric, ...]:
     if isinstance(metrics, Mapping):
         found = [_named(metric, name) for name, metric in metrics.items()]
     else:
+        if not isinstance(metrics, (str, Metric, Iterable)) and not callable(metrics):
+            raise MetricError(f"metrics= takes names, functions (outputs, targets) or fp.Metric, got {metrics!r}")
         several = [metrics] if isinstance(metrics, (str, Metric)) or callable(metrics) else list(metrics)
         found = [metric if isinstance(metric, Metric) else _bare(metric) for metric in several]
     names = [metric.name for metric in found]

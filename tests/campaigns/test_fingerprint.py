@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
-from functools import partial
+from argparse import Namespace
+from functools import lru_cache, partial, partialmethod
 
 import pytest
 import torch
@@ -140,3 +142,62 @@ def test_what_makes_a_difference():
     cyclic: list = []
     cyclic.append(cyclic)
     assert digest_of(cyclic)
+
+
+def in_module(tmp_path, monkeypatch, body):
+    (tmp_path / "helpers_of_a_user.py").write_text(f"def act(x):\n    return {body}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("helpers_of_a_user", None)
+    return importlib.import_module("helpers_of_a_user")
+
+
+def variants(tmp_path, monkeypatch):
+    """Pairs that answer the same without faults, and otherwise under them."""
+
+    class Config:
+        __slots__ = ("high",)
+
+        def __init__(self, high):
+            self.high = high
+
+    def with_config(config):
+        model = Net()
+        model.config = config
+        return model
+
+    def cached(high):
+        @lru_cache
+        def limit():
+            return high + 0.0
+
+        return limit
+
+    yield lambda: with_config(Namespace(high=1.0)), lambda: with_config(Namespace(high=2.0))
+    yield lambda: with_config(Config(1.0)), lambda: with_config(Config(2.0))
+    yield lambda: with_config(cached(1.0)), lambda: with_config(cached(2.0))
+    yield lambda: with_config(partialmethod(closed, 1)), lambda: with_config(partialmethod(closed, 2))
+
+
+def test_what_hides_in_records_slots_caches_and_partial_methods(tmp_path, monkeypatch):
+    for one, other in variants(tmp_path, monkeypatch):
+        assert attributes_digest(one()) == attributes_digest(one())
+        assert attributes_digest(one()) != attributes_digest(other())
+
+
+def test_a_function_of_a_module_of_the_users_own(tmp_path, monkeypatch):
+    digests = []
+    for body in ("x.relu()", "x.relu().clamp(max=50)"):
+        helpers = in_module(tmp_path, monkeypatch, body)
+        digests.append(digest_of(eval("lambda x: helpers.act(x)", {"helpers": helpers})))
+    assert digests[0] != digests[1]
+
+
+def test_hooks_of_every_module():
+    model = Net()
+    before = code_digest(model)
+    handle = torch.nn.modules.module.register_module_forward_hook(closed(2))
+    try:
+        assert code_digest(model) != before
+    finally:
+        handle.remove()
+    assert code_digest(model) == before

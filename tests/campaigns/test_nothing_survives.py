@@ -6,6 +6,8 @@ import copy
 import os
 import random
 import warnings
+from argparse import Namespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -218,3 +220,86 @@ def test_a_snapshot_of_every_kind_of_value():
     assert before == {k: v for k, v in vars(model).items() if k in before}
     fresh = zoo.Containers()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), fresh.parameters(), strict=True))
+
+
+PEAK = [0.0]
+
+
+def peak_of(h, kept=PEAK):
+    kept[0] = max(kept[0], float(h.nan_to_num(1e9).abs().max()))
+    return kept[0]
+
+
+def closed():
+    peak = 0.0
+
+    def latch(h):
+        nonlocal peak
+        peak = max(peak, float(h.nan_to_num(1e9).abs().max()))
+        return peak
+
+    return latch
+
+
+class Outside(zoo.Net):
+    """Divides by the largest value that was ever seen, and keeps that where no snapshot reaches."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where, self.latch = where, closed()
+        PEAK[0] = 0.0
+
+    def forward(self, x):
+        h = torch.relu(self.a(x))
+        peak = peak_of(h) if self.where == "a default argument" else self.latch(h)
+        return self.b(h / peak if peak > 60 else h)
+
+
+@pytest.mark.parametrize("where", ["a closure", "a default argument"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_state_that_nobody_can_put_back_stops_the_campaign(where, workers):
+    with pytest.raises(AuditError, match="no longer gives its fault-free answers") as caught:
+        fp.assess(Outside(where), zoo.batches(), faults=FAULTS, trials=300, workers=workers)
+    assert caught.value.shortcut == "state"
+
+
+def test_a_hook_that_keeps_state_is_not_blamed_on_a_shortcut():
+    model, latch = zoo.Net(), closed()
+
+    def hook(module, args, result):
+        peak = latch(result)
+        return result / peak if peak > 60 else result
+
+    model.a.register_forward_hook(hook)
+    with pytest.raises(AuditError) as caught:
+        fp.assess(model, zoo.batches(), faults=FAULTS, trials=300)
+    assert caught.value.shortcut == "state"
+
+
+class Helper:
+    """A helper object of the user's own: its class keeps the state."""
+
+    peaks: ClassVar = {"peak": [0.0]}
+
+
+class Holding(zoo.Net):
+    array = np.zeros(1)
+
+    def __init__(self):
+        super().__init__()
+        self.helper, self.config = Helper(), Namespace(peak=0.0)
+
+    def forward(self, x):
+        h = torch.relu(self.a(x))
+        largest = float(h.nan_to_num(1e9).abs().max())
+        type(self.helper).peaks["peak"][0] = max(type(self.helper).peaks["peak"][0], largest)
+        type(self).array[0] = max(type(self).array[0], largest)
+        self.config.peak = max(self.config.peak, largest)
+        tripped = self.config.peak > 60 or Helper.peaks["peak"][0] > 60 or type(self).array[0] > 60
+        return self.b(h * 0 if tripped else h)
+
+
+def test_what_classes_of_helpers_and_records_hold_is_put_back():
+    found = fp.assess(Holding(), zoo.batches(), faults=FAULTS, trials=200)
+    assert outcomes_of(found) == outcomes_of(fp.assess(zoo.Latch60(), zoo.batches(), faults=FAULTS, trials=200))
+    assert Helper.peaks == {"peak": [0.0]}

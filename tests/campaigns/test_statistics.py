@@ -246,7 +246,9 @@ class TestCoverage:
         assert ours.inside < 0.8
         assert held > 0.97
 
-    @pytest.mark.parametrize(("shape", "margin"), [(coverage.SHAPES[0], 6e-4), (coverage._two(0.1), 0.06)])
+    @pytest.mark.parametrize(
+        ("shape", "margin"), [(coverage.SHAPES[0], 0.05), (coverage._two(0.1), 0.06), (coverage._noisy(0.1), 0.05)]
+    )
     def test_where_a_margin_stops(self, shape, margin):
         cell, spent = coverage.stopped_cell(shape, margin, 300, most=200, seed=1)
         assert enough(cell, 300)

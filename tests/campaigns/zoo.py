@@ -93,6 +93,14 @@ class Latch(Net):
         return self.b(h * 0 if self.tripped else h)
 
 
+class Latch60(Net):
+    """The same answers as one that remembers values above 60 and forgets them after every batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.a(x))
+        return self.b(h * 0 if float(h.nan_to_num(1e9).abs().max()) > 60 else h)
+
+
 class Containers(Net):
     """State in a list, a dictionary, a set, a deque, an array, an object, an object with slots, and on the class."""
 

@@ -61,6 +61,7 @@ class Audit:
             AuditError: if anything differs.
         """
         here = f"point {point} ({runner.points[point]!r}), trial {trial}"
+        runner.ask_without_faults(point, trial)
         if self.pristine is None:
             difference = runner.differs(runner, faults, answers)
         else:
@@ -68,6 +69,7 @@ class Audit:
                 difference = runner.differs(twin, faults, answers)
         if difference is None:
             return
+        runner.ask_without_faults(point, trial)
         shortcut = runner.blame(faults, answers)
         if shortcut is None:
             raise AuditError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 from enum import Enum
-from functools import partial
+from functools import cached_property, partial, partialmethod
 from hashlib import blake2b
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from flipproof.campaigns.batches import tensor_bytes
+from flipproof.campaigns.snapshots import RECORDS, slots_of
+from flipproof.campaigns.straight import global_hooks
 
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {
     "torch",
@@ -61,7 +63,8 @@ def attributes_digest(model: nn.Module) -> str:
 def code_digest(model: nn.Module) -> str:
     """A digest of the code of all classes of modules that are no library's."""
     kinds = {type(module) for module in model.modules()}
-    return digest_of(sorted(kinds, key=lambda kind: (kind.__module__, kind.__qualname__)))
+    everywhere = [list(hooks.values()) for hooks in global_hooks()]
+    return digest_of(sorted(kinds, key=lambda kind: (kind.__module__, kind.__qualname__)), everywhere)
 
 
 class _Walk:
@@ -105,12 +108,20 @@ class _Walk:
             self._class(value)
         elif isinstance(value, (ModuleType, BuiltinFunctionType)):
             self._word(value.__name__)
+        elif isinstance(value, torch.jit.ScriptFunction):
+            self._word(str(value.code))
+        elif hasattr(value, "__wrapped__"):  # functools.lru_cache and its like
+            self.feed(value.__wrapped__)
+        elif isinstance(value, (partialmethod, cached_property)):
+            self._all([value.func, getattr(value, "args", None), getattr(value, "keywords", None)])
         elif isinstance(value, nn.Module):
             self._all([type(value), {k: v for k, v in vars(value).items() if k not in _OWN_WORDS}])
             self._all([*value.named_parameters(recurse=False), *value.named_buffers(recurse=False)])
             self._all(value.named_children())
-        elif not _of_library(type(value)):
-            self._all([type(value), getattr(value, "__dict__", {})])
+        elif not _of_library(type(value)) or isinstance(value, RECORDS):
+            slots = [slot for kind in type(value).__mro__ for slot in slots_of(kind) if hasattr(value, slot)]
+            held = {slot: getattr(value, slot) for slot in slots}
+            self._all([type(value), getattr(value, "__dict__", {}), held])
 
     def _all(self, values: Iterable[Any]) -> None:
         for value in values:
@@ -131,7 +142,18 @@ class _Walk:
         for name in () if known else sorted(_names(function.__code__)):
             if name in function.__globals__:
                 self._word(name)
-                self.feed(function.__globals__[name])
+                self._global(function.__globals__[name], function)
+
+    def _global(self, value: Any, function: FunctionType) -> None:
+        """A global that a function names; of a module of the user's own, what the function may take from it."""
+        if not isinstance(value, ModuleType) or value.__name__.partition(".")[0] in _LIBRARIES:
+            self.feed(value)
+            return
+        self._word(value.__name__)
+        for name in sorted(_names(function.__code__)):
+            if name in vars(value):
+                self._word(name)
+                self._global(vars(value)[name], function)
 
     def _code(self, code: CodeType) -> None:
         self._bytes(code.co_code)

@@ -11,7 +11,9 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections import deque
+from argparse import Namespace
+from array import array
+from collections import UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +34,8 @@ _version = attrgetter("_version")
 _MOST = 200_000
 """How many objects are looked at: a model that holds more holds a data set or a trainer."""
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "scipy", "pandas", "flipproof"}
+RECORDS = (SimpleNamespace, Namespace, UserDict, UserList)
+"""Objects of the standard library that are only there to hold values."""
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), type)
 
 
@@ -72,6 +76,8 @@ class Snapshot:
         self._names = {id(tensor): name for name, tensor in _tensors_of(model).items()}
         self._copies = {} if like is None else _tensors_of(like)
         pending: deque[tuple[str, Any]] = deque([("", model)])
+        for kind in {type(module) for module in model.modules()}:
+            pending.extend(self._keep_classes(kind))
         while pending:
             path, value = pending.popleft()
             pending.extend(self._keep(path, value))
@@ -80,8 +86,6 @@ class Snapshot:
                     f"more than {_MOST:,} objects hang on the model, the last one at {path}: a data set or a trainer? "
                     f"What a forward writes there could not be put back. Take it off the model"
                 )
-        for kind in {type(module) for module in model.modules()}:
-            self._keep_classes(kind)
         # batch normalisation writes its statistics without counting a version
         moving = {id(b) for m in model.modules() if isinstance(m, _NormBase) and m.training for b in m.buffers()}
         for kept in self._tensors:
@@ -195,9 +199,9 @@ class Snapshot:
             return [(path, value.args), (path, value.keywords)]
         if isinstance(value, MethodType):
             return [(path, value.__self__)]
-        if _of_library(type(value)) and not isinstance(value, (nn.Module, SimpleNamespace)):
-            return ()
-        return self._keep_object(path, value)
+        if not _of_library(type(value)):
+            return [*self._keep_classes(type(value)), *self._keep_object(path, value)]
+        return self._keep_object(path, value) if isinstance(value, (nn.Module, *RECORDS)) else ()
 
     def _keep_object(self, path: str, value: Any) -> Iterable[tuple[str, Any]]:
         """Record the attributes of an object, and return them."""
@@ -212,22 +216,23 @@ class Snapshot:
                     self._refills.append((name, attributes, key, _spare(name, inside)))
                 else:
                     held.append((name, inside))
-        slots = [slot for kind in type(value).__mro__ for slot in _slots_of(kind)]
+        slots = [slot for kind in type(value).__mro__ for slot in slots_of(kind)]
         if slots:
             self._others.append(_of_slots(path, value, slots))
             held += [(_join(path, slot), getattr(value, slot)) for slot in slots if hasattr(value, slot)]
         return held
 
-    def _keep_classes(self, kind: type) -> None:
+    def _keep_classes(self, kind: type) -> list[tuple[str, Any]]:
         """Plain attributes of classes that the user wrote: ``type(self).calls += 1`` outlives a trial too."""
+        held: list[tuple[str, Any]] = []
         for owner in kind.__mro__:
             if id(owner) in self._seen or _of_library(owner):
                 continue
             self._seen[id(owner)] = owner
             other = _of_class(owner)
             self._others.append(other)
-            for key, value in other.before.items():
-                self._keep(f"{owner.__qualname__}.{key}", value)
+            held += [(f"{owner.__qualname__}.{key}", value) for key, value in other.before.items()]
+        return held
 
 
 @dataclass(eq=False)
@@ -297,12 +302,12 @@ def _of_set(name: str, value: set[Any]) -> _Other:
 
 
 def _of_array(name: str, value: Any) -> _Other | None:
-    if isinstance(value, bytearray):
+    if isinstance(value, (bytearray, array)):
 
-        def refill(content: bytes) -> None:
+        def refill(content: Any) -> None:
             value[:] = content
 
-        return _Other(name, lambda: bytes(value), refill, lambda now, before: bool(now == before))
+        return _Other(name, lambda: value[:], refill, lambda now, before: bool(now == before))
     if isinstance(value, np.ndarray):
 
         def copy_back(content: Any) -> None:
@@ -343,10 +348,12 @@ def _of_slots(name: str, value: Any, slots: list[str]) -> _Other:
 
 
 def _of_class(owner: type) -> _Other:
-    kinds = (int, float, complex, str, bytes, bool, type(None), tuple, list, dict, set, Tensor)
-
     def read() -> dict[str, Any]:
-        return {k: v for k, v in vars(owner).items() if isinstance(v, kinds) and not k.startswith("__")}
+        return {
+            k: v
+            for k, v in vars(owner).items()
+            if not k.startswith("__") and not callable(v) and not hasattr(type(v), "__get__")
+        }
 
     def write(before: dict[str, Any]) -> None:
         for key in read().keys() - before.keys():
@@ -401,7 +408,8 @@ def _spare(name: str, value: Any) -> Any:
         ) from None
 
 
-def _slots_of(kind: type) -> list[str]:
+def slots_of(kind: type) -> list[str]:
+    """Attributes that a class keeps in slots."""
     slots = vars(kind).get("__slots__", ())
     names = [slots] if isinstance(slots, str) else list(slots)
     return [name for name in names if name not in ("__dict__", "__weakref__")]

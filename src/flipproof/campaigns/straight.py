@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules import module
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -130,6 +131,11 @@ class _Reads(TorchFunctionMode):
         if name not in _ASKED_OF_SHAPE and not stand_in and any(isinstance(leaf, Tensor) for leaf in leaves):
             self._found.append(f"the forward reads a tensor's values while it is traced ({name})")
         return function(*args, **(kwargs or {}))
+
+
+def global_hooks() -> list[dict[int, Any]]:
+    """Hooks that run at the forward of every module (`torch.nn.modules.module.register_module_forward_hook`)."""
+    return [module._global_forward_hooks, module._global_forward_pre_hooks]
 
 
 def refers_to_tensors(function: Callable[..., Any]) -> bool:

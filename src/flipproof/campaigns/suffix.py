@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from flipproof.campaigns.batches import Output, call, own, pick
 from flipproof.campaigns.live import PLAIN, Copies, bytes_of, copied, same, separate
 from flipproof.campaigns.snapshots import Snapshot
-from flipproof.campaigns.straight import refers_to_tensors, run_straight
+from flipproof.campaigns.straight import global_hooks, refers_to_tensors, run_straight
 
 T = TypeVar("T")
 
@@ -56,6 +56,8 @@ class Suffixes:
     def trace(cls, model: nn.Module, inputs: Sequence[Any]) -> Suffixes | None:
         """Trace a model in eval mode for these batches; None where that would not be faithful."""
         tracer = _Tracer()
+        if any(global_hooks()):
+            return None
         if any(_is_opaque(m, m is model or not tracer.is_leaf_module(m, "")) for m in model.modules()):
             return None
         state = Snapshot(model, like=model)  # tracing writes no values, but stand-ins into attributes

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flipproof.campaigns.answers import encode_answers
 from flipproof.campaigns.batches import Batches, Output, call
-from flipproof.campaigns.evaluation import Answers, answer, eval_mode, one_thread, run_faulty
+from flipproof.campaigns.evaluation import Answers, FaultyRunError, answer, eval_mode, one_thread, run_faulty
 from flipproof.campaigns.live import same
 from flipproof.campaigns.snapshots import RandomState, Snapshot
 from flipproof.campaigns.suffix import Suffixes
@@ -146,6 +146,8 @@ class TrialRunner:
     suffixes: Suffixes | None = None
     audit: Audit | None = None
     _next_look: float = 0.0
+    _next_question: float = 0.0
+    _asked: int = 0
 
     def draw(self, point: int, trial: int) -> Faults:
         """The faults of a trial: a function of seed, point and index alone."""
@@ -162,6 +164,7 @@ class TrialRunner:
         with eval_mode(self.model), one_thread(self.device):
             answers = self.answers(faults, self.suffixes)
             self._look_for_silent_writes(point, trial)
+            self._ask_sometimes(point, trial)
             audited = self.audit is not None and self.audit.chooses(point, trial)
             if self.audit is not None and audited:
                 self.audit.check(self, point, trial, faults, answers)
@@ -193,6 +196,43 @@ class TrialRunner:
             audited=audited,
         )
 
+    def ask_without_faults(self, point: int, trial: int) -> None:
+        """Run one batch without faults, another one each time: it must answer as in the golden run.
+
+        Raises:
+            AuditError: if it does not: the model keeps state where nobody watches.
+        """
+        batch = self._asked % len(self.batches.inputs)
+        self._asked += 1
+        self.randomness.pin()
+        try:
+            found = answer(lambda: call(self.model, self.batches.inputs[batch]), self.output, batch)
+            differs = not same(found, self.golden[self.batches.part(batch)])
+        except FaultyRunError:
+            differs = True
+        finally:
+            if self.state.changed():
+                self.state.restore()
+        if differs:
+            self._refuse_silent(self.state.verify(), point, trial)
+            raise AuditError(
+                f"after point {point} ({self.points[point]!r}), trial {trial}, the model no longer gives its "
+                f"fault-free answers, although its parameters, buffers and attributes are as they were: it keeps state "
+                f"in a global variable, a closure, a default argument, or an object that cannot be looked into. That "
+                f"cannot be put back: finished trials are worth nothing, and this model answers differently from now "
+                f"on. Keep such state in attributes of the module",
+                "state",
+                point,
+                trial,
+            )
+
+    def _ask_sometimes(self, point: int, trial: int) -> None:
+        """Run a batch without faults as often as that costs a fiftieth of the time."""
+        now = time.perf_counter()
+        if self.audit is not None and now >= self._next_question:
+            self.ask_without_faults(point, trial)
+            self._next_question = time.perf_counter() + 50 * (time.perf_counter() - now)
+
     def _look_for_silent_writes(self, point: int, trial: int) -> None:
         """Compare every bit of the model as often as that costs a hundredth of the time.
 
@@ -204,6 +244,9 @@ class TrialRunner:
             return
         silent = self.state.verify()
         self._next_look = time.perf_counter() + 100 * (time.perf_counter() - now)
+        self._refuse_silent(silent, point, trial)
+
+    def _refuse_silent(self, silent: list[str], point: int, trial: int) -> None:
         if silent:
             raise AuditError(
                 f"point {point} ({self.points[point]!r}), trial {trial} or one shortly before it: the model wrote to "

@@ -337,6 +337,11 @@ def compare(**assessments: Assessment) -> pd.DataFrame:
     """
     if not assessments:
         raise ConfigError("compare takes at least one assessment by name: fp.compare(base=…, hardened=…)")
+    for name, given in assessments.items():
+        if not isinstance(given, Assessment):
+            raise ConfigError(
+                f"compare takes assessments, got {given!r} for {name}; of a journal, fp.Assessment.load(path)"
+            )
     base_name, base = next(iter(assessments.items()))
     rows: list[dict[str, Any]] = []
     for name, assessment in assessments.items():
