@@ -390,9 +390,9 @@ them, and the interval is that of the others. With a share p that happens in (1 
 
 Looks every 20 trials, at most 400, until the interval *and* the tail are within the margin; each interval is taken at
 1 − 0.6·(1 − confidence), 97 % for 95 %. A campaign that stops when its interval is narrow stops more often when it was
-lucky. Without asking the tail too, rare fatal trials among others that differ a little were covered in as little as half
-of the campaigns: a few trials without a fatal one agree closely. At a wide margin that still shows (the last rows at
-± 0.1): the interval is then far narrower than the margin, and it is the margin that holds.
+lucky. Without asking the tail too, rare fatal trials among others that differ a little were covered in as little as
+half of the campaigns: a few trials without a fatal one agree closely. At a wide margin that still shows (the last rows
+at ± 0.1): the interval is then far narrower than the margin, and it is the margin that holds.
 {stops}
 
 ## Over trials and samples (`accuracy_both_low`, `accuracy_both_high`)

@@ -277,7 +277,7 @@ class TrialRunner:
         """The same runner for a fresh copy of the model, without any shortcut."""
         space = self.space.again(model)
         with eval_mode(model), space.stored():
-            state = Snapshot(model)
+            state = Snapshot(model, like=self.model)  # which holds no fault now
             state.watch_bits()
             yield replace(self, model=model, space=space, state=state, suffixes=None, audit=None)
 
