@@ -37,3 +37,12 @@ def blobs(mlp: nn.Module) -> list[tuple[Tensor, Tensor]]:
     targets[::7] = (targets[::7] + 1) % 3
     targets[-3:] = torch.arange(3)
     return [(inputs[:16], targets[:16]), (inputs[16:], targets[16:])]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in a campaign: with more threads, sums are taken in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -23,13 +23,7 @@ from flipproof.outcomes import bit_pattern
 FAULTS = fp.RandomBits(2)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in a campaign: with more threads, sums are taken in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def bits(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -21,13 +21,7 @@ from flipproof.outcomes import bit_pattern
 OUTCOMES = ["masked", "non_critical_sdc", "critical_sdc", "due"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in a campaign: with more threads, sums are taken in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def table(result: fp.Assessment) -> list[list[object]]:
