@@ -151,7 +151,7 @@ class TestMargin:
             means = {n: np.mean([r.metrics["accuracy"] for r in of_point[:n]]) for n in widths}
             tails = {n: unseen_share(n, 0.95) * mean for n, mean in means.items()}  # the worst value is 0
             assert count == min(n for n, width in widths.items() if width <= 0.04 and tails[n] <= 0.04)
-        assert counts[0] < counts[1] < 200  # fewer faults, less scatter, fewer trials
+        assert counts[0] <= counts[1] < 200  # fewer faults, less scatter, fewer trials
         assert counts[0] == 80  # trials that agree closely do not stop a campaign that cannot know of a fatal one
 
     def test_workers_do_not_matter(self, mlp, blobs):
