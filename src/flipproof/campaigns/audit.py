@@ -25,9 +25,6 @@ from flipproof.faults.models import Faults
 LEAST = 5
 """So many trials of a campaign are audited, however small the share."""
 
-SHORTCUTS = ("suffix", "shared batch", "versions")
-"""What can be switched off: cached cuts, several upsets a forward, and looking at version counters only."""
-
 
 @dataclass(frozen=True)
 class Audit:

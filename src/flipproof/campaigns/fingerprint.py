@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from flipproof.campaigns.batches import tensor_bytes
 from flipproof.campaigns.snapshots import RECORDS, slots_of
-from flipproof.campaigns.straight import global_hooks
+from flipproof.campaigns.straight import global_hooks, names_in
 
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {
     "torch",
@@ -139,7 +139,7 @@ class _Walk:
                 self.feed(cell.cell_contents)
             except ValueError:  # a name that was not assigned yet
                 self._word("empty")
-        for name in () if known else sorted(_names(function.__code__)):
+        for name in () if known else sorted(names_in(function.__code__)):
             if name in function.__globals__:
                 self._word(name)
                 self._global(function.__globals__[name], function)
@@ -150,7 +150,7 @@ class _Walk:
             self.feed(value)
             return
         self._word(value.__name__)
-        for name in sorted(_names(function.__code__)):
+        for name in sorted(names_in(function.__code__)):
             if name in vars(value):
                 self._word(name)
                 self._global(vars(value)[name], function)
@@ -193,11 +193,6 @@ def _sorted(pairs: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
     return sorted(
         ((None if isinstance(key, int) else key, value) for key, value in pairs), key=lambda pair: str(pair[0])
     )
-
-
-def _names(code: CodeType) -> set[str]:
-    inner = [part for part in code.co_consts if isinstance(part, CodeType)]
-    return {*code.co_names, *(name for part in inner for name in _names(part))}
 
 
 def _of_library(thing: Any) -> bool:

@@ -158,7 +158,7 @@ def refers_to_tensors(function: Callable[..., Any]) -> bool:
                 continue
             pending += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
             pending += [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
-            pending += [value.__globals__[name] for name in _names(value.__code__) if name in value.__globals__]
+            pending += [value.__globals__[name] for name in names_in(value.__code__) if name in value.__globals__]
         elif isinstance(value, dict):
             pending += value.values()
         elif isinstance(value, (list, tuple, set, frozenset)):
@@ -180,7 +180,7 @@ def _filled(cell: Any) -> bool:
     return True
 
 
-def _names(code: CodeType) -> set[str]:
+def names_in(code: CodeType) -> set[str]:
     """Names that a function and the functions inside it look up."""
     inner = [part for part in code.co_consts if isinstance(part, CodeType)]
-    return {*code.co_names, *(name for part in inner for name in _names(part))}
+    return {*code.co_names, *(name for part in inner for name in names_in(part))}

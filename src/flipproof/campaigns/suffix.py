@@ -115,10 +115,6 @@ class Suffixes:
         """Where among the live values at this cut the output of the node right before it is."""
         return self._live(cut).index(self._nodes[cut - 1])
 
-    def next_use(self, cut: int) -> int | None:
-        """The next node behind a cut that uses parameters."""
-        return min((index for index in self._first_use.values() if index > cut), default=None)
-
     def position_of(self, names: Sequence[str]) -> float:
         """How far into the graph the first use lies, 0 to 1: what a cut there would save, roughly."""
         return min((self._first_use.get(name, 0) for name in names), default=0) / max(len(self._nodes), 1)
