@@ -7,10 +7,10 @@ from torch import nn
 
 import flipproof as fp
 from benchmarks.measure import Row, Size, interleaved, keep_freed_memory, seconds
-from flipproof.campaigns.evaluation import one_thread
 from flipproof.datasets import digits
 from flipproof.demo import trained_digits_cnn
 from flipproof.models import digits_cnn, resnet18
+from flipproof.running.evaluation import one_thread
 
 METHODS = {
     "saturate (Ranger)": (fp.Ranger(), 1.05),

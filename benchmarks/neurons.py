@@ -12,11 +12,11 @@ from torch import Tensor, nn
 import flipproof as fp
 from benchmarks.measure import Row, Size, interleaved, one_thread
 from benchmarks.others import Missing, _imported
-from flipproof.campaigns.batches import read_batches
-from flipproof.campaigns.neuron_trial import neuron_space
-from flipproof.faults.neurons import NeuronSpace
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.models import digits_cnn, resnet18, vgg16
+from flipproof.running.data import read_batches
+from flipproof.running.neurons import neuron_space
+from flipproof.spaces.neurons import NeuronSpace
 
 Fault = tuple[int, str, int, int]
 """Sample, layer, neuron, bit."""

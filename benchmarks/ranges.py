@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from flipproof.analysis import DeepVigor, analyze
+from flipproof.analysis.deepvigor import DeepVigor, analyze
 from flipproof.reproduce.deepvigor import _trained, studies
 from flipproof.reproduce.published import write_table
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 import flipproof as fp
 from benchmarks.measure import Row, Size, interleaved, seconds
-from flipproof.campaigns.evaluation import one_thread
 from flipproof.models import digits_cnn, resnet18, stage_384, stage_conv_72
+from flipproof.running.evaluation import one_thread
 
 WBC = fp.BitClipped(fp.Float32(), zeros=(30,))
 SHAPES = ((1, 128), (1, 256), (32, 128), (32, 256), (128, 256), (64, 384))

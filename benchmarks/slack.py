@@ -15,9 +15,11 @@ from torch import nn
 
 import flipproof as fp
 from flipproof.datasets import cifar10
-from flipproof.hardening import Hardening, harden, hardening_report
-from flipproof.hardening.acceptance import Acceptance
-from flipproof.hardening.calibration import Calibration
+from flipproof.hardening.fitting.acceptance import Acceptance
+from flipproof.hardening.fitting.calibration import Calibration
+from flipproof.hardening.harden import harden
+from flipproof.hardening.methods.base import Hardening
+from flipproof.hardening.report import hardening_report
 from flipproof.models import load_weights, resnet20
 
 METHODS: dict[str, Hardening] = {

@@ -10,8 +10,8 @@ from torch.nn.utils import parametrize
 
 import flipproof as fp
 from benchmarks.measure import Row, Size, interleaved, seconds
-from flipproof.campaigns.evaluation import one_thread
 from flipproof.models import digits_cnn, resnet18
+from flipproof.running.evaluation import one_thread
 
 FORTUNE = fp.TripleMSB(fp.Affine(bits=3))
 
@@ -23,7 +23,7 @@ def run(size: Size) -> list[Row]:
     net = (digits_cnn() if smoke else resnet18()).eval()
     name = "digits CNN" if smoke else "ResNet-18"
     x = torch.rand(4, 1, 8, 8) if smoke else torch.randn(16, 3, 32, 32)
-    plain, protected = (fp.store_(copy.deepcopy(net), format) for format in (fp.Affine(bits=8), FORTUNE))
+    plain, protected = (fp.pack_(copy.deepcopy(net), format) for format in (fp.Affine(bits=8), FORTUNE))
     rounds = size.choose(31, 9, 1)
     with one_thread(torch.device("cpu")), torch.no_grad():
         decode = interleaved(
@@ -43,7 +43,7 @@ def run(size: Size) -> list[Row]:
             },
             rounds,
         )
-    memory = fp.stored_bytes(protected) / fp.stored_bytes(plain)
+    memory = fp.packed_bytes(protected) / fp.packed_bytes(plain)
     weights = _packed_bytes(protected) / _packed_bytes(plain)
     batch = f"{name}, batch {len(x)}"
     return [

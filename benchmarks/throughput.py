@@ -105,7 +105,7 @@ def campaign_seconds(
             trials=trials,
             seed=seed,
             metrics={"tick": tick, "correct": _correct},
-            store=Path(folder) / "journal.jsonl",
+            journal=Path(folder) / "journal.jsonl",
             progress=False,
             **options,  # type: ignore[arg-type]
         )

@@ -52,14 +52,14 @@ def run(size: Size) -> list[Row]:
 def _campaign(net: nn.Module, images: Tensor, trials: int, workers: int, turn: int) -> float:
     data = [(images, torch.zeros(len(images), dtype=torch.long))]
     with tempfile.TemporaryDirectory() as folder:
-        store = Path(folder) / "journal.jsonl"
+        journal = Path(folder) / "journal.jsonl"
         return seconds(
             lambda: fp.assess(
                 net,
                 data=data,
                 faults=fp.BitErrorRate(1e-5),
                 trials=trials,
-                store=store,
+                journal=journal,
                 workers=workers,
                 progress=False,
             )

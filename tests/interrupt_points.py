@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import flipproof as fp
-from flipproof import interrupts
+from flipproof import _interrupts as interrupts
 
 WATCHED = (
     "/flipproof/",
@@ -98,7 +98,7 @@ CALLS: dict[str, Callable[[nn.Module, list[tuple[Tensor, Tensor]]], None]] = {
         fp.harden, m, fp.ProAct(epochs=1, epochs_last=1, held_out=0.5, batch_size=4), data=d, progress=False
     ),
     "propagation": lambda m, d: _quiet(fp.propagation, m, d, faults=fp.RandomBits(2), trials=1),
-    "store_": lambda m, d: _quiet(fp.store_, m, fp.Affine(bits=4)),
+    "pack_": lambda m, d: _quiet(fp.pack_, m, fp.Affine(bits=4)),
     "corrupted": _corrupted,
     "stored": _stored,
 }
@@ -197,7 +197,7 @@ def press(name: str, at: int | str) -> tuple[str, list[str]]:
         sys.unraisablehook = sys.__unraisablehook__
     after = State.of(model)
     damage = before.damage(after)
-    if name == "store_" and damage:  # all or nothing: what it changes stays
+    if name == "pack_" and damage:  # all or nothing: what it changes stays
         model, data = small()
         CALLS[name](model, data)
         damage = [n for n in State.of(model).damage(after) if n not in ("addresses", "classes", "hooks")]

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import flipproof as fp
-from flipproof import interrupts
-from flipproof.interrupts import check, given_back, held, whole
+from flipproof import _interrupts as interrupts
+from flipproof._interrupts import check, given_back, held, whole
 
 sys.path.insert(0, str(Path(__file__).parent))
 import interrupt_points
@@ -49,7 +49,7 @@ def test_ctrl_c_leaves_nothing_behind(call):
         *(("assess", place) for place in ("space.py:_to_the_end", "evaluation.py:eval_mode", "contextlib.py:__exit__")),
         *(("assess", place) for place in ("_symbolic_trace.py:patch", "_symbolic_trace.py:revert")),
         *(("assess, neurons", place) for place in ("hooks.py:remove", "neurons.py:stored")),
-        *(("store_", place) for place in ("storage.py:_store",)),
+        *(("pack_", place) for place in ("storage.py:_store",)),
     ],
 )
 def test_ctrl_c_where_it_used_to_hurt(call, place):

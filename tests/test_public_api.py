@@ -52,7 +52,7 @@ def test_public_names_are_exactly_these():
         "harden",
         "hardening_report",
         "load_hardened",
-        "mixed_widths",
+        "explore_mixed",
         "overhead",
         "p_drop",
         "propagation",
@@ -64,8 +64,8 @@ def test_public_names_are_exactly_these():
         "save_hardened",
         "scrub_",
         "select",
-        "store_",
-        "stored_bytes",
+        "pack_",
+        "packed_bytes",
     ]
 
 

@@ -1,25 +1,14 @@
 """flipproof: how a neural network behaves when its memory loses bits, and how to make it survive."""
 
-from flipproof.analysis import (
-    DeepVigor,
-    Propagation,
-    VulnerabilityMap,
-    analyze,
-    bit_criticality,
-    bit_profile,
-    clip_bits,
-    clip_tensors,
-    estimate_factors,
-    propagation,
-    protected_formats,
-    protection,
-    select,
-)
-from flipproof.campaigns import Assessment, assess, sample_size
+from flipproof.analysis.deepvigor import DeepVigor, analyze
+from flipproof.analysis.factors import estimate_factors
+from flipproof.analysis.propagation import Propagation, propagation
+from flipproof.analysis.vulnerability import VulnerabilityMap
+from flipproof.campaigns.assess import assess
+from flipproof.campaigns.assessment import Assessment
+from flipproof.campaigns.statistics import sample_size
 from flipproof.errors import FlipproofError, FlipproofWarning
-from flipproof.exploration import Exploration, explore, mixed_widths, p_drop, rap
-from flipproof.faults import BitErrorRate, BitPosition, FaultSpace, Parameters, RandomBits, StuckAt
-from flipproof.faults.neuron_sites import Neurons
+from flipproof.faults import BitErrorRate, BitPosition, RandomBits, StuckAt
 from flipproof.formats import (
     SECDED,
     Affine,
@@ -33,24 +22,30 @@ from flipproof.formats import (
     Parity,
     TripleMSB,
 )
-from flipproof.formats.storage import store_, stored_bytes
-from flipproof.hardening import (
-    AVC,
-    FitAct,
-    FTClipAct,
-    Guard,
-    HardeningReport,
-    ProAct,
-    Ranger,
-    harden,
-    hardening_report,
-    load_hardened,
-    overhead,
-    save_hardened,
-    scrub_,
-)
-from flipproof.metrics import Metric
-from flipproof.reports import compare, report
+from flipproof.hardening.files import load_hardened, save_hardened
+from flipproof.hardening.harden import harden
+from flipproof.hardening.methods.avc import AVC
+from flipproof.hardening.methods.fitact import FitAct
+from flipproof.hardening.methods.ft_clipact import FTClipAct
+from flipproof.hardening.methods.guard import Guard
+from flipproof.hardening.methods.proact import ProAct
+from flipproof.hardening.methods.ranger import Ranger
+from flipproof.hardening.overhead import overhead
+from flipproof.hardening.report import HardeningReport, hardening_report
+from flipproof.reports.html import report
+from flipproof.reports.tables import compare
+from flipproof.running.metrics import Metric
+from flipproof.spaces.neuron_sites import Neurons
+from flipproof.spaces.parameters import FaultSpace
+from flipproof.spaces.sites import Parameters
+from flipproof.storage.choose import protected_formats, select
+from flipproof.storage.clipping import bit_criticality, bit_profile, clip_bits, clip_tensors
+from flipproof.storage.explore import Exploration, explore
+from flipproof.storage.indicators import p_drop, rap
+from flipproof.storage.measure import protection
+from flipproof.storage.mixed import explore_mixed
+from flipproof.storage.pack import pack_, packed_bytes
+from flipproof.storage.scrub import scrub_
 
 __version__ = "0.1.0"
 
@@ -97,12 +92,14 @@ __all__ = [
     "compare",
     "estimate_factors",
     "explore",
+    "explore_mixed",
     "harden",
     "hardening_report",
     "load_hardened",
-    "mixed_widths",
     "overhead",
     "p_drop",
+    "pack_",
+    "packed_bytes",
     "propagation",
     "protected_formats",
     "protection",
@@ -112,6 +109,4 @@ __all__ = [
     "save_hardened",
     "scrub_",
     "select",
-    "store_",
-    "stored_bytes",
 ]

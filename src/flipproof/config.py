@@ -12,14 +12,15 @@ import tomli_w
 import torch
 from torch import nn
 
-from flipproof.campaigns import Assessment, assess
+from flipproof.campaigns.assess import assess
+from flipproof.campaigns.assessment import Assessment
 from flipproof.errors import ConfigError, FlipproofError
-from flipproof.faults import Parameters
-from flipproof.faults.neuron_sites import Neurons
-from flipproof.faults.selection import FormatChoice
-from flipproof.hardening import load_hardened
-from flipproof.metrics import METRIC_NAMES
+from flipproof.hardening.files import load_hardened
 from flipproof.models.weights import load_weights
+from flipproof.running.metrics import METRIC_NAMES
+from flipproof.spaces.neuron_sites import Neurons
+from flipproof.spaces.sites import Parameters
+from flipproof.spaces.tensors import FormatChoice
 from flipproof.specs import load_object, parse_decision, parse_faults, parse_format, parse_output
 
 
@@ -94,7 +95,7 @@ class CampaignConfig:
             trials=self.trials,
             metrics=[_metric(name) for name in self.metrics],
             seed=self.seed,
-            store=folder / "journal.jsonl",
+            journal=folder / "journal.jsonl",
             workers=self.workers,
             device=self.device,
             margin=self.margin,

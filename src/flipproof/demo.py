@@ -9,13 +9,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from flipproof.campaigns import Assessment, assess
+from flipproof.campaigns.assess import assess
+from flipproof.campaigns.assessment import Assessment
 from flipproof.datasets import digits
 from flipproof.faults import BitErrorRate, BitPosition
 from flipproof.formats import Float32
 from flipproof.models import digits_cnn
 from flipproof.models.training import cached, train_classifier
-from flipproof.reports import bit_figure, findings, metric_figure, outcome_figure, save, summary_table
+from flipproof.reports.figures import bit_figure, metric_figure, outcome_figure, save
+from flipproof.reports.tables import findings, summary_table
 
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 
@@ -60,8 +62,8 @@ def run_demo(
         "Every trial flips random bits in all parameters, runs all images and restores them.\n"
     )
     run = partial(assess, model, data=data, format=Float32(), workers=workers)
-    rates = run(faults=BitErrorRate(RATES), trials=trials, store=out / "rates.jsonl")
-    bits = run(faults=BitPosition(range(32)), store=out / "bits.jsonl")
+    rates = run(faults=BitErrorRate(RATES), trials=trials, journal=out / "rates.jsonl")
+    bits = run(faults=BitPosition(range(32)), journal=out / "bits.jsonl")
 
     written = [
         rates.to_csv(out / "rates.csv"),

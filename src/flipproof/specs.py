@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flipproof import faults, formats, hardening
+from flipproof import faults, formats
 from flipproof.errors import ConfigError
 from flipproof.faults import FaultModel
 from flipproof.formats import Format
-from flipproof.hardening import Hardening
-from flipproof.outcomes import DecisionChoice, check_choice
+from flipproof.hardening import methods
+from flipproof.hardening.methods.base import Hardening
+from flipproof.running.outcomes import DecisionChoice, check_choice
 
 FORMATS = tuple(name for name in formats.__all__ if name not in ("Format", "Stored"))
 FAULT_MODELS = ("BitErrorRate", "BitPosition", "RandomBits", "StuckAt")
@@ -39,9 +40,9 @@ def _range(*limits: int) -> range:
 _VALUES: dict[str, Callable[..., Any]] = {
     **{name: getattr(formats, name) for name in FORMATS},
     **{name: getattr(faults, name) for name in FAULT_MODELS},
-    **{name: getattr(hardening, name) for name in HARDENINGS},
-    "FitAct.quick": hardening.FitAct.quick,
-    "ProAct.quick": hardening.ProAct.quick,
+    **{name: getattr(methods, name) for name in HARDENINGS},
+    "FitAct.quick": methods.FitAct.quick,
+    "ProAct.quick": methods.ProAct.quick,
     "range": _range,
 }
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import flipproof as fp
-from flipproof.analysis.protection import protection
+from flipproof.storage.measure import protection
 
 Data = list[tuple[Tensor, Tensor]]
 

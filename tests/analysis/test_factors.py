@@ -15,9 +15,9 @@ import flipproof as fp
 from flipproof.analysis.audit import CRITICAL, HARMLESS, correction, counted, distances, signed
 from flipproof.analysis.layer import VERDICTS
 from flipproof.analysis.opening import drawn
-from flipproof.campaigns.batches import read_batches
 from flipproof.errors import FlipproofWarning
 from flipproof.reports.vulnerability import range_figure
+from flipproof.running.data import read_batches
 
 
 def tiny() -> tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]:

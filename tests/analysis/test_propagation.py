@@ -9,7 +9,8 @@ from torch import nn
 
 import flipproof as fp
 from flipproof.errors import ConfigError
-from flipproof.faults import FaultSpace, TrialGenerator
+from flipproof.faults import TrialGenerator
+from flipproof.spaces.parameters import FaultSpace
 
 
 @pytest.fixture

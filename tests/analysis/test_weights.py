@@ -208,7 +208,7 @@ def test_a_selection_of_bits_becomes_formats_and_a_campaign_shows_what_it_buys()
     safe = fp.assess(net, format=formats, **setup)
     assert safe.golden == plain.golden
     assert safe.summary["critical_total"][0] < 0.3 * plain.summary["critical_total"][0]
-    stored = fp.store_(copy.deepcopy(net), formats)
+    stored = fp.pack_(copy.deepcopy(net), formats)
     assert (stored(x).argmax(dim=1) == test[0][1]).all()
     layers = fp.protected_formats(found, fp.select(found, budget=0.5, unit="layers"))
     assert {repr(type(format)) for format in layers.values()} == {repr(fp.SECDED), repr(fp.Float32)}
@@ -229,7 +229,7 @@ def test_the_budget_is_the_memory_that_is_really_added(unit, budget, format):
     chosen = fp.select(found, budget=budget, unit=unit)
 
     def packed(formats: dict[str, fp.Format]) -> int:
-        stored = fp.store_(copy.deepcopy(net), formats)
+        stored = fp.pack_(copy.deepcopy(net), formats)
         return 8 * sum(buffer.nbytes for name, buffer in stored.named_buffers() if name.endswith("original0"))
 
     padding = 8 * len(found.layers_found)  # each tensor ends with up to 7 bits that hold nothing
@@ -255,6 +255,6 @@ def test_a_selection_of_neuron_bits_becomes_formats_too():
 
 def test_packed_models_are_refused_by_name():
     net, data = made(Tokens)
-    packed = fp.store_(net, {"conv.weight": fp.Affine(bits=4)})
+    packed = fp.pack_(net, {"conv.weight": fp.Affine(bits=4)})
     with pytest.raises(fp.FlipproofError, match=r"conv\.weight is stored as packed words"):
         fp.analyze(packed, data, where=fp.Parameters(), output="logits")

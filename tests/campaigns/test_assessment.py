@@ -13,7 +13,7 @@ import flipproof as fp
 from flipproof.campaigns.statistics import mean_interval, wilson_interval
 from flipproof.campaigns.strata import stratified_rate
 from flipproof.errors import ConfigError
-from flipproof.outcomes import OUTCOMES
+from flipproof.running.outcomes import OUTCOMES
 
 
 @pytest.fixture
@@ -116,18 +116,18 @@ class TestOverSamples:
             result.golden_interval("f1")
 
     def test_a_journal_without_answers_is_read_and_says_unknown(self, mlp, blobs, tmp_path):
-        store = tmp_path / "old.jsonl"
-        result = fp.assess(mlp, data=blobs, faults=fp.BitErrorRate(2e-2), trials=9, store=store)
+        journal = tmp_path / "old.jsonl"
+        result = fp.assess(mlp, data=blobs, faults=fp.BitErrorRate(2e-2), trials=9, journal=journal)
         new = ("answers", "layer", "golden_answers", "golden_intervals", "metrics")
-        lines = [json.loads(line) for line in store.read_text().splitlines()]
+        lines = [json.loads(line) for line in journal.read_text().splitlines()]
         old = [
             json.dumps(
                 {key: value for key, value in line.items() if key not in new or (key == "metrics" and "point" in line)}
             )
             for line in lines
         ]
-        store.write_text("\n".join(old) + "\n")
-        row, expected = fp.Assessment.load(store).summary.iloc[0], result.summary.iloc[0]
+        journal.write_text("\n".join(old) + "\n")
+        row, expected = fp.Assessment.load(journal).summary.iloc[0], result.summary.iloc[0]
         assert (row["accuracy_low"], row["accuracy_high"]) == (expected["accuracy_low"], expected["accuracy_high"])
         assert np.isnan(row["accuracy_samples_low"])
         assert np.isnan(row["critical_total_both_high"])
@@ -201,11 +201,11 @@ def test_an_unfinished_journal_has_tables_too(mlp, blobs, tmp_path):
             raise KeyboardInterrupt
         return 1.0
 
-    store = tmp_path / "journal.jsonl"
+    journal = tmp_path / "journal.jsonl"
     for expected in (3, 3):
         with pytest.raises(KeyboardInterrupt):
-            fp.assess(mlp, data=blobs, faults=fp.RandomBits([1, 2]), trials=5, metrics=stop, store=store)
-        loaded = fp.Assessment.load(store)
+            fp.assess(mlp, data=blobs, faults=fp.RandomBits([1, 2]), trials=5, metrics=stop, journal=journal)
+        loaded = fp.Assessment.load(journal)
         assert len(loaded.trials) == expected
         assert loaded.summary["trials"].tolist() == [expected]
         calls = iter(range(4, 100))
@@ -220,7 +220,7 @@ def test_no_trial_yet_gives_empty_tables(mlp, blobs, tmp_path):
 
     seen: list[int] = []
     with pytest.raises(KeyboardInterrupt):
-        fp.assess(mlp, data=blobs, faults=fp.RandomBits(1), metrics=stop, store=tmp_path / "journal.jsonl")
+        fp.assess(mlp, data=blobs, faults=fp.RandomBits(1), metrics=stop, journal=tmp_path / "journal.jsonl")
     loaded = fp.Assessment.load(tmp_path / "journal.jsonl")
     assert len(loaded.trials) == len(loaded.summary) == 0
     assert loaded.golden == {"stop": 1.0}

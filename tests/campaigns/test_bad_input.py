@@ -27,7 +27,7 @@ def refused(tmp_path):
         model.train()
         before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         x = X.clone()
-        setup = {"data": [(X, Y)], "faults": fp.RandomBits(1), "trials": 2, "store": tmp_path / "journal.jsonl"}
+        setup = {"data": [(X, Y)], "faults": fp.RandomBits(1), "trials": 2, "journal": tmp_path / "journal.jsonl"}
         with pytest.raises(kind, match=message) as error:
             fp.assess(model, **{**setup, **change})
         assert isinstance(error.value, fp.FlipproofError)
@@ -248,12 +248,12 @@ class TestOtherArguments:
 
     @pytest.mark.parametrize("value", [5, True, ["a"]])
     def test_a_journal_that_is_no_path(self, refused, value):
-        refused(ConfigError, f"the path of a journal for store=, got {re.escape(repr(value))}", store=value)
+        refused(ConfigError, f"the path of a journal for journal=, got {re.escape(repr(value))}", journal=value)
 
 
 @pytest.mark.parametrize("bad", [{"trials": 2.5}, {"trials": "9"}, {"workers": 1.0}, {"seed": None}, {"trials": True}])
 def test_counts_that_are_no_whole_numbers_write_nothing(tmp_path, bad):
     ((name, value),) = bad.items()
     with pytest.raises(fp.FlipproofError, match=f"whole number for {name}=, got {value!r}"):
-        fp.assess(nn.Linear(4, 3), data=[(X, Y)], faults=fp.RandomBits(1), store=tmp_path / "j.jsonl", **bad)
+        fp.assess(nn.Linear(4, 3), data=[(X, Y)], faults=fp.RandomBits(1), journal=tmp_path / "j.jsonl", **bad)
     assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import flipproof as fp
-from flipproof.campaigns.suffix import Suffixes
+from flipproof.running.resume import Suffixes
 
 
 class Net(nn.Module):

@@ -34,7 +34,7 @@ def changed_forward(self: Net, x: Tensor) -> Tensor:
 
 
 def run(tmp_path, model=None, **options):
-    setup = {"data": DATA, "faults": fp.RandomBits(1), "trials": 4, "store": tmp_path / "j.jsonl", "audit": 0}
+    setup = {"data": DATA, "faults": fp.RandomBits(1), "trials": 4, "journal": tmp_path / "j.jsonl", "audit": 0}
     return fp.assess(model or Net(), **{**setup, **options})
 
 

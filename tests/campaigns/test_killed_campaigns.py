@@ -49,8 +49,8 @@ class Campaigns:
         for reader in self._readers:
             reader.start()
 
-    def start(self, store: Path, **wanted: object) -> int:
-        print(json.dumps({"store": str(store), **wanted}), file=self._process.stdin, flush=True)
+    def start(self, journal: Path, **wanted: object) -> int:
+        print(json.dumps({"journal": str(journal), **wanted}), file=self._process.stdin, flush=True)
         pid = int(self._said.get(timeout=60))
         self._started.append(pid)
         return pid
@@ -96,8 +96,8 @@ def eventually(condition: Callable[[], bool]) -> bool:
     return True
 
 
-def lines(store: Path) -> int:
-    return store.read_bytes().count(b"\n") if store.exists() else 0
+def lines(journal: Path) -> int:
+    return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
 
 def group(leader: int) -> list[int]:
@@ -113,24 +113,24 @@ def group(leader: int) -> list[int]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_kill_dash_nine_at_any_moment_loses_at_most_what_was_under_way(campaigns, uninterrupted, tmp_path, workers):
-    store = tmp_path / "journal.jsonl"
+    journal = tmp_path / "journal.jsonl"
     moments = random.Random(workers)
     for kills in range(1, 5):
-        before = lines(store)
-        pid = campaigns.start(store, workers=workers, sleep=0.01)
+        before = lines(journal)
+        pid = campaigns.start(journal, workers=workers, sleep=0.01)
         enough = max(before, 1) + moments.randrange(4)
-        assert eventually(lambda enough=enough: lines(store) >= enough)
+        assert eventually(lambda enough=enough: lines(journal) >= enough)
         time.sleep(moments.random() * 0.03)
         os.kill(pid, signal.SIGKILL)
         assert campaigns.exit_status(pid) == -signal.SIGKILL
-        kept = fp.Assessment.load(store).records
-        assert len(kept) == lines(store) - 1
+        kept = fp.Assessment.load(journal).records
+        assert len(kept) == lines(journal) - 1
         assert [replace(r, seconds=0.0) for r in kept] == [r for r in uninterrupted if (r.point, r.trial) in ids(kept)]
         if workers == 1:  # nothing that ended before the trial under way is missing
             assert [(r.point, r.trial) for r in kept] == [(r.point, r.trial) for r in uninterrupted[: len(kept)]]
         assert kills < 4 or 0 < len(kept) < 40
-    kept = fp.Assessment.load(store).records
-    resumed = campaign(str(store))  # at once: workers of the killed campaign may still hold the lock for a moment
+    kept = fp.Assessment.load(journal).records
+    resumed = campaign(str(journal))  # at once: workers of the killed campaign may still hold the lock for a moment
     assert records_of(resumed) == uninterrupted
     assert [r for r in resumed.records if (r.point, r.trial) in ids(kept)] == list(kept)  # not run again
     assert eventually(lambda: group(pid) == [])
@@ -142,28 +142,28 @@ def ids(records) -> set[tuple[int, int]]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_leaves_a_resumable_journal_and_no_orphans(campaigns, uninterrupted, tmp_path, workers):
-    store = tmp_path / "journal.jsonl"
-    pid = campaigns.start(store, workers=workers, sleep=0.02)
-    assert eventually(lambda: lines(store) >= 5)
+    journal = tmp_path / "journal.jsonl"
+    pid = campaigns.start(journal, workers=workers, sleep=0.02)
+    assert eventually(lambda: lines(journal) >= 5)
     assert len(group(pid)) == (1 if workers == 1 else 3)
     os.killpg(pid, signal.SIGINT)  # as a terminal does: every process of the group gets it
     assert campaigns.exit_status(pid) == 130
     assert group(pid) == []
-    kept = fp.Assessment.load(store).records
+    kept = fp.Assessment.load(journal).records
     assert 4 <= len(kept) < 40
-    assert records_of(campaign(str(store))) == uninterrupted
+    assert records_of(campaign(str(journal))) == uninterrupted
 
 
 def test_a_killed_worker_is_replaced_and_its_trials_are_done_again(campaigns, uninterrupted, tmp_path):
-    store = tmp_path / "journal.jsonl"
-    pid = campaigns.start(store, workers=2, sleep=0.02)
+    journal = tmp_path / "journal.jsonl"
+    pid = campaigns.start(journal, workers=2, sleep=0.02)
     for reached in (4, 15):
-        assert eventually(lambda enough=reached: lines(store) >= enough and len(group(pid)) == 3)
+        assert eventually(lambda enough=reached: lines(journal) >= enough and len(group(pid)) == 3)
         os.kill(random.Random(reached).choice([member for member in group(pid) if member != pid]), signal.SIGKILL)
-        assert eventually(lambda enough=reached: lines(store) > enough + 5)
+        assert eventually(lambda enough=reached: lines(journal) > enough + 5)
     assert campaigns.exit_status(pid) == 0
-    result = fp.Assessment.load(store)
-    assert lines(store) == 41  # every trial once
+    result = fp.Assessment.load(journal)
+    assert lines(journal) == 41  # every trial once
     assert records_of(result) == uninterrupted
 
 
@@ -176,38 +176,38 @@ def test_a_worker_that_always_dies_ends_the_campaign_and_keeps_what_was_done(tmp
         return 0.5
 
     calls = tmp_path / "calls"
-    store = tmp_path / "journal.jsonl"
-    setup = {"data": zygote.samples(), "metrics": deadly, "store": store, "trials": 4, **zygote.SETUP}
+    journal = tmp_path / "journal.jsonl"
+    setup = {"data": zygote.samples(), "metrics": deadly, "journal": journal, "trials": 4, **zygote.SETUP}
     model = zygote.network()
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(InfrastructureError, match=r"died 3 times around point 0, trial .*fewer workers to resume"):
         fp.assess(model, workers=2, **setup)
     assert all((p == q).all() for p, q in zip(before, model.parameters(), strict=True))
-    assert fp.Assessment.load(store).records == []
+    assert fp.Assessment.load(journal).records == []
     calls.touch()
     assert len(fp.assess(model, workers=2, **setup).records) == 8
 
 
 def test_two_processes_do_not_write_one_journal(campaigns, uninterrupted, tmp_path):
-    store = tmp_path / "journal.jsonl"
-    pid = campaigns.start(store, sleep=0.1)
-    assert eventually(lambda: lines(store) >= 2)
+    journal = tmp_path / "journal.jsonl"
+    pid = campaigns.start(journal, sleep=0.1)
+    assert eventually(lambda: lines(journal) >= 2)
     with pytest.raises(JournalLocked, match=r"journal\.jsonl is being written by another process"):
-        campaign(str(store))
+        campaign(str(journal))
     os.kill(pid, signal.SIGKILL)
     assert campaigns.exit_status(pid) == -signal.SIGKILL
-    assert records_of(campaign(str(store))) == uninterrupted
+    assert records_of(campaign(str(journal))) == uninterrupted
 
 
 def test_a_disk_that_fills_up_in_the_middle_of_a_line(campaigns, uninterrupted, tmp_path):
-    store = tmp_path / "journal.jsonl"
-    pid = campaigns.start(store, limit=5_000)
+    journal = tmp_path / "journal.jsonl"
+    pid = campaigns.start(journal, limit=5_000)
     assert campaigns.exit_status(pid) == 3
-    content = store.read_bytes()
+    content = journal.read_bytes()
     assert content.endswith(b"\n")  # what was left of the line that did not fit is cut off
-    kept = fp.Assessment.load(store).records
+    kept = fp.Assessment.load(journal).records
     assert 0 < len(kept) < 40
     assert eventually(lambda: any("JournalError: cannot write" in line for line in campaigns.errors))
     assert any("Every finished trial up to here is kept" in line for line in campaigns.errors)
-    assert records_of(campaign(str(store))) == uninterrupted
-    assert store.read_bytes().startswith(content)
+    assert records_of(campaign(str(journal))) == uninterrupted
+    assert journal.read_bytes().startswith(content)

@@ -16,9 +16,9 @@ import zoo
 from torch import nn
 
 import flipproof as fp
-from flipproof.campaigns.snapshots import Snapshot
 from flipproof.errors import AuditError, FlipproofWarning, ModelError
-from flipproof.outcomes import bit_pattern
+from flipproof.formats.base import bit_pattern
+from flipproof.running.snapshots import Snapshot
 
 FAULTS = fp.RandomBits(2)
 
@@ -174,7 +174,7 @@ def test_a_write_that_no_counter_sees_is_found_by_the_audit_and_watched_after_it
                 self.worst.data += 1
             return self.b(h) + self.worst * torch.tensor([0.0, 5.0, 0.0])
 
-    setup = {"data": zoo.batches(), "faults": fp.RandomBits(4), "trials": 60, "store": tmp_path / "j.jsonl"}
+    setup = {"data": zoo.batches(), "faults": fp.RandomBits(4), "trials": 60, "journal": tmp_path / "j.jsonl"}
     model = Silent()
     with pytest.raises(AuditError, match=r"wrote to worst where no version counter sees it") as caught:
         fp.assess(model, **setup)
@@ -191,7 +191,7 @@ def test_a_write_that_no_counter_sees_is_found_by_the_audit_and_watched_after_it
                 self.worst += 1
             return self.b(h) + self.worst * torch.tensor([0.0, 5.0, 0.0])
 
-    assert outcomes_of(resumed) == outcomes_of(fp.assess(Loud(), **{**setup, "store": None}))
+    assert outcomes_of(resumed) == outcomes_of(fp.assess(Loud(), **{**setup, "journal": None}))
     assert len(resumed.trials) == 60
 
 

@@ -43,8 +43,8 @@ def test_two_workers_no_cache_or_a_store_change_nothing(mlp, setup, tmp_path):
         {},
         {"workers": 2},
         {"cache_bytes": 0},
-        {"store": tmp_path / "journal.jsonl"},
-        {"workers": 2, "store": tmp_path / "other.jsonl", "cache_bytes": 0},
+        {"journal": tmp_path / "journal.jsonl"},
+        {"workers": 2, "journal": tmp_path / "other.jsonl", "cache_bytes": 0},
     ):
         result = fp.assess(mlp, **setup, **change)
         assert records_of(result) == records_of(reference)
@@ -82,36 +82,36 @@ def test_a_point_keeps_its_draws_when_others_join_the_sweep(mlp, setup):
 def test_interrupted_and_resumed(mlp, blobs, tmp_path, stop, workers):
     setup = {"data": blobs, "faults": SWEEP, "trials": 15, "seed": 5}
     reference = fp.assess(mlp, **setup, metrics=stopping_after(10**9))
-    store = tmp_path / "journal.jsonl"
+    journal = tmp_path / "journal.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        fp.assess(mlp, **setup, metrics=stopping_after(stop), store=store)
-    assert len(fp.Assessment.load(store).records) == stop
-    kept = store.read_bytes()
-    resumed = fp.assess(mlp, **setup, metrics=stopping_after(10**9), store=store, workers=workers)
-    assert store.read_bytes().startswith(kept)
+        fp.assess(mlp, **setup, metrics=stopping_after(stop), journal=journal)
+    assert len(fp.Assessment.load(journal).records) == stop
+    kept = journal.read_bytes()
+    resumed = fp.assess(mlp, **setup, metrics=stopping_after(10**9), journal=journal, workers=workers)
+    assert journal.read_bytes().startswith(kept)
     assert records_of(resumed) == records_of(reference)
-    assert resumed.records[:stop] == fp.Assessment.load(store).records[:stop]  # not run again: even the seconds
+    assert resumed.records[:stop] == fp.Assessment.load(journal).records[:stop]  # not run again: even the seconds
 
 
 def test_a_finished_campaign_runs_nothing_again(mlp, setup, tmp_path):
-    store = tmp_path / "journal.jsonl"
-    first = fp.assess(mlp, **setup, store=store)
-    content = store.read_bytes()
-    second = fp.assess(mlp, **setup, store=store)
-    assert store.read_bytes() == content
+    journal = tmp_path / "journal.jsonl"
+    first = fp.assess(mlp, **setup, journal=journal)
+    content = journal.read_bytes()
+    second = fp.assess(mlp, **setup, journal=journal)
+    assert journal.read_bytes() == content
     assert second.records == first.records
 
 
 def test_a_higher_ceiling_adds_trials_and_a_lower_one_hides_them(mlp, setup, tmp_path):
-    store = tmp_path / "journal.jsonl"
-    few = fp.assess(mlp, **{**setup, "trials": 6}, store=store)
-    many = fp.assess(mlp, **setup, store=store)
+    journal = tmp_path / "journal.jsonl"
+    few = fp.assess(mlp, **{**setup, "trials": 6}, journal=journal)
+    many = fp.assess(mlp, **setup, journal=journal)
     assert [r for r in many.records if r.trial < 6] == list(few.records)
     assert records_of(many) == records_of(fp.assess(mlp, **setup))
-    again = fp.assess(mlp, **{**setup, "trials": 6}, store=store)
+    again = fp.assess(mlp, **{**setup, "trials": 6}, journal=journal)
     assert again.records == few.records
-    assert fp.Assessment.load(store).records == few.records  # the latest plan counts
-    assert fp.assess(mlp, **setup, store=store).records == many.records
+    assert fp.Assessment.load(journal).records == few.records  # the latest plan counts
+    assert fp.assess(mlp, **setup, journal=journal).records == many.records
 
 
 def test_points_without_chance_run_once_and_are_certain(mlp, blobs):
@@ -164,12 +164,12 @@ class TestMargin:
         assert result.summary["trials"].tolist() == [33, 33]
 
     def test_resuming_with_another_margin(self, mlp, blobs, tmp_path):
-        store = tmp_path / "journal.jsonl"
+        journal = tmp_path / "journal.jsonl"
         for margin in (0.08, 0.03, 0.08, None, 0.05):
-            resumed = fp.assess(mlp, **self.setup_for(blobs, margin=margin, trials=90, store=store))
+            resumed = fp.assess(mlp, **self.setup_for(blobs, margin=margin, trials=90, journal=journal))
             afresh = fp.assess(mlp, **self.setup_for(blobs, margin=margin, trials=90))
             assert records_of(resumed) == records_of(afresh)
-            loaded = fp.Assessment.load(store)
+            loaded = fp.Assessment.load(journal)
             assert loaded.records == resumed.records
             assert loaded.header["plan"]["margin"] == margin
 

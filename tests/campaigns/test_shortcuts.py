@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 import flipproof as fp
 from flipproof.campaigns import neuron_trial, trial
-from flipproof.campaigns.straight import refers_to_tensors
-from flipproof.campaigns.suffix import Suffixes
 from flipproof.errors import AuditError, FlipproofWarning
-from flipproof.outcomes import bit_pattern
+from flipproof.formats.base import bit_pattern
+from flipproof.running.resume import Suffixes
+from flipproof.running.straight import refers_to_tensors
 
 OUTCOMES = ["masked", "non_critical_sdc", "critical_sdc", "due"]
 
@@ -83,8 +83,8 @@ honest = Suffixes.resume
 
 
 def test_a_wrong_shortcut_stops_the_campaign_and_is_off_when_it_is_resumed(tmp_path, monkeypatch):
-    setup = {"data": zoo.batches(), "faults": fp.RandomBits(2), "trials": 300, "store": tmp_path / "j.jsonl"}
-    truth = fp.assess(Trapped(), **{**setup, "store": None}, cache_bytes=0, audit=0)
+    setup = {"data": zoo.batches(), "faults": fp.RandomBits(2), "trials": 300, "journal": tmp_path / "j.jsonl"}
+    truth = fp.assess(Trapped(), **{**setup, "journal": None}, cache_bytes=0, audit=0)
     monkeypatch.setattr(Suffixes, "resume", wrong_resume)
     monkeypatch.setattr(trial.TrialRunner, "faithful", lambda self, suffixes: True)
     model = Trapped()
@@ -101,7 +101,7 @@ def test_a_wrong_shortcut_stops_the_campaign_and_is_off_when_it_is_resumed(tmp_p
 
 
 def test_a_wrong_shortcut_is_found_in_workers_too(tmp_path, monkeypatch):
-    setup = {"data": zoo.batches(), "faults": fp.RandomBits(2), "trials": 300, "store": tmp_path / "j.jsonl"}
+    setup = {"data": zoo.batches(), "faults": fp.RandomBits(2), "trials": 300, "journal": tmp_path / "j.jsonl"}
     monkeypatch.setattr(Suffixes, "resume", wrong_resume)
     monkeypatch.setattr(trial.TrialRunner, "faithful", lambda self, suffixes: True)
     with pytest.raises(AuditError) as caught:
@@ -178,7 +178,7 @@ def test_rows_that_mix_only_under_rare_faults_are_found_by_the_audit(tmp_path, m
     monkeypatch.setattr(neuron_trial.NeuronTrialRunner, "mixes_rows", lambda self: False)
     setup = {
         "data": zoo.batches(), "faults": fp.RandomBits(1), "where": fp.Neurons(), "trials": 40,
-        "store": tmp_path / "j.jsonl",
+        "journal": tmp_path / "j.jsonl",
     }  # fmt: skip
     with pytest.raises(AuditError) as caught:
         fp.assess(zoo.Dynamic(), **setup)

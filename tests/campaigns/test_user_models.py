@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import flipproof as fp
-from flipproof.campaigns.batches import read_batches
 from flipproof.errors import DataError
+from flipproof.running.data import read_batches
 
 CPU = torch.device("cpu")
 
@@ -263,7 +263,7 @@ def test_a_sparse_buffer_is_part_of_what_is_assessed(blobs, tmp_path):
             return torch.sparse.mm(self.mask, self.head(x).T).T
 
     model = Sparse()
-    setup = {"data": blobs, "faults": fp.RandomBits(1), "trials": 2, "store": tmp_path / "j.jsonl"}
+    setup = {"data": blobs, "faults": fp.RandomBits(1), "trials": 2, "journal": tmp_path / "j.jsonl"}
     fp.assess(model, **setup)
     model.mask = (2 * torch.eye(3)).to_sparse()
     with pytest.raises(fp.FlipproofError, match="weights: "):

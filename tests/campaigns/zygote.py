@@ -1,6 +1,6 @@
 """A process that has everything imported and forks one campaign for each line it reads: real processes to kill.
 
-Input: one JSON object a line (store, workers, trials, sleep, limit). Output: the process id of each campaign as it
+Input: one JSON object a line (journal, workers, trials, sleep, limit). Output: the process id of each campaign as it
 starts, and `<pid> <exit status>` when it ends. A campaign leads a process group of its own.
 """
 
@@ -45,9 +45,11 @@ class Slow:
         return float((outputs.argmax(dim=1) == targets).double().mean())
 
 
-def campaign(store: str | None, workers: int = 1, trials: int = 20, sleep: float = 0.0) -> fp.Assessment:
+def campaign(journal: str | None, workers: int = 1, trials: int = 20, sleep: float = 0.0) -> fp.Assessment:
     os.environ["SLOW_ACCURACY"] = str(sleep)
-    return fp.assess(network(), data=samples(), metrics=Slow(), store=store, workers=workers, trials=trials, **SETUP)
+    return fp.assess(
+        network(), data=samples(), metrics=Slow(), journal=journal, workers=workers, trials=trials, **SETUP
+    )
 
 
 def child(limit: int | None, **wanted: object) -> int:

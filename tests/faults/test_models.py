@@ -8,7 +8,8 @@ from torch import nn
 
 import flipproof as fp
 from flipproof.errors import FaultModelError, FlipproofWarning
-from flipproof.faults import FaultSpace, TrialGenerator
+from flipproof.faults import TrialGenerator
+from flipproof.spaces.parameters import FaultSpace
 from flipproof.testing import FaultModelContract
 
 

@@ -4,8 +4,8 @@ import torch
 import flipproof as fp
 from flipproof.errors import FormatError
 from flipproof.formats import Integer
+from flipproof.formats.base import bit_pattern
 from flipproof.formats.integer import INTEGERS
-from flipproof.outcomes import bit_pattern
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)

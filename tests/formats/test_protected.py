@@ -139,7 +139,7 @@ def test_a_packed_block_takes_exactly_the_bytes_of_its_bits(bits, block):
     checks = {n: next(r for r in range(1, 9) if 2**r >= n * bits + r + 1) + 1 for n in (k, last)}
     exact = count * bits + (count - last) // k * checks[k] + checks[last]
     simulated = fp.FaultSpace(net, format=format)
-    packed = fp.store_(copy.deepcopy(net), format)
+    packed = fp.pack_(copy.deepcopy(net), format)
     real = fp.FaultSpace(packed)
     assert simulated.bits == real.bits == exact
     assert packed.parametrizations.weight.original0.numel() == -(-exact // 8)
@@ -264,7 +264,7 @@ def test_a_fault_that_is_one_too_many_takes_the_whole_block_in_a_campaign_as_in_
     format = fp.SECDED(fp.Affine(bits=8), block=64)
     golden = format.encode(net.weight).decode().view(-1)
     space = fp.FaultSpace(net, format=format)
-    packed = fp.store_(copy.deepcopy(net), format)
+    packed = fp.pack_(copy.deepcopy(net), format)
     in_memory = fp.FaultSpace(packed)
     assert in_memory.bits == space.bits == 28 * 8 + 3 * 8
     with space.stored():
@@ -282,7 +282,7 @@ def test_a_fault_that_is_one_too_many_takes_the_whole_block_in_a_campaign_as_in_
 def test_tensors_smaller_than_a_block_are_refused_by_name():
     net = torch.nn.Linear(3, 1)
     with pytest.raises(FormatError, match=r"bias: a tensor of 1 values is smaller than a block of 2 words.*mapping"):
-        fp.store_(net, fp.SECDED(fp.Float32(), block=64))
+        fp.pack_(net, fp.SECDED(fp.Float32(), block=64))
     assert "bias" in dict(net.named_parameters())
 
 

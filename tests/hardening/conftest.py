@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from flipproof.hardening import Hardening
-from flipproof.hardening.calibration import Calibration
+from flipproof.hardening.fitting.calibration import Calibration
+from flipproof.hardening.methods.base import Hardening
 
 
 @pytest.fixture

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 import flipproof as fp
 from flipproof.errors import ConfigError, ModelError
-from flipproof.hardening import Bounded, Hardening, harden, hardening_report
-from flipproof.hardening.acceptance import Acceptance, paired_interval
-from flipproof.hardening.calibration import Calibration
+from flipproof.hardening.bounds.bounded import Bounded
+from flipproof.hardening.fitting.acceptance import Acceptance, paired_interval
+from flipproof.hardening.fitting.calibration import Calibration
+from flipproof.hardening.fitting.profile import Range
+from flipproof.hardening.fitting.slack import widened
+from flipproof.hardening.harden import harden
+from flipproof.hardening.methods.base import Hardening
 from flipproof.hardening.overhead import wait_for
-from flipproof.hardening.profile import Range
-from flipproof.hardening.slack import widened
+from flipproof.hardening.report import hardening_report
 
 Data = list[tuple[Tensor, Tensor]]
 

@@ -4,7 +4,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import flipproof as fp
-from flipproof.hardening import ClampInput, Saturate, harden, hardening_report
+from flipproof.hardening.bounds.bounded import ClampInput, Saturate
+from flipproof.hardening.harden import harden
+from flipproof.hardening.report import hardening_report
 from flipproof.models import stage_conv_72
 from flipproof.testing import HardeningContract
 

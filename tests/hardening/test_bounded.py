@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flipproof.hardening import Bounded, Saturate, Smooth, ZeroAbove
-from flipproof.hardening.activations import FUNCTIONS, Activation, function_of
+from flipproof.hardening.bounds.activations import FUNCTIONS, Activation, function_of
+from flipproof.hardening.bounds.bounded import Bounded, Saturate, Smooth, ZeroAbove
 
 INF, NAN = float("inf"), float("nan")
 KINDS = [Saturate, ZeroAbove, Smooth]

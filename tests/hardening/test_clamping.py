@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flipproof.campaigns.evaluation import one_thread
-from flipproof.hardening import bounded, clamping
-from flipproof.hardening.bounded import Saturate, ZeroAbove
+from flipproof.hardening.bounds import bounded, clamping
+from flipproof.hardening.bounds.bounded import Saturate, ZeroAbove
+from flipproof.running.evaluation import one_thread
 
 INF, NAN = float("inf"), float("nan")
 LARGEST = torch.finfo(torch.float32).max

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 import flipproof as fp
 from flipproof.errors import ConfigError
-from flipproof.hardening import FTClipAct, ZeroAbove, harden, hardening_report
-from flipproof.hardening.ft_clipact import area
+from flipproof.hardening.bounds.bounded import ZeroAbove
+from flipproof.hardening.harden import harden
+from flipproof.hardening.methods.ft_clipact import FTClipAct, area
+from flipproof.hardening.report import hardening_report
 
 Data = list[tuple[Tensor, Tensor]]
 

@@ -10,10 +10,12 @@ from torch import nn
 import flipproof as fp
 from flipproof.datasets import digits
 from flipproof.errors import ConfigError
-from flipproof.faults import FaultSpace
-from flipproof.hardening import Guard, GuardedLinear, Saturate, ZeroAbove, hardening_report
+from flipproof.hardening.bounds.bounded import Saturate, ZeroAbove
+from flipproof.hardening.methods.guard import Guard, GuardedLinear
+from flipproof.hardening.report import hardening_report
 from flipproof.models import digits_cnn
 from flipproof.models.training import train_classifier
+from flipproof.spaces.parameters import FaultSpace
 
 
 @pytest.fixture

@@ -14,23 +14,18 @@ from torch.nn import functional as F
 import flipproof as fp
 from flipproof.datasets import digits
 from flipproof.errors import ConfigError, DataError, ModelError
-from flipproof.hardening import (
-    FitAct,
-    FTClipAct,
-    Guard,
-    Hardening,
-    HardeningReport,
-    ProAct,
-    Ranger,
-    Saturate,
-    ZeroAbove,
-    harden,
-    hardening_report,
-)
-from flipproof.hardening.base import Work
-from flipproof.hardening.calibration import Calibration
-from flipproof.hardening.profile import profile
-from flipproof.hardening.rewriting import rewrite
+from flipproof.hardening.bounds.bounded import Saturate, ZeroAbove
+from flipproof.hardening.fitting.calibration import Calibration
+from flipproof.hardening.fitting.profile import profile
+from flipproof.hardening.harden import harden
+from flipproof.hardening.methods.base import Hardening, Work
+from flipproof.hardening.methods.fitact import FitAct
+from flipproof.hardening.methods.ft_clipact import FTClipAct
+from flipproof.hardening.methods.guard import Guard
+from flipproof.hardening.methods.proact import ProAct
+from flipproof.hardening.methods.ranger import Ranger
+from flipproof.hardening.report import HardeningReport, hardening_report
+from flipproof.hardening.rewriting.sites import rewrite
 from flipproof.models import digits_cnn
 from flipproof.models.training import train_classifier
 

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from flipproof.errors import ConfigError
-from flipproof.hardening import FitAct, Hardening, ProAct, Ranger, harden, overhead
+from flipproof.hardening.harden import harden
+from flipproof.hardening.methods.base import Hardening
+from flipproof.hardening.methods.fitact import FitAct
+from flipproof.hardening.methods.proact import ProAct
+from flipproof.hardening.methods.ranger import Ranger
+from flipproof.hardening.overhead import overhead
 
 Spec = list[int | str]
 

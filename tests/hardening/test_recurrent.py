@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
-from flipproof.hardening import recurrent
-from flipproof.hardening.bounded import ClampInput
-from flipproof.hardening.recurrent import Opened, open_recurrent_
+from flipproof.hardening.bounds.bounded import ClampInput
+from flipproof.hardening.rewriting import recurrent
+from flipproof.hardening.rewriting.recurrent import Opened, open_recurrent_
 
 KINDS = [nn.LSTM, nn.GRU, nn.RNN]
 OPTIONS = [

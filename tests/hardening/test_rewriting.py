@@ -14,9 +14,12 @@ from torch.nn import functional as F
 
 import flipproof as fp
 from flipproof.errors import DataError, ModelError
-from flipproof.hardening import Ranger, Saturate, ZeroAbove, harden, hardening_report
-from flipproof.hardening.activations import Activation
-from flipproof.hardening.rewriting import rewrite
+from flipproof.hardening.bounds.activations import Activation
+from flipproof.hardening.bounds.bounded import Saturate, ZeroAbove
+from flipproof.hardening.harden import harden
+from flipproof.hardening.methods.ranger import Ranger
+from flipproof.hardening.report import hardening_report
+from flipproof.hardening.rewriting.sites import rewrite
 from flipproof.models import digits_cnn, resnet18
 
 

@@ -18,9 +18,11 @@ from torch.utils import _pytree as pytree
 
 import flipproof as fp
 from flipproof.errors import ConfigError, ModelError
-from flipproof.hardening import Hardening, Saturate, hardening_report
+from flipproof.hardening.bounds.bounded import Saturate
 from flipproof.hardening.example import _is_shape as is_shape
 from flipproof.hardening.example import from_plain, shapes_of, to_plain
+from flipproof.hardening.methods.base import Hardening
+from flipproof.hardening.report import hardening_report
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.int64, torch.uint8, torch.bool]
 JSON = st.recursive(

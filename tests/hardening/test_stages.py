@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import flipproof as fp
 from flipproof.errors import JournalError, JournalMismatch
-from flipproof.hardening import Hardening, hardening_report
-from flipproof.hardening.base import Work
+from flipproof.hardening.methods.base import Hardening, Work
+from flipproof.hardening.report import hardening_report
 
 Data = list[tuple[Tensor, Tensor]]
 METHODS: list[Hardening] = [
@@ -51,10 +51,10 @@ def test_interrupted_and_resumed(method, finished, model, blobs, tmp_path, monke
     if finished or not isinstance(method, fp.FitAct):
         expected = finished if not isinstance(method, fp.FitAct) else 1
         with suppress(KeyboardInterrupt):  # FitAct has one stage and is done after it
-            fp.harden(model, method, data=blobs, store=tmp_path / "stages")
+            fp.harden(model, method, data=blobs, journal=tmp_path / "stages")
         assert len(list((tmp_path / "stages").glob("*"))) == expected
     monkeypatch.setattr(Work, "stage", real)
-    resumed = fp.harden(model, method, data=blobs, store=tmp_path / "stages")
+    resumed = fp.harden(model, method, data=blobs, journal=tmp_path / "stages")
     assert thresholds(resumed).keys() == thresholds(whole).keys()
     assert all(torch.equal(value, thresholds(whole)[name]) for name, value in thresholds(resumed).items())
     pd.testing.assert_frame_equal(hardening_report(resumed).history, hardening_report(whole).history)
@@ -63,27 +63,27 @@ def test_interrupted_and_resumed(method, finished, model, blobs, tmp_path, monke
 
 def test_a_finished_run_trains_nothing_again(model, blobs, tmp_path, monkeypatch):
     method = METHODS[2]
-    first = fp.harden(model, method, data=blobs, store=tmp_path)
+    first = fp.harden(model, method, data=blobs, journal=tmp_path)
 
     def trains(*args, **kwargs):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("flipproof.hardening.proact.train_thresholds", trains)
-    again = fp.harden(model, method, data=blobs, store=tmp_path)
+    monkeypatch.setattr("flipproof.hardening.methods.proact.train_thresholds", trains)
+    again = fp.harden(model, method, data=blobs, journal=tmp_path)
     assert all(torch.equal(value, thresholds(first)[name]) for name, value in thresholds(again).items())
 
 
 def test_another_hardening_is_refused_with_what_differs(model, blobs, tmp_path):
-    fp.harden(model, METHOD, data=blobs, store=tmp_path)
+    fp.harden(model, METHOD, data=blobs, journal=tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(JournalMismatch, match=r"method: FTClipAct\(points=2.* → FTClipAct\(points=3"):
-        fp.harden(model, replace(METHOD, points=3), data=blobs, store=tmp_path)
+        fp.harden(model, replace(METHOD, points=3), data=blobs, journal=tmp_path)
     with pytest.raises(JournalMismatch, match="data: "):
-        fp.harden(model, METHOD, data=blobs[:1] * 2, store=tmp_path)
+        fp.harden(model, METHOD, data=blobs[:1] * 2, journal=tmp_path)
     with torch.no_grad():
         model[0].weight[0, 0] += 1
     with pytest.raises(JournalMismatch, match="weights: "):
-        fp.harden(model, METHOD, data=blobs, store=tmp_path)
+        fp.harden(model, METHOD, data=blobs, journal=tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -91,11 +91,11 @@ def test_another_hardening_is_refused_with_what_differs(model, blobs, tmp_path):
 def test_foreign_and_torn_files_are_refused(model, blobs, tmp_path, content):
     (tmp_path / "001.safetensors").write_bytes(content)
     with pytest.raises(JournalError, match=r"001\.safetensors is not a finished stage"):
-        fp.harden(model, METHOD, data=blobs, store=tmp_path)
+        fp.harden(model, METHOD, data=blobs, journal=tmp_path)
     assert (tmp_path / "001.safetensors").read_bytes() == content
 
 
 def test_a_folder_that_cannot_be_made(model, blobs, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(JournalError, match="cannot write"):
-        fp.harden(model, METHOD, data=blobs, store=tmp_path / "file")
+        fp.harden(model, METHOD, data=blobs, journal=tmp_path / "file")

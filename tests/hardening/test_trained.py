@@ -11,18 +11,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import flipproof as fp
-from flipproof.campaigns.progress import progress_bar
 from flipproof.datasets import digits
+from flipproof.engine.progress import progress_bar
 from flipproof.errors import ModelError
-from flipproof.hardening import FitAct, ProAct, Ranger, Smooth, harden, hardening_report
-from flipproof.hardening.base import Work
-from flipproof.hardening.calibration import Calibration, cross_entropy, distillation, logits
-from flipproof.hardening.profile import profile
-from flipproof.hardening.rewriting import rewrite
-from flipproof.hardening.training import Schedule, train_thresholds
+from flipproof.hardening.bounds.bounded import Smooth
+from flipproof.hardening.fitting.calibration import Calibration, cross_entropy, distillation, logits
+from flipproof.hardening.fitting.profile import profile
+from flipproof.hardening.fitting.training import Schedule, train_thresholds
+from flipproof.hardening.harden import harden
+from flipproof.hardening.methods.base import Work
+from flipproof.hardening.methods.fitact import FitAct
+from flipproof.hardening.methods.proact import ProAct
+from flipproof.hardening.methods.ranger import Ranger
+from flipproof.hardening.report import hardening_report
+from flipproof.hardening.rewriting.sites import rewrite
 from flipproof.models import digits_cnn
 from flipproof.models.training import train_classifier
-from flipproof.outcomes import Decision
+from flipproof.running.outcomes import Decision
 
 Data = list[tuple[Tensor, Tensor]]
 TEST = digits("test")

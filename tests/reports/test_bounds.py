@@ -5,8 +5,8 @@ import pytest
 
 import flipproof as fp
 from flipproof.errors import ConfigError
-from flipproof.hardening import hardening_report
-from flipproof.reports import history_figure
+from flipproof.hardening.report import hardening_report
+from flipproof.reports.bounds import history_figure
 
 
 def test_history_of_a_training(mlp, blobs):

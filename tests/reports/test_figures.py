@@ -10,8 +10,8 @@ from matplotlib.ticker import PercentFormatter
 
 import flipproof as fp
 from flipproof.errors import ConfigError
-from flipproof.outcomes import OUTCOMES
-from flipproof.reports import bit_figure, metric_figure, outcome_figure, save
+from flipproof.reports.figures import bit_figure, metric_figure, outcome_figure, save
+from flipproof.running.outcomes import OUTCOMES
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 import flipproof as fp
 from flipproof.errors import ConfigError
-from flipproof.reports import findings
+from flipproof.reports.tables import findings
 
 
 @pytest.fixture

@@ -12,9 +12,8 @@ from torch import nn
 import flipproof as fp
 from flipproof.campaigns.statistics import mean_interval
 from flipproof.errors import ConfigError
-from flipproof.metrics import Scale
-from flipproof.reports import findings, summary_table
-from flipproof.reports.tables import gain_text, number, percent, ranges
+from flipproof.reports.tables import findings, gain_text, number, percent, ranges, summary_table
+from flipproof.running.metrics import Scale
 
 
 @pytest.fixture
@@ -101,7 +100,7 @@ class TestCompare:
 
     def test_a_campaign_against_itself_is_identical_and_differs_by_nothing(self, assess, tmp_path):
         """It was ± 0.116 for 30 trials: nothing was drawn for either that the other one has not."""
-        base = assess(trials=30, store=tmp_path / "a.jsonl")
+        base = assess(trials=30, journal=tmp_path / "a.jsonl")
         result = fp.compare(base=base, same=fp.Assessment.load(tmp_path / "a.jsonl"), more=assess(trials=40))
         for name in ("same", "more"):
             rows = result[result["campaign"] == name]
@@ -221,7 +220,7 @@ class TestOtherMetrics:
 
     @pytest.mark.parametrize("metric", [perplexity, PERPLEXITY, fp.Metric(perplexity, unit="nats")])
     def test_it_is_no_percentage(self, assess, tmp_path, metric):
-        result = assess(fp.BitErrorRate([1e-3, 1e-2, 1e-1]), metrics=[metric, "accuracy"], store=tmp_path / "a.jsonl")
+        result = assess(fp.BitErrorRate([1e-3, 1e-2, 1e-1]), metrics=[metric, "accuracy"], journal=tmp_path / "a.jsonl")
         for found in (result, fp.Assessment.load(tmp_path / "a.jsonl")):  # the journal keeps what it means
             said, shown = " ".join(findings(found)), printed(summary_table(found))
             golden = f"{found.golden['perplexity']:.4g}"

@@ -15,7 +15,7 @@ from torch import nn
 import flipproof as fp
 from flipproof.datasets import digits
 from flipproof.errors import ConfigError, DataError
-from flipproof.reports import distribution_figure
+from flipproof.reports.bounds import distribution_figure
 from flipproof.reproduce import proact, proact_distances, proact_memory, proact_published
 
 PAPER = Path(__file__).resolve().parents[3] / "shared" / "papers" / "proact.txt"

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from flipproof.errors import ConfigError, ModelError
-from flipproof.faults.neuron_sites import Neurons
-from flipproof.faults.sites import Parameters
 from flipproof.formats import Format
+from flipproof.spaces.neuron_sites import Neurons
+from flipproof.spaces.sites import Parameters
 
 
 def check_asked(

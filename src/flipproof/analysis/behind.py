@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from flipproof.campaigns.live import rows_of
-from flipproof.campaigns.suffix import Suffixes
-from flipproof.faults.neuron_sites import NeuronSite
-from flipproof.faults.neurons import NeuronSpace
-from flipproof.interrupts import check
+from flipproof._interrupts import check
+from flipproof.running.resume import Suffixes
+from flipproof.running.values import rows_of
+from flipproof.spaces.neuron_sites import NeuronSite
+from flipproof.spaces.neurons import NeuronSpace
 
 _RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_)
 _POOL_FUNCTIONS = (F.max_pool2d, torch.max_pool2d)

@@ -23,14 +23,14 @@ from flipproof.analysis.probing import Layer, Prober
 from flipproof.analysis.search import Search
 from flipproof.analysis.vulnerability import VulnerabilityMap
 from flipproof.analysis.weights import WeightProber
-from flipproof.campaigns.batches import Data, Output
 from flipproof.campaigns.statistics import wilson_interval
 from flipproof.errors import ConfigError
-from flipproof.faults.neuron_sites import Neurons, NeuronSite
 from flipproof.faults.sampling import TrialGenerator
-from flipproof.faults.selection import FormatChoice
-from flipproof.faults.sites import Parameters, Site
-from flipproof.outcomes import DecisionChoice
+from flipproof.running.data import Data, Output
+from flipproof.running.outcomes import DecisionChoice
+from flipproof.spaces.neuron_sites import Neurons, NeuronSite
+from flipproof.spaces.sites import Parameters, Site
+from flipproof.spaces.tensors import FormatChoice
 
 
 @dataclass(frozen=True)

@@ -13,30 +13,21 @@ from scipy import stats
 from torch import Tensor, nn
 
 from flipproof.analysis.asking import check_asked
-from flipproof.analysis.audit import (
-    ASKED,
-    CRITICAL,
-    TRIED,
-    WRONG,
-    correction,
-    counted,
-    distances,
-    signed,
-    t_distance,
-)
+from flipproof.analysis.audit import ASKED, CRITICAL, TRIED, WRONG, correction, counted, distances, signed, t_distance
 from flipproof.analysis.covering import spoken_of
-from flipproof.analysis.opening import by_batch, device_of, drawn, opened, suffix_shares
+from flipproof.analysis.opening import by_batch, drawn, opened, suffix_shares
 from flipproof.analysis.probing import Prober
 from flipproof.analysis.search import Questions, Search
 from flipproof.analysis.weights import WeightProber
-from flipproof.campaigns.batches import Data, Output, read_batches
 from flipproof.campaigns.statistics import Interval, half_width, mean_interval
 from flipproof.errors import ConfigError, FlipproofWarning
-from flipproof.faults.neuron_sites import Neurons, NeuronSite
 from flipproof.faults.sampling import TrialGenerator
-from flipproof.faults.selection import FormatChoice
-from flipproof.faults.sites import Parameters, Site
-from flipproof.outcomes import DecisionChoice
+from flipproof.running.data import Data, Output, read_batches
+from flipproof.running.device import device_of
+from flipproof.running.outcomes import DecisionChoice
+from flipproof.spaces.neuron_sites import Neurons, NeuronSite
+from flipproof.spaces.sites import Parameters, Site
+from flipproof.spaces.tensors import FormatChoice
 
 FIRST, INPUTS = 128, 64
 """Pairs of a place and an input to begin with, and the inputs among them."""

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from flipproof.analysis.audit import ASKED, CRITICAL, HARMLESS, PROVEN, WRONG, counted
 from flipproof.errors import ConfigError
-from flipproof.faults.neuron_sites import NeuronSite
-from flipproof.faults.sites import Site
 from flipproof.formats import Format
+from flipproof.spaces.neuron_sites import NeuronSite
+from flipproof.spaces.sites import Site
 
 VERDICTS = ("non_vulnerable", "semi_vulnerable", "vulnerable")
 

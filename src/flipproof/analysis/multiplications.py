@@ -19,9 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flipproof.campaigns.batches import call
-from flipproof.campaigns.evaluation import eval_mode
-from flipproof.faults.neuron_sites import NeuronSite
+from flipproof.running.data import call
+from flipproof.running.evaluation import eval_mode
+from flipproof.spaces.neuron_sites import NeuronSite
 
 
 @dataclass(frozen=True)

@@ -10,23 +10,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from flipproof._interrupts import given_back
 from flipproof.analysis.multiplications import Multiplications
 from flipproof.analysis.probing import Prober
 from flipproof.analysis.weights import WeightProber
-from flipproof.campaigns.batches import Batches, Data, Output, read_batches
-from flipproof.campaigns.deciding import decide
-from flipproof.campaigns.evaluation import eval_mode, golden_run, one_thread
-from flipproof.campaigns.live import rows_of
-from flipproof.campaigns.neuron_trial import neuron_space
-from flipproof.campaigns.snapshots import Snapshot
 from flipproof.errors import ConfigError, ModelError
-from flipproof.faults.neuron_sites import Neurons, NeuronSite
 from flipproof.faults.sampling import TrialGenerator
-from flipproof.faults.selection import FormatChoice
-from flipproof.faults.sites import Parameters, Site
-from flipproof.faults.space import FaultSpace
-from flipproof.interrupts import given_back
-from flipproof.outcomes import DecisionChoice
+from flipproof.running.data import Batches, Data, Output, read_batches
+from flipproof.running.decision import decide
+from flipproof.running.device import device_of
+from flipproof.running.evaluation import eval_mode, golden_run, one_thread
+from flipproof.running.neurons import neuron_space
+from flipproof.running.outcomes import DecisionChoice
+from flipproof.running.snapshots import Snapshot
+from flipproof.running.values import rows_of
+from flipproof.spaces.neuron_sites import Neurons, NeuronSite
+from flipproof.spaces.parameters import FaultSpace
+from flipproof.spaces.sites import Parameters, Site
+from flipproof.spaces.tensors import FormatChoice
 
 BATCH = 128
 """Inputs of a batch made of drawn ones."""
@@ -142,11 +143,6 @@ def _stateful(names: set[str], when: str) -> str:
         f"next. It was put back. Remove that state (observers, BatchNorm in train mode, max_norm), or measure with "
         f"assess, which puts it back after every batch"
     )
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model's tensors are."""
-    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
 def by_batch(prober: Prober | WeightProber, sample: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:

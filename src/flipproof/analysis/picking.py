@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from flipproof.campaigns.batches import Output
 from flipproof.errors import ConfigError
+from flipproof.running.data import Output
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,16 @@ from torch.utils import _pytree as pytree
 
 from flipproof.analysis.behind import Change, Suffix, cut_behind
 from flipproof.analysis.multiplications import Multiplications
-from flipproof.campaigns.batches import Batches, Output, call, pick
-from flipproof.campaigns.evaluation import is_infrastructure
-from flipproof.campaigns.live import rows_of
-from flipproof.campaigns.suffix import Suffixes
 from flipproof.errors import InfrastructureError, ModelError
-from flipproof.faults.neuron_sites import NeuronSite
-from flipproof.faults.neurons import NeuronSpace
-from flipproof.faults.sites import Site
-from flipproof.outcomes import Decision, bit_pattern
+from flipproof.formats.base import bit_pattern
+from flipproof.running.data import Batches, Output, call, pick
+from flipproof.running.evaluation import is_infrastructure
+from flipproof.running.outcomes import Decision
+from flipproof.running.resume import Suffixes
+from flipproof.running.values import rows_of
+from flipproof.spaces.neuron_sites import NeuronSite
+from flipproof.spaces.neurons import NeuronSpace
+from flipproof.spaces.sites import Site
 
 ROWS = 512
 """Most rows of a probing batch: more does not run faster on a CPU."""

@@ -13,17 +13,19 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from flipproof._interrupts import given_back
 from flipproof.analysis.asking import check_asked
-from flipproof.campaigns.arguments import check_hooks_run
-from flipproof.campaigns.batches import Data, call, read_batches
-from flipproof.campaigns.evaluation import eval_mode, is_infrastructure
-from flipproof.campaigns.snapshots import Snapshot
 from flipproof.errors import ConfigError, DataError, InfrastructureError, ModelError
-from flipproof.faults import FaultModel, FaultSpace, Parameters
-from flipproof.faults.models import Faults
+from flipproof.faults import FaultModel
 from flipproof.faults.sampling import TrialGenerator
-from flipproof.faults.selection import FormatChoice
-from flipproof.interrupts import given_back
+from flipproof.running.data import Data, call, read_batches
+from flipproof.running.evaluation import eval_mode, is_infrastructure
+from flipproof.running.hooks import check_hooks_run
+from flipproof.running.snapshots import Snapshot
+from flipproof.spaces.contract import Faults
+from flipproof.spaces.parameters import FaultSpace
+from flipproof.spaces.sites import Parameters
+from flipproof.spaces.tensors import FormatChoice
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 

@@ -17,12 +17,12 @@ from flipproof.analysis.layer import VERDICTS, LayerVulnerability, distinct, ver
 from flipproof.analysis.opening import by_batch, opened
 from flipproof.analysis.probing import Prober
 from flipproof.analysis.weights import WeightProber
-from flipproof.campaigns.batches import Data, Output
 from flipproof.campaigns.statistics import Interval, sample_size
 from flipproof.errors import ConfigError
-from flipproof.faults.neuron_sites import Neurons, NeuronSite
 from flipproof.faults.sampling import TrialGenerator
-from flipproof.faults.sites import Parameters, Site
+from flipproof.running.data import Data, Output
+from flipproof.spaces.neuron_sites import Neurons, NeuronSite
+from flipproof.spaces.sites import Parameters, Site
 
 if TYPE_CHECKING:
     from flipproof.analysis.vulnerability import VulnerabilityMap

@@ -17,16 +17,16 @@ from torch.nn.utils import parametrize
 
 from flipproof.analysis.behind import Suffix
 from flipproof.analysis.probing import Prober, row_wise
-from flipproof.campaigns.batches import Batches, Output, call, pick
-from flipproof.campaigns.evaluation import is_infrastructure
-from flipproof.campaigns.live import bytes_of, rows_of
-from flipproof.campaigns.neuron_trial import neuron_space
 from flipproof.errors import FaultSpaceError, InfrastructureError
-from flipproof.faults.neuron_sites import Neurons, NeuronSite
-from flipproof.faults.sites import Site
-from flipproof.faults.space import FaultSpace
 from flipproof.formats.base import Stored, dense, word_dtype
-from flipproof.outcomes import Decision
+from flipproof.running.data import Batches, Output, call, pick
+from flipproof.running.evaluation import is_infrastructure
+from flipproof.running.neurons import neuron_space
+from flipproof.running.outcomes import Decision
+from flipproof.running.values import bytes_of, rows_of
+from flipproof.spaces.neuron_sites import Neurons, NeuronSite
+from flipproof.spaces.parameters import FaultSpace
+from flipproof.spaces.sites import Site
 
 CHECKED = 16
 """Injections of an audit that are made in the model's own memory, a parameter."""
@@ -58,7 +58,7 @@ class WeightProber:
         self.decision = decision
         if packed := [name for name, tensor in space.tensors.items() if not tensor.is_floating_point()]:
             raise FaultSpaceError(
-                f"{packed[0]} is stored as packed words: analyse the model before fp.store_, with format= for what it "
+                f"{packed[0]} is stored as packed words: analyse the model before fp.pack_, with format= for what it "
                 f"will be stored as"
             )
         self.classes = decision.classes_of(golden)

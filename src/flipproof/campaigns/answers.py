@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flipproof.errors import JournalError
-from flipproof.outcomes import OUTCOMES
+from flipproof.running.outcomes import OUTCOMES
 
 Bytes = NDArray[np.uint8]
 Signs = NDArray[np.int8]

@@ -6,10 +6,7 @@ import os
 from numbers import Integral, Real
 from typing import cast
 
-import torch
-from torch import nn
-
-from flipproof.errors import ConfigError, ModelError
+from flipproof.errors import ConfigError
 
 
 def check_numbers(
@@ -20,10 +17,10 @@ def check_numbers(
     margin: object,
     confidence: object,
     cache_bytes: object,
-    store: object,
+    journal: object,
     audit: object,
 ) -> None:
-    """Refuse counts that are no whole numbers, shares outside (0, 1), and a `store=` that is no path.
+    """Refuse counts that are no whole numbers, shares outside (0, 1), and a `journal=` that is no path.
 
     Raises:
         ConfigError: naming the argument, what it takes and what came.
@@ -47,47 +44,9 @@ def check_numbers(
         raise ConfigError(f"assess takes 0 (no cache) or more bytes for cache_bytes=, got {cache_bytes}")
     if not _is(audit, Real) or not 0 <= cast(float, audit) <= 1:
         raise ConfigError(f"assess takes a share of the trials from 0 to 1 for audit=, got {audit!r}")
-    if store is not None and not isinstance(store, (str, os.PathLike)):
-        raise ConfigError(f"assess takes the path of a journal for store=, got {store!r}")
+    if journal is not None and not isinstance(journal, (str, os.PathLike)):
+        raise ConfigError(f"assess takes the path of a journal for journal=, got {journal!r}")
 
 
 def _is(value: object, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def check_device(model: nn.Module, device: object) -> torch.device:
-    """Where to run: `device=`, or where the model is.
-
-    Raises:
-        ConfigError: if there is no such device here.
-    """
-    if device is None:
-        return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    try:
-        found: torch.device = torch.device(device)  # type: ignore[call-overload]
-        if found.type != "meta":
-            torch.empty(1, device=found)
-    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(
-            f"device= takes a device that is here, such as 'cpu' or 'cuda:0', got {device!r}: "
-            f"{str(error).strip().splitlines()[0][:200]}"
-        ) from None
-    return found
-
-
-def check_hooks_run(model: nn.Module) -> None:
-    """Refuse compiled modules where outputs of layers are looked at or changed.
-
-    A compiled forward was traced with the hooks of that moment; one that is added later is not called, or makes it
-    compile anew each time until it fails.
-
-    Raises:
-        ModelError: naming the first of them.
-    """
-    for name, module in model.named_modules():
-        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
-            place = f"{name} of the model" if name else "the model"
-            raise ModelError(
-                f"{place} is compiled, and compiled code does not call the hooks with which outputs of layers are hit: "
-                f"pass the module that was given to torch.compile (its ._orig_mod)"
-            )

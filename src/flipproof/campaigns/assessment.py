@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 
 from flipproof.campaigns.estimates import Point, scale_in
-from flipproof.campaigns.journal import Journal
+from flipproof.campaigns.record import Trial
 from flipproof.campaigns.statistics import all_within, wilson_interval
-from flipproof.campaigns.trial import Trial
+from flipproof.engine.journal import Journal
 from flipproof.errors import ConfigError
-from flipproof.metrics import Scale
-from flipproof.outcomes import OUTCOMES
+from flipproof.running.metrics import Scale
+from flipproof.running.outcomes import OUTCOMES
 
 CHECK_EVERY = 20
 """With `margin`, intervals are looked at after every 20th trial of a point, whatever the number of workers."""

@@ -14,13 +14,13 @@ from hashlib import blake2b
 
 from torch import nn
 
-from flipproof.campaigns.batches import Output
-from flipproof.campaigns.evaluation import Answers
-from flipproof.campaigns.straight import refers_to_tensors
-from flipproof.campaigns.suffix import sharing_memory
 from flipproof.campaigns.trial import TrialRunner
 from flipproof.errors import AuditError
-from flipproof.faults.models import Faults
+from flipproof.running.data import Output
+from flipproof.running.evaluation import Answers
+from flipproof.running.resume import sharing_memory
+from flipproof.running.straight import refers_to_tensors
+from flipproof.spaces.contract import Faults
 
 LEAST = 5
 """So many trials of a campaign are audited, however small the share."""

@@ -18,6 +18,7 @@ from flipproof.campaigns.answers import (
     decode_golden,
     holds,
 )
+from flipproof.campaigns.record import Trial
 from flipproof.campaigns.statistics import (
     Interval,
     difference_interval,
@@ -27,8 +28,7 @@ from flipproof.campaigns.statistics import (
     two_way_interval,
 )
 from flipproof.campaigns.strata import stratified_rate
-from flipproof.campaigns.trial import Trial
-from flipproof.metrics import Scale, scale_of
+from flipproof.running.metrics import Scale, scale_of
 
 UNKNOWN: Interval = (float("nan"), float("nan"))
 

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flipproof.campaigns.batches import tensor_bytes
-from flipproof.campaigns.snapshots import RECORDS, slots_of
-from flipproof.campaigns.straight import global_hooks, names_in
+from flipproof.running.data import tensor_bytes
+from flipproof.running.snapshots import RECORDS, slots_of
+from flipproof.running.straight import global_hooks, names_in
 
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {
     "torch",

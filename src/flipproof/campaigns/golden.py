@@ -10,8 +10,8 @@ from scipy import stats
 from torch import Tensor
 
 from flipproof.campaigns.statistics import Interval, unseen_share, wilson_interval
-from flipproof.metrics import Metric
-from flipproof.outcomes import Decision
+from flipproof.running.metrics import Metric
+from flipproof.running.outcomes import Decision
 
 RESAMPLES = 200
 _CELLS = 2_000_000

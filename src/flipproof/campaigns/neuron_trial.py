@@ -14,54 +14,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flipproof.campaigns.arguments import check_hooks_run
-from flipproof.campaigns.batches import Batches, Output, call
-from flipproof.campaigns.evaluation import Answers, FaultyRunError, answer, run_faulty
-from flipproof.campaigns.growing import grown
-from flipproof.campaigns.live import same
-from flipproof.campaigns.snapshots import Snapshot
-from flipproof.campaigns.suffix import Suffixes
 from flipproof.campaigns.trial import TrialRunner, same_answers
-from flipproof.errors import DataError
-from flipproof.faults.models import Draw, FaultModel, Upsets
-from flipproof.faults.neuron_sites import Neurons
-from flipproof.faults.neurons import NeuronSpace
+from flipproof.faults.base import FaultModel
 from flipproof.faults.sampling import TrialGenerator
-from flipproof.faults.selection import FormatChoice
+from flipproof.running.data import call
+from flipproof.running.evaluation import Answers, FaultyRunError, answer, run_faulty
+from flipproof.running.resume import Suffixes
+from flipproof.running.values import same
+from flipproof.spaces.contract import Draw, Upsets
+from flipproof.spaces.neurons import NeuronSpace
 
 _PROBES = 6
 """Upsets in each layer, when it is tried whether rows depend on each other."""
 
 _AUDITED_UPSETS = 8
 """So many upsets of an audited trial run again, each in a forward of its own."""
-
-
-def neuron_space(
-    model: nn.Module, batches: Batches, where: Neurons, format: FormatChoice, output: Output = None
-) -> NeuronSpace:
-    """The space of a model's neurons on these batches; `output` picks what tells how many samples were answered.
-
-    Raises:
-        DataError: if the model rejects a batch.
-        ModelError: if the model is compiled.
-    """
-
-    def run(i: int) -> None:
-        try:
-            call(model, batches.inputs[i])
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise DataError(f"the model rejects batch {i}: {type(error).__name__}: {error}") from error
-
-    check_hooks_run(model)
-    runs = [((lambda i=i: run(i)), size) for i, size in enumerate(batches.sizes)]
-    state = Snapshot(model)
-    try:
-        more = grown(model, batches.inputs[0], batches.sizes[0], output)
-        return NeuronSpace(model, runs, where=where, format=format, grown=more)
-    finally:
-        state.verify()
 
 
 @dataclass

@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
-from math import isinf, isnan
 from platform import python_version
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from flipproof.campaigns.answers import encode_answers
-from flipproof.campaigns.batches import Batches, Output, call
-from flipproof.campaigns.evaluation import Answers, FaultyRunError, answer, eval_mode, one_thread, run_faulty
-from flipproof.campaigns.live import same
-from flipproof.campaigns.snapshots import RandomState, Snapshot
-from flipproof.campaigns.suffix import Suffixes
+from flipproof.campaigns.record import Trial
 from flipproof.errors import AuditError
-from flipproof.faults.models import FaultModel, Faults
-from flipproof.faults.neurons import NeuronSpace
+from flipproof.faults.base import FaultModel
 from flipproof.faults.sampling import TrialGenerator
-from flipproof.faults.space import FaultSpace
-from flipproof.metrics import Metric
-from flipproof.outcomes import OUTCOMES, Decision, classify
+from flipproof.running.data import Batches, Output, call
+from flipproof.running.evaluation import Answers, FaultyRunError, answer, eval_mode, one_thread, run_faulty
+from flipproof.running.metrics import Metric
+from flipproof.running.outcomes import OUTCOMES, Decision, classify
+from flipproof.running.resume import Suffixes
+from flipproof.running.snapshots import RandomState, Snapshot
+from flipproof.running.values import same
+from flipproof.spaces.contract import Faults
+from flipproof.spaces.neurons import NeuronSpace
+from flipproof.spaces.parameters import FaultSpace
 
 if TYPE_CHECKING:
     from flipproof.campaigns.audit import Audit
@@ -39,79 +40,6 @@ _SMALLEST_CACHE = 16 * 2**20
 
 NAMED_FAULTS = 16
 """A record names up to this many faults; larger draws are told apart by their digest and can be drawn again."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What one trial drew and what came of it: one line of the journal.
-
-    Attributes:
-        point: index of the fault point in the sweep.
-        trial: index of the trial at this point.
-        coordinates: what names the point, e.g. ``{"ber": 1e-05}``.
-        faults: bits drawn; `flips`: bits that changed (the same, except for stuck cells).
-        digest: tells this draw from any other.
-        where: the faults as (name, value, bit), if there are at most 16 of them.
-        metrics: one number a metric over all samples.
-        outcomes: samples by outcome; they sum to `samples`.
-        seconds: wall time, the only field that differs between two runs of a campaign.
-        versions: what computed it.
-        error: why every sample is a DUE, if the faulty model raised or gave outputs of another shape. In a campaign
-            over neurons, where each sample has a fault of its own, why the first such sample is one.
-        answers: how each sample ended and whether it is correct, see `decode_answers`; None if nobody noted it.
-        layer: the layer that a neuron campaign's upsets of this trial share; None for stored bits.
-        audited: whether it ran again, whole, on a fresh copy of the model, with the same answers.
-    """
-
-    point: int
-    trial: int
-    coordinates: dict[str, float | int]
-    faults: int
-    flips: int
-    digest: str
-    metrics: dict[str, float]
-    outcomes: dict[str, int]
-    samples: int
-    seconds: float
-    versions: dict[str, str]
-    where: list[tuple[str, int, int]] = field(default_factory=list)
-    error: str | None = None
-    answers: str | None = None
-    layer: str | None = None
-    audited: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """As a JSON object, which has no word for such numbers: NaN is null, infinities are "inf" and "-inf"."""
-        record = {field.name: getattr(self, field.name) for field in fields(self)}
-        record["metrics"] = {
-            name: None if isnan(value) else str(value) if isinf(value) else value
-            for name, value in self.metrics.items()
-        }
-        return record
-
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Trial:
-        """The inverse of `to_json`."""
-        metrics = {name: float("nan") if value is None else float(value) for name, value in record["metrics"].items()}
-        where = [(str(name), int(value), int(bit)) for name, value, bit in record["where"]]
-        return cls(**{**record, "metrics": metrics, "where": where})
-
-    def row(self) -> dict[str, Any]:
-        """As a flat row of `Assessment.trials`."""
-        return {
-            "point": self.point,
-            **self.coordinates,
-            "trial": self.trial,
-            "faults": self.faults,
-            "flips": self.flips,
-            **self.metrics,
-            **self.outcomes,
-            "samples": self.samples,
-            "seconds": self.seconds,
-            "digest": self.digest,
-            "error": self.error,
-            "audited": self.audited,
-        }
 
 
 @cache

@@ -9,14 +9,13 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from flipproof.analysis import DeepVigor, estimate_factors, protected_formats, select
-from flipproof.analysis import analyze as analyze_model
+from flipproof.analysis.deepvigor import DeepVigor
+from flipproof.analysis.deepvigor import analyze as analyze_model
+from flipproof.analysis.factors import estimate_factors
 from flipproof.cli.console import out
 from flipproof.config import called, load_model
 from flipproof.errors import ConfigError
-from flipproof.faults import Parameters
-from flipproof.faults.neuron_sites import Neurons
-from flipproof.reports import save
+from flipproof.reports.figures import save
 from flipproof.reports.vulnerability import (
     bit_layer_figure,
     coverage_lines,
@@ -24,7 +23,10 @@ from flipproof.reports.vulnerability import (
     validation_table,
     vulnerability_page,
 )
+from flipproof.spaces.neuron_sites import Neurons
+from flipproof.spaces.sites import Parameters
 from flipproof.specs import load_object, parse_decision, parse_format
+from flipproof.storage.choose import protected_formats, select
 
 
 def analyze(

@@ -7,13 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from flipproof.campaigns import Assessment
+from flipproof._fields import read_json
+from flipproof.campaigns.assessment import Assessment
 from flipproof.cli.console import out
 from flipproof.config import CampaignConfig, read_toml
 from flipproof.errors import ConfigError
-from flipproof.fields import read_json
-from flipproof.metrics import METRIC_NAMES
-from flipproof.reports import findings, metric_figure, outcome_figure, save, summary_table
+from flipproof.reports.figures import metric_figure, outcome_figure, save
+from flipproof.reports.tables import findings, summary_table
+from flipproof.running.metrics import METRIC_NAMES
 
 
 def assess(

@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from flipproof.campaigns import Assessment
+from flipproof.campaigns.assessment import Assessment
 from flipproof.cli.console import out
 from flipproof.errors import ConfigError
-from flipproof.metrics import Scale
-from flipproof.reports import compare as compare_assessments
-from flipproof.reports import metric_figure, save, summary_table
-from flipproof.reports.tables import gain_text, number
+from flipproof.reports.figures import metric_figure, save
+from flipproof.reports.tables import compare as compare_assessments
+from flipproof.reports.tables import gain_text, number, summary_table
+from flipproof.running.metrics import Scale
 
 
 def compare(

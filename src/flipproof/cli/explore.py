@@ -8,14 +8,15 @@ from typing import Annotated
 import torch
 import typer
 
-from flipproof import exploration
 from flipproof.cli.console import out
 from flipproof.config import load_data, load_model
 from flipproof.errors import ConfigError
 from flipproof.faults import BitErrorRate
 from flipproof.formats import Affine
-from flipproof.reports import save, tradeoff_figure
+from flipproof.reports.figures import save
+from flipproof.reports.tradeoff import tradeoff_figure
 from flipproof.specs import parse_decision, parse_faults, parse_format, parse_hardening, parse_output
+from flipproof.storage.explore import explore as explore_model
 
 
 def explore(
@@ -68,7 +69,7 @@ def explore(
         network = load_model(model, weights)
         batches = load_data(data)
         known = load_data(calibration) if calibration else None
-    found = exploration.explore(
+    found = explore_model(
         network,
         batches,
         accuracy=accuracy,
@@ -82,7 +83,7 @@ def explore(
         calibration=known,
         trials=trials,
         seed=seed,
-        store=folder / "journals",
+        journal=folder / "journals",
         workers=workers,
         output=parse_output(output),
         decision=parse_decision(decision),

@@ -8,10 +8,14 @@ from typing import Annotated
 import torch
 import typer
 
-from flipproof import hardening
 from flipproof.cli.console import out
 from flipproof.config import called, load_model
-from flipproof.reports import history_figure, save
+from flipproof.hardening import files
+from flipproof.hardening.harden import harden as harden_model
+from flipproof.hardening.overhead import overhead
+from flipproof.hardening.report import hardening_report
+from flipproof.reports.bounds import history_figure
+from flipproof.reports.figures import save
 from flipproof.specs import load_object, parse_decision, parse_hardening, parse_output
 
 
@@ -55,22 +59,22 @@ def harden(
         torch.manual_seed(seed)
         network = load_model(model, weights)
         batches = list(called(load_object(data)))
-    safe = hardening.harden(
+    safe = harden_model(
         network,
         parse_hardening(method),
         data=batches,
         strict=strict,
         output=parse_output(output),
         decision=parse_decision(decision),
-        store=folder / "stages",
+        journal=folder / "stages",
     )
-    report = hardening.hardening_report(safe)
-    hardening.save_hardened(safe, folder / "hardened.safetensors")
+    report = hardening_report(safe)
+    files.save_hardened(safe, folder / "hardened.safetensors")
     report.table().to_csv(folder / "activations.csv", index=False)
     if not report.history.empty:
         report.history.to_csv(folder / "history.csv", index=False)
         save(history_figure(report), folder / "history.png")
-    costs = hardening.overhead(network, safe)
+    costs = overhead(network, safe)
     out.print(str(report), markup=False, highlight=False, soft_wrap=True)
     out.print(
         f"Memory: {report.thresholds:,} thresholds beside {report.parameters:,} parameters, "

@@ -9,7 +9,7 @@ import typer
 
 from flipproof.cli.compare import loaded
 from flipproof.cli.console import out
-from flipproof.reports import report as write_report
+from flipproof.reports.html import report as write_report
 
 
 def report(

@@ -14,12 +14,10 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
-from numpy.typing import NDArray
 
+from flipproof._kernels import kernel
 from flipproof.errors import FaultModelError
-from flipproof.kernels import kernel
-
-Positions = NDArray[np.int64]
+from flipproof.spaces.contract import Positions
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)

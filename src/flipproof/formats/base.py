@@ -31,6 +31,12 @@ def word_dtype(width: int) -> torch.dtype:
     raise FormatError(f"a word must be 1 to 64 bits wide, got {width}")
 
 
+def bit_pattern(values: Tensor) -> Tensor:
+    """The bits of floating-point values as integers: −0.0 differs from 0.0, and a NaN equals itself."""
+    width = values.element_size() * 8
+    return values.contiguous().view(word_dtype(width))
+
+
 @dataclass(frozen=True)
 class Format(ABC):
     """How a value is stored as a word of `width` bits; bit 0 is the least significant.

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from flipproof._kernels import kernel
 from flipproof.formats.base import Coding, Format, dense, word_dtype
 from flipproof.formats.layout import Layout, Whole
-from flipproof.kernels import kernel
 
 TABLE_WIDTH = 10
 """Up to this width a word is looked up in a table of all values it can stand for."""

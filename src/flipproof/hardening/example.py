@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from flipproof._fields import Fields, whole, wrong
 from flipproof.errors import ModelError
-from flipproof.fields import Fields, whole, wrong
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from flipproof.campaigns.batches import call
-from flipproof.campaigns.evaluation import eval_mode
+from flipproof._interrupts import given_back
 from flipproof.errors import ConfigError
 from flipproof.hardening.example import inputs_like
 from flipproof.hardening.report import REPORT, HardeningReport
-from flipproof.interrupts import given_back
+from flipproof.running.data import call
+from flipproof.running.evaluation import eval_mode
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import pandas as pd
 from torch import nn
 
 from flipproof.errors import ModelError
-from flipproof.hardening.acceptance import Acceptance
-from flipproof.hardening.rewriting import Site, Unreachable
+from flipproof.hardening.fitting.acceptance import Acceptance
+from flipproof.hardening.rewriting.sites import Site, Unreachable
 
 REPORT = "_flipproof_hardening"
 """Attribute of a hardened model that holds its report."""

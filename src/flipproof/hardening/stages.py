@@ -69,7 +69,7 @@ class Stages:
                 if generator is not None:
                     generator.set_state(tensors["generator"])
                 return about["history"], float(about["forwards"]), True
-            raise JournalMismatch(f"{path} holds stage {about['stage']!r}, expected {name!r}; choose another store=")
+            raise JournalMismatch(f"{path} holds stage {about['stage']!r}, expected {name!r}; choose another journal=")
         history, forwards = work()
         tensors = {f"threshold.{i}": t.detach().cpu().contiguous() for i, t in enumerate(thresholds)}
         if generator is not None:
@@ -85,14 +85,14 @@ class Stages:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise JournalError(
-                f"{path} is not a finished stage of a hardening ({error}); nothing was changed. Choose another store="
+                f"{path} is not a finished stage of a hardening ({error}); nothing was changed. Choose another journal="
             ) from error
         different = {k: (v, self.identity.get(k)) for k, v in about["identity"].items() if v != self.identity.get(k)}
         if different:
             lines = "".join(f"\n  {name}: {was} → {now}" for name, (was, now) in different.items())
             raise JournalMismatch(
                 f"{path.parent} holds the stages of another hardening; nothing was changed. What differs (stored → "
-                f"now):{lines}\nResume with the same model, data and method, or choose another store="
+                f"now):{lines}\nResume with the same model, data and method, or choose another journal="
             )
         return tensors, about
 

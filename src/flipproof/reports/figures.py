@@ -17,8 +17,8 @@ from matplotlib.ticker import PercentFormatter
 
 from flipproof.campaigns.assessment import Assessment
 from flipproof.errors import ConfigError
-from flipproof.metrics import Scale
 from flipproof.reports.tables import number
+from flipproof.running.metrics import Scale
 
 COLUMN = (3.5, 2.6)
 """Inches: one column of a two-column page."""

@@ -15,10 +15,10 @@ from plotly.offline import get_plotlyjs
 
 from flipproof.campaigns.assessment import Assessment
 from flipproof.errors import ConfigError
-from flipproof.metrics import Scale
-from flipproof.outcomes import OUTCOMES
 from flipproof.reports.figures import OUTCOME_STYLE, SERIES, SWEEPS, sweep_of
 from flipproof.reports.tables import between, compare, coverage_text, findings, number
+from flipproof.running.metrics import Scale
+from flipproof.running.outcomes import OUTCOMES
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }

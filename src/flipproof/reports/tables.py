@@ -15,8 +15,8 @@ from rich.text import Text
 from flipproof.campaigns.assessment import Assessment
 from flipproof.campaigns.estimates import gain
 from flipproof.errors import ConfigError
-from flipproof.metrics import Scale
-from flipproof.outcomes import OUTCOMES
+from flipproof.running.metrics import Scale
+from flipproof.running.outcomes import OUTCOMES
 
 NEGLIGIBLE = 0.005
 """A drop below half a percentage point is not worth a sentence; of other metrics half a percent of the golden value."""

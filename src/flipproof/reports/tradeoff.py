@@ -7,8 +7,8 @@ import re
 from matplotlib.figure import Figure
 
 from flipproof.errors import ConfigError
-from flipproof.exploration.fortune import Exploration, short_name
 from flipproof.reports.figures import SERIES, empty_figure, literal
+from flipproof.storage.explore import Exploration, short_name
 
 
 def tradeoff_figure(exploration: Exploration) -> Figure:

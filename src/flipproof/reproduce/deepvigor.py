@@ -13,18 +13,19 @@ from rich.console import Console
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from flipproof.analysis import DeepVigor, VulnerabilityMap, analyze
-from flipproof.campaigns import assess
+from flipproof.analysis.deepvigor import DeepVigor, analyze
+from flipproof.analysis.vulnerability import VulnerabilityMap
+from flipproof.campaigns.assess import assess
 from flipproof.datasets import cifar10, mnist
 from flipproof.errors import ConfigError
 from flipproof.faults import RandomBits
-from flipproof.faults.neuron_sites import Neurons
 from flipproof.models import alexnet, lenet5, mlp, vgg16
 from flipproof.models.training import cached, train_classifier
-from flipproof.reports import save
+from flipproof.reports.figures import save
 from flipproof.reports.vulnerability import bit_layer_figure, loss_figure, neuron_figure, range_figure
 from flipproof.reproduce.deepvigor_use import evidence_table, factors_table
 from flipproof.reproduce.published import beside, write_table
+from flipproof.spaces.neuron_sites import Neurons
 
 SUMMARY = "DeepVigor: vulnerability ranges held against injection, Tables I and II, Figs. 4 to 6; weights; what it buys"
 
@@ -141,8 +142,10 @@ def run(
             save(range_figure(found, found.layers["layer"].iloc[-2]), out / f"fig4-{study.name}.png")
             factors.append(factors_table(study.name, net, seen[:1], injections=injections))
             test = study.images(data_root, "test", limit=10 * study.inputs, batch_size=320)
-            store = out / "journals"
-            bought = evidence_table(study.name, net, seen, test, bers, trials=2 * trials, workers=workers, store=store)
+            journal = out / "journals"
+            bought = evidence_table(
+                study.name, net, seen, test, bers, trials=2 * trials, workers=workers, journal=journal
+            )
             evidence.append(bought)
     everything = pd.concat(tables, ignore_index=True)
     lowest = everything.groupby(["network", "data"], sort=False)[["true_non_critical", "true_critical"]].min() * 100
@@ -214,7 +217,7 @@ def _losses(
             where=Neurons(layer),
             trials=trials,
             workers=workers,
-            store=out / "journals" / f"{study.name}-{layer}.jsonl",
+            journal=out / "journals" / f"{study.name}-{layer}.jsonl",
             progress=False,
         )
         row = campaign.summary.iloc[0]

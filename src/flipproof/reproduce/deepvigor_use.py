@@ -11,18 +11,20 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from flipproof.analysis import DeepVigor, analyze, estimate_factors, protected_formats, select
+from flipproof.analysis.deepvigor import DeepVigor, analyze
+from flipproof.analysis.factors import estimate_factors
 from flipproof.analysis.opening import opened
 from flipproof.analysis.validation import injected
-from flipproof.campaigns import assess
+from flipproof.campaigns.assess import assess
 from flipproof.campaigns.statistics import sample_size, wilson_interval
 from flipproof.errors import FlipproofWarning
-from flipproof.faults import BitErrorRate, Parameters
-from flipproof.faults.neuron_sites import Neurons, NeuronSite
+from flipproof.faults import BitErrorRate
 from flipproof.faults.sampling import TrialGenerator
-from flipproof.faults.sites import Site
 from flipproof.formats import Format
 from flipproof.reports.tables import compare
+from flipproof.spaces.neuron_sites import Neurons, NeuronSite
+from flipproof.spaces.sites import Parameters, Site
+from flipproof.storage.choose import protected_formats, select
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -67,7 +69,7 @@ def evidence_table(
     *,
     trials: int,
     workers: int,
-    store: Path,
+    journal: Path,
     budget: float = 0.1,
     weights: int = 200,
 ) -> pd.DataFrame:
@@ -94,7 +96,7 @@ def evidence_table(
             format=format,
             trials=trials,
             workers=workers,
-            store=store / f"{network}-{name}.jsonl",
+            journal=journal / f"{network}-{name}.jsonl",
             progress=False,
         )
         for name, format in formats.items()

@@ -20,22 +20,22 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flipproof.campaigns import assess
+from flipproof.campaigns.assess import assess
 from flipproof.campaigns.statistics import difference_interval
 from flipproof.datasets import cifar10, fashion_mnist
 from flipproof.errors import ConfigError
-from flipproof.exploration import Exploration, explore, mixed_widths
-from flipproof.exploration.fortune import short_name
-from flipproof.exploration.mixed import doubt
-from flipproof.exploration.study import WEIGHTS, slug
-from flipproof.faults import BitErrorRate, FaultSpace
+from flipproof.faults import BitErrorRate
 from flipproof.formats import SECDED, Affine, TripleMSB
 from flipproof.models import alexnet_227, inception_v3, lenet5, load_weights, resnet18, resnet20, vgg11
 from flipproof.models.training import cached, seeded, train_classifier
-from flipproof.reports import save, tradeoff_figure
-from flipproof.reports.figures import SERIES, empty_figure
+from flipproof.reports.figures import SERIES, empty_figure, save
+from flipproof.reports.tradeoff import tradeoff_figure
 from flipproof.reproduce.fortune_published import BERS, table_1, table_2
 from flipproof.reproduce.published import beside, write_table
+from flipproof.spaces.parameters import FaultSpace
+from flipproof.storage.explore import Exploration, explore, short_name
+from flipproof.storage.mixed import doubt, explore_mixed
+from flipproof.storage.study import WEIGHTS, slug
 
 SUMMARY = "FORTUNE: quantised weights with a tripled MSB, memory, time, P_drop and RAP, Tables I and II, figures 5-7"
 RATES = {"smoke": (*BERS, 1e-3), "paper": BERS}
@@ -86,7 +86,7 @@ def reproduce(
             formats=MORE,
             where=WEIGHTS,
             trials=TRIALS[scale],
-            store=out / "journals" / slug(subject.name),
+            journal=out / "journals" / slug(subject.name),
             workers=workers,
         )
         console.print(f"[bold]{subject.name}[/]")
@@ -102,8 +102,8 @@ def _mixed(net: nn.Module, subject: Subject, scale: str, out: Path, workers: int
     uniform = FORTUNE
     memory = FaultSpace(net, format=uniform, where=WEIGHTS).bits
     journals = out / "journals" / f"{slug(subject.name)}-mixed"
-    chosen = mixed_widths(
-        net, subject.calibration, memory=memory, ber=max(RATES[scale]), trials=10, store=journals, progress=False
+    chosen = explore_mixed(
+        net, subject.calibration, memory=memory, ber=max(RATES[scale]), trials=10, journal=journals, progress=False
     )
     write_table(
         chosen.table, out / f"mixed-{slug(subject.name)}", title=f"{subject.name}: cost of each layer and option"
@@ -118,7 +118,7 @@ def _mixed(net: nn.Module, subject: Subject, scale: str, out: Path, workers: int
             metrics=("accuracy", doubt),
             trials=TRIALS[scale],
             workers=workers,
-            store=journals / f"judged-{name}.jsonl",
+            journal=journals / f"judged-{name}.jsonl",
         )
         for name, format in (("uniform", uniform), ("mixed", chosen.formats))
     }

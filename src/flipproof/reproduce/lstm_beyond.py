@@ -14,19 +14,24 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flipproof.analysis import bit_profile, clip_tensors
-from flipproof.campaigns import Assessment, assess
+from flipproof.campaigns.assess import assess
+from flipproof.campaigns.assessment import Assessment
 from flipproof.datasets import cifar10
 from flipproof.datasets.ehr import EHRSet
 from flipproof.datasets.text import sst2
 from flipproof.errors import ConfigError, FlipproofWarning
 from flipproof.faults import BitErrorRate
 from flipproof.formats import BitClipped, Float32, Format
-from flipproof.hardening import AVC, harden, hardening_report
+from flipproof.hardening.harden import harden
+from flipproof.hardening.methods.avc import AVC
+from flipproof.hardening.report import hardening_report
 from flipproof.models.training import Loss, cached, risk_loss, seeded, train_classifier
-from flipproof.reports import compare, metric_figure, profile_figure, save
+from flipproof.reports.bits import profile_figure
+from flipproof.reports.figures import metric_figure, save
+from flipproof.reports.tables import compare
 from flipproof.reproduce.lstm_clipping import METHODS, clinical
 from flipproof.reproduce.published import write_table
+from flipproof.storage.clipping import bit_profile, clip_tensors
 
 SUMMARY = "WBC and AVC beyond LSTMs: GRU on clinical timelines, ResNet-18 on CIFAR-10, Transformer on SST-2"
 RATES = (1e-6, 1e-5, 1e-4, 1e-3)
@@ -119,7 +124,7 @@ def reproduce(
                 metrics=(subject.metric,),
                 trials=trials,
                 workers=workers,
-                store=out / "journals" / f"{subject.name}-{method.replace(' ', '')}.jsonl",
+                journal=out / "journals" / f"{subject.name}-{method.replace(' ', '')}.jsonl",
             )
             values = ", ".join(f"{value:.3f}" for value in found[method].summary[subject.metric])
             golden = found[method].golden[subject.metric]

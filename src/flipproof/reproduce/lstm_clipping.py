@@ -18,20 +18,25 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from flipproof.analysis import bit_profile, clip_bits
-from flipproof.campaigns import Assessment, assess
+from flipproof.campaigns.assess import assess
+from flipproof.campaigns.assessment import Assessment
 from flipproof.campaigns.statistics import difference_interval
 from flipproof.datasets.ehr import EHRData, EHRSet, mimic3, physionet2012, synthetic_ehr
 from flipproof.errors import ConfigError, FlipproofWarning
-from flipproof.faults import BitErrorRate, BitPosition, Parameters
+from flipproof.faults import BitErrorRate, BitPosition
 from flipproof.formats import Float32, Format
-from flipproof.hardening import AVC, harden
+from flipproof.hardening.harden import harden
+from flipproof.hardening.methods.avc import AVC
 from flipproof.models import stage_72, stage_384, stage_conv_72, stage_conv_384
 from flipproof.models.stagenet import StageNet
 from flipproof.models.training import cached, risk_loss, seeded, train_classifier
-from flipproof.reports import bit_figure, compare, metric_figure, outcome_figure, profile_figure, save
+from flipproof.reports.bits import profile_figure
+from flipproof.reports.figures import bit_figure, metric_figure, outcome_figure, save
+from flipproof.reports.tables import compare
 from flipproof.reproduce.lstm_published import NETWORKS, REDUCTION, WBC_OVER_AVC, critical_totals, table_1
 from flipproof.reproduce.published import beside, write_table
+from flipproof.spaces.sites import Parameters
+from flipproof.storage.clipping import bit_profile, clip_bits
 
 SUMMARY = "WBC and AVC for LSTM networks: StageNet on clinical timelines, Table I and figures 2–8"
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -87,7 +92,7 @@ def reproduce(
                 format = {"*.threshold": Float32(), "*.low": Float32(), "*": wbc} if "AVC" in method else wbc
             run = partial(assess, model, data=test, format=format, where=WEIGHTS, workers=workers)
             journal = out / "journals" / f"{name}-{method.replace(' ', '')}.jsonl"
-            result = run(faults=BitErrorRate(RATES), metrics=("accuracy", "auroc"), trials=trials, store=journal)
+            result = run(faults=BitErrorRate(RATES), metrics=("accuracy", "auroc"), trials=trials, journal=journal)
             found[name][method] = result
             last = result.summary.iloc[-1]
             console.print(
@@ -97,7 +102,7 @@ def reproduce(
             )
         bits = out / "journals" / f"{name}-bits.jsonl"
         by_bit = assess(
-            net, data=test, faults=BitPosition(range(32)), where=WEIGHTS, metrics=("accuracy", "auroc"), store=bits
+            net, data=test, faults=BitPosition(range(32)), where=WEIGHTS, metrics=("accuracy", "auroc"), journal=bits
         )
         save(bit_figure(by_bit), out / f"figure-5-{name}.png")
         write_table(_bit_table(by_bit, profiles[name]), out / f"bits-{name}", title=f"{name}: each bit in all weights")

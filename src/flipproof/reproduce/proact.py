@@ -19,21 +19,32 @@ import pandas as pd
 from rich.console import Console
 from torch import Tensor, nn
 
-from flipproof.campaigns import Assessment, assess
+from flipproof.campaigns.assess import assess
+from flipproof.campaigns.assessment import Assessment
 from flipproof.campaigns.statistics import difference_interval
 from flipproof.datasets import cifar10, cifar100
 from flipproof.errors import ConfigError, FlipproofWarning
-from flipproof.exploration.study import slug
-from flipproof.faults import BitErrorRate, Parameters
+from flipproof.faults import BitErrorRate
 from flipproof.formats import FixedPoint
-from flipproof.hardening import FitAct, FTClipAct, Guard, Hardening, ProAct, Ranger, harden, hardening_report
+from flipproof.hardening.harden import harden
+from flipproof.hardening.methods.base import Hardening
+from flipproof.hardening.methods.fitact import FitAct
+from flipproof.hardening.methods.ft_clipact import FTClipAct
+from flipproof.hardening.methods.guard import Guard
+from flipproof.hardening.methods.proact import ProAct
+from flipproof.hardening.methods.ranger import Ranger
+from flipproof.hardening.report import hardening_report
 from flipproof.models import alexnet, load_weights, resnet20, resnet50, vgg16
 from flipproof.models.training import cached, seeded, train_classifier
-from flipproof.reports import compare, distribution_figure, history_figure, metric_figure, save
+from flipproof.reports.bounds import distribution_figure, history_figure
+from flipproof.reports.figures import metric_figure, save
+from flipproof.reports.tables import compare
 from flipproof.reproduce.proact_distances import distances
 from flipproof.reproduce.proact_memory import memory_table
 from flipproof.reproduce.proact_published import table_1, table_2, table_4
 from flipproof.reproduce.published import beside, write_table
+from flipproof.spaces.sites import Parameters
+from flipproof.storage.study import slug
 
 SUMMARY = "ProAct: Ranger, FT-ClipAct, FitAct, ProAct and Guard under faults, Q15.16, tables I–V and figures 2–7"
 FORMAT = FixedPoint(15, 16)
@@ -91,7 +102,7 @@ def reproduce(
                 faults=BitErrorRate(RATES),
                 format=FORMAT,
                 trials=setting.trials,
-                store=out / "journals" / f"{slug(subject.name)}-{slug(method)}.jsonl",
+                journal=out / "journals" / f"{slug(subject.name)}-{slug(method)}.jsonl",
                 workers=workers,
             )
             found[subject.name][method] = result
@@ -131,7 +142,7 @@ def _paired(model: nn.Module, subject: Subject, setting: Setting, out: Path, wor
             format=FORMAT,
             where=Parameters(exclude=["*.threshold", "*.low", "*.rest"]),
             trials=setting.trials,
-            store=out / "journals" / f"{slug(subject.name)}-{slug(method)}-paired.jsonl",
+            journal=out / "journals" / f"{slug(subject.name)}-{slug(method)}-paired.jsonl",
             workers=workers,
         )
     table = compare(**results)
@@ -218,7 +229,7 @@ def _hardened(
             model,
             hardening,
             data=subject.calibration,
-            store=out / "stages" / f"{slug(subject.name)}-{slug(method)}",
+            journal=out / "stages" / f"{slug(subject.name)}-{slug(method)}",
         )
     report = hardening_report(safe)
     rows.append(

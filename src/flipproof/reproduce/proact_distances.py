@@ -6,10 +6,12 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from flipproof.analysis import propagation
-from flipproof.faults import BitErrorRate, FaultSpace, Parameters
+from flipproof.analysis.propagation import propagation
+from flipproof.faults import BitErrorRate
 from flipproof.formats import Format
-from flipproof.hardening import hardening_report
+from flipproof.hardening.report import hardening_report
+from flipproof.spaces.parameters import FaultSpace
+from flipproof.spaces.sites import Parameters
 
 LAYER_WISE = 1e-4
 """Bit error rate of Table V; a layer too small for one flip at it is left out."""

@@ -6,7 +6,9 @@ import pandas as pd
 import torch
 from torch import nn
 
-from flipproof.hardening import Ranger, harden, hardening_report
+from flipproof.hardening.harden import harden
+from flipproof.hardening.methods.ranger import Ranger
+from flipproof.hardening.report import hardening_report
 from flipproof.models import alexnet, resnet50, vgg16
 from flipproof.reproduce.proact_published import table_3
 from flipproof.reproduce.published import beside

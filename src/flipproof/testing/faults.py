@@ -14,8 +14,10 @@ from torch import nn
 
 import flipproof
 from flipproof.errors import FaultModelError
-from flipproof.faults import FaultModel, Faults, FaultSpace, TrialGenerator
-from flipproof.outcomes import bit_pattern
+from flipproof.faults import FaultModel, TrialGenerator
+from flipproof.formats.base import bit_pattern
+from flipproof.spaces.contract import Faults
+from flipproof.spaces.parameters import FaultSpace
 
 
 class FaultModelContract:

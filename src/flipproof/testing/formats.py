@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 import flipproof
 from flipproof.errors import FormatError
-from flipproof.faults import FaultSpace
-from flipproof.formats.base import Coding, Format, Stored, blocks, sparse, word_dtype
-from flipproof.outcomes import bit_pattern
+from flipproof.formats.base import Coding, Format, Stored, bit_pattern, blocks, sparse, word_dtype
+from flipproof.spaces.parameters import FaultSpace
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (7,), (3, 4), (2, 3, 5), (0,), (3, 0), (0, 3))

@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 import flipproof
 from flipproof.errors import DataError, FlipproofWarning, ModelError
-from flipproof.hardening import Bounded, Hardening, harden, hardening_report
+from flipproof.hardening.bounds.bounded import Bounded
+from flipproof.hardening.harden import harden
+from flipproof.hardening.methods.base import Hardening
+from flipproof.hardening.report import hardening_report
 
 Batches = list[tuple[Tensor, Tensor]]
 

@@ -1,0 +1,445 @@
+"""`assess`: the front door. Golden run, then points × trials into a journal, resumable at any moment."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import replace
+from datetime import UTC, datetime
+from hashlib import blake2b
+from math import isfinite
+from re import sub
+from typing import Any
+
+import torch
+from torch import nn
+
+from flipproof._interrupts import given_back
+from flipproof.campaigns.answers import encode_golden
+from flipproof.campaigns.arguments import check_numbers
+from flipproof.campaigns.assessment import CHECK_EVERY, Assessment, answer, narrow, planned
+from flipproof.campaigns.audit import Audit, audit_of
+from flipproof.campaigns.fingerprint import attributes_digest, code_digest, digest_of
+from flipproof.campaigns.golden import golden_interval
+from flipproof.campaigns.neuron_trial import NeuronTrialRunner
+from flipproof.campaigns.record import Trial
+from flipproof.campaigns.trial import TrialRunner, versions
+from flipproof.engine.executors import Executor, Job, executor
+from flipproof.engine.journal import Journal
+from flipproof.engine.progress import Step, progress_bar
+from flipproof.errors import AuditError, ConfigError, DataError, FaultModelError, FlipproofWarning
+from flipproof.faults.base import FaultModel
+from flipproof.running.data import Data, Output, call, check_labels, pick, read_batches, tensor_bytes
+from flipproof.running.decision import decide
+from flipproof.running.device import check_device
+from flipproof.running.evaluation import eval_mode, golden_run, one_thread
+from flipproof.running.metrics import Metrics, resolve
+from flipproof.running.neurons import neuron_space
+from flipproof.running.outcomes import DecisionChoice, check_choice
+from flipproof.running.resume import Suffixes
+from flipproof.running.snapshots import RandomState, Snapshot, keep_random_state
+from flipproof.running.straight import refers_to_tensors
+from flipproof.running.values import same
+from flipproof.spaces.neuron_sites import Neurons
+from flipproof.spaces.neurons import NeuronSpace
+from flipproof.spaces.parameters import FaultSpace
+from flipproof.spaces.sites import Parameters
+from flipproof.spaces.tensors import FormatChoice
+
+
+def assess(
+    model: nn.Module,
+    data: Data,
+    *,
+    faults: FaultModel,
+    format: FormatChoice = None,
+    where: Parameters | Neurons | None = None,
+    trials: int = 100,
+    metrics: Metrics = ("accuracy",),
+    seed: int = 0,
+    journal: str | os.PathLike[str] | None = None,
+    workers: int = 1,
+    device: str | torch.device | None = None,
+    margin: float | None = None,
+    confidence: float = 0.95,
+    output: Output = None,
+    decision: DecisionChoice = None,
+    cache_bytes: int | None = None,
+    progress: bool | None = None,
+    audit: float = 0.01,
+) -> Assessment:
+    """How a model behaves when the memory that holds it loses bits.
+
+    The fault-free (golden) run comes first; then each point of the fault model runs `trials` times: draw, inject in
+    place, run all data, compare with the golden outputs, restore bit-exactly. The model is assessed in eval mode and
+    given back as it came: same bits, same training flags, same device. Records depend on nothing but model, data,
+    format, faults and seed: not on the number of workers, the order of trials, or interruptions. On a CPU every
+    process uses one torch thread (sums are taken in one order); use `workers` for more cores.
+
+    Args:
+        model: any module that gives one class score vector, or one score, a sample.
+        data: batches `(inputs, targets)`, read once and kept in memory; targets are class numbers. A tuple or list of
+            inputs is passed as arguments, a mapping as keyword arguments.
+        faults: what goes wrong; a sweep makes one point a value.
+        format: how parameters are stored: one Format, a mapping {pattern: Format} whose first match wins, or None for
+            each tensor's own type. One that quantises (`Affine` and what wraps it), given alone, stores the weights of
+            all layers; a mapping means what it says, ``{"*": fp.Affine(8)}`` biases and norms too. What the format does
+            not store stays in the fault space and is hit in its own type; only `where` leaves out. Formats that
+            quantise change the golden run too: it then computes with what the format can represent.
+        where: what can be hit: `fp.Parameters`, all by default, or `fp.Neurons`: a single upset in the output of a
+            Conv, Linear or recurrent layer in each sample's inference; `format` then says how outputs are stored.
+            ``fp.Parameters(kinds=("weight",))`` is FORTUNE's view: the weights and nothing else.
+        trials: repetitions a point (the ceiling, with `margin`). Points that draw nothing at random run once.
+        metrics: names ("accuracy", "auroc", "average_precision"), functions `(outputs, targets) → number`, torchmetrics
+            objects, or a mapping name → function.
+        seed: of all draws. The same seed draws the same bits of the same space: campaigns are paired.
+        journal: journal to write and resume, JSON lines. None keeps records in memory only.
+        workers: processes; each trial runs in one.
+        device: where to run; None is where the model is.
+        margin: stop a point once the interval of every metric's mean is within ± margin and so is its tail, what a
+            rare fatal flip could still do; looking every 20 trials. At 95 % that takes 3.7 / margin trials at least.
+        confidence: of all intervals.
+        output: picks the tensor to judge out of what the model returns: function, dict key or tuple index.
+        decision: how outputs become classes: "logits", "probabilities", "argmax", or a number, the threshold of a
+            single output. None recognises it; where outputs could be either, a warning says what was assumed. The
+            header has it as `decision`.
+        cache_bytes: memory for golden activations, with which a trial starts at the first faulted layer; 0 runs every
+            trial whole. None allows the size of the model's parameters, less what `format` keeps of them (a campaign
+            then holds the model and one copy), but at least 16 MiB, and 256 MiB for neurons. Records do not depend on
+            it.
+        progress: show a progress bar; None shows it on a terminal.
+        audit: share of the trials that run again whole, uncached, on a fresh copy of the model, at least five; of a
+            trial over neurons up to eight upsets, each in a forward of its own. One difference stops the campaign,
+            and what caused it is switched off when it is resumed. 0 audits nothing.
+
+    Returns:
+        Records and tables.
+
+    Warns:
+        FlipproofWarning: if more than 1 % of the model's stored bits cannot be hit and `where` did not say so.
+
+    Raises:
+        FlipproofError: one of its kinds, see `flipproof.errors`; nothing is half-written and the model is untouched.
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> _ = torch.manual_seed(0)
+        >>> net, x = torch.nn.Linear(4, 3), torch.randn(50, 4)
+        >>> data = [(x, net(x).argmax(dim=1))]
+        >>> result = fp.assess(net, data=data, faults=fp.BitErrorRate([1e-2, 1e-1]), trials=40)
+        >>> result.golden
+        {'accuracy': 1.0}
+        >>> result.summary[["ber", "accuracy", "critical_total", "trials"]].round(3).shape
+        (2, 4)
+    """
+    chosen = resolve(metrics)
+    decision = check_choice(decision)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"assess takes a torch.nn.Module first, got {model!r}")
+    check_numbers(
+        trials=trials,
+        workers=workers,
+        seed=seed,
+        margin=margin,
+        confidence=confidence,
+        cache_bytes=cache_bytes,
+        journal=journal,
+        audit=audit,
+    )
+    if not isinstance(faults, FaultModel):
+        raise FaultModelError(f"faults= takes a fault model such as fp.BitErrorRate([1e-6, 1e-5]), got {faults!r}")
+    target = check_device(model, device)
+    with (
+        given_back(model),
+        _on_device(model, target),
+        as_it_came(model) as came,
+        eval_mode(model),
+        one_thread(target),
+    ):
+        points = faults.points()
+        space: FaultSpace | NeuronSpace
+        if isinstance(where, Neurons):
+            batches = read_batches(data, target)
+            randomness = RandomState(seed, target)
+            randomness.pin()
+            space = neuron_space(model, batches, where, format, output)
+            for point in points:
+                space.check(point)
+        else:
+            space = FaultSpace(model, where=where, format=format)
+            for point in points:
+                point.check(space)
+            batches = read_batches(data, target)
+            randomness = RandomState(seed, target)
+        if (missing := space.shortfall()) is not None:
+            warnings.warn(missing, FlipproofWarning, stacklevel=2)
+        ceilings = [1 if isinstance(space, FaultSpace) and point.repeats(space) else trials for point in points]
+        auditing = audit_of(model, audit, ceilings, seed, output)
+        pristine = auditing.pristine if auditing is not None else None
+        if pristine is not None:
+            came.share(pristine)
+        make = NeuronTrialRunner if isinstance(space, NeuronSpace) else TrialRunner
+        with space.stored():
+            state = Snapshot(model, like=pristine)
+            golden = golden_run(model, batches, output, state, randomness)
+            rule = decide(model, batches, output, golden, decision)
+            state.verify()
+            check_labels(batches.targets, rule.classes)
+            runner = make(model, space, points, batches, output, chosen, golden, rule, seed, target, state, randomness)
+            runner.audit = _audit_on_copies(runner, auditing)
+            found = {metric.name: metric.measure(golden, batches.targets, rule) for metric in chosen}
+            header = _header(runner, space, faults, found, where or Parameters(), trials, margin, confidence)
+            file = Journal(journal) if journal is not None else None
+            with _writing(file, header) as done:
+                off = file.switched_off if file is not None else frozenset()
+                records = {(r.point, r.trial): r for r in planned(done, trials)}
+                if "versions" in off:
+                    state.watch_bits()
+                if len(records) < sum(ceilings):
+                    _take_shortcuts(runner, cache_bytes, off)
+                _fill(runner, records, file, header, workers, progress)
+                if records and audit:
+                    with _noting(file):
+                        runner.ask_without_faults(*max(records))
+    return Assessment(header, answer(list(records.values()), header))
+
+
+class as_it_came:
+    """The model's parameters, buffers and attributes are at the end what they were at the start.
+
+    ``model.eval()`` may be more than a flag: adapters merge themselves into the weights.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._random = keep_random_state()
+
+    def __enter__(self) -> Snapshot:
+        self._random.__enter__()
+        self._came = Snapshot(self._model)
+        return self._came
+
+    def __exit__(self, *exception: object) -> None:
+        self._came.verify()
+        self._random.__exit__(*exception)
+
+
+def _audit_on_copies(runner: TrialRunner, audit: Audit | None) -> Audit | None:
+    """The audit, on the model itself if a fresh copy does not give the golden outputs bit by bit."""
+    if audit is None or audit.pristine is None:
+        return audit
+    try:
+        with runner.on_copy(deepcopy(audit.pristine)) as twin:
+            twin.randomness.pin()
+            first = pick(call(twin.model, twin.batches.inputs[0]), twin.output).detach().cpu()
+            twin.state.restore()
+    except Exception as error:  # the copy of a model may fail in any way
+        reason = f"a copy of the model fails ({type(error).__name__}: {error})"
+    else:
+        if same(first, runner.golden[runner.batches.part(0)]):
+            return audit
+        reason = "a copy of the model gives other outputs than the model"
+    return replace(audit, pristine=None, reason=reason)
+
+
+def _writing(journal: Journal | None, header: dict[str, Any]) -> AbstractContextManager[list[Trial]]:
+    return nullcontext([]) if journal is None else journal.writing(header)
+
+
+@contextmanager
+def _noting(journal: Journal | None) -> Iterator[None]:
+    """A failed audit is written down before it ends the campaign."""
+    try:
+        yield
+    except AuditError as error:
+        if journal is not None:
+            journal.note_failed_audit(error)
+        raise
+
+
+def _fill(
+    runner: TrialRunner,
+    records: dict[Job, Trial],
+    journal: Journal | None,
+    header: dict[str, Any],
+    workers: int,
+    progress: bool | None,
+) -> None:
+    """Run whatever the records still lack."""
+    trials, margin = header["plan"]["trials"], header["plan"]["margin"]
+    ceilings = [1 if runner.repeats(point) else trials for point in runner.points]
+    labels = [" ".join(f"{k} {v:g}" for k, v in point.coordinates().items()) for point in runner.points]
+
+    def run(jobs: Iterator[Job], executor: Executor, step: Step) -> None:
+        with _noting(journal):
+            for trial in executor.run(jobs):
+                if journal:
+                    journal.append(trial)
+                records[trial.point, trial.trial] = trial
+                step(labels[trial.point])
+
+    with executor(runner, workers) as pool, progress_bar(sum(ceilings), len(records), show=progress) as step:
+        if margin is None:
+            everything = ((p, t) for p, ceiling in enumerate(ceilings) for t in range(ceiling))
+            run((job for job in everything if job not in records), pool, step)
+            return
+        for p, ceiling in enumerate(ceilings):
+            for wave in range(0, ceiling, CHECK_EVERY):
+                upto = min(wave + CHECK_EVERY, ceiling)
+                run((job for job in [(p, t) for t in range(wave, upto)] if job not in records), pool, step)
+                if upto < ceiling and narrow([records[p, t] for t in range(upto)], header):
+                    step(labels[p], ceiling - upto)
+                    break
+
+
+def _take_shortcuts(runner: TrialRunner, cache_bytes: int | None, off: frozenset[str]) -> None:
+    """Use what can be proved for this model and these faults, and was not switched off by an audit."""
+    if isinstance(runner, NeuronTrialRunner):
+        runner.alone = "shared batch" in off or runner.mixes_rows()
+        if runner.alone and max(runner.batches.sizes) > 1:
+            warnings.warn(
+                "what a sample answers depends on the other samples of its batch, so each upset gets a forward of its "
+                f"own: {runner.batches.samples} forwards a trial. Smaller batches are as true and cheaper",
+                FlipproofWarning,
+                stacklevel=3,
+            )
+    if "suffix" not in off:
+        runner.suffixes = _suffixes_of(runner, cache_bytes)
+
+
+def _suffixes_of(runner: TrialRunner, cache_bytes: int | None) -> Suffixes | None:
+    """Cached cuts, if they are proved and this campaign's faults leave enough of a prefix to be worth it."""
+    budget = runner.cache_bytes if cache_bytes is None else cache_bytes
+    if budget <= 0 or runner.state.written or runner.randomness.drawn:  # with state, a forward is more than its graph
+        return None
+    if callable(runner.output) and refers_to_tensors(runner.output):
+        return None
+    suffixes = Suffixes.trace(runner.model, runner.batches.inputs)
+    if suffixes is None or not runner.prepare(suffixes, budget):
+        return None
+    return suffixes if runner.faithful(suffixes) else None
+
+
+def _header(
+    runner: TrialRunner,
+    space: FaultSpace | NeuronSpace,
+    faults: FaultModel,
+    golden: dict[str, float],
+    where: Parameters | Neurons,
+    trials: int,
+    margin: float | None,
+    confidence: float,
+) -> dict[str, Any]:
+    """The journal's first line: what is assessed, and what it does without faults."""
+    for name, value in golden.items():
+        if not isfinite(value):
+            raise DataError(f"the metric {name} is {value} on the golden run; a drop from that would mean nothing")
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "fingerprint": {
+            "model": f"{type(runner.model).__module__}.{type(runner.model).__qualname__}",
+            "structure": _hash(sub(" at 0x[0-9a-f]+", "", repr(runner.model)).encode()),  # addresses differ every run
+            "weights": _weights_digest(runner.model, space),
+            "data": runner.batches.digest(),
+            "samples": runner.batches.samples,
+            "faults": repr(faults),
+            "where": repr(where),
+            "format": _hash(repr([(s.name, s.shape, repr(s.format)) for s in space.sites]).encode()),
+            "bits": space.bits,
+            "metrics": [metric.name for metric in runner.metrics],
+            "metrics_code": digest_of([metric.function for metric in runner.metrics]),
+            "seed": runner.seed,
+            "device": runner.device.type,
+            "output": _name_of(runner.output),
+            "output_code": digest_of(runner.output),
+            "attributes": attributes_digest(runner.model),
+            "code": code_digest(runner.model),
+            "golden_outputs": _hash(tensor_bytes(runner.golden)),
+            "decision": runner.decision.describe(),
+        },
+        "golden": golden,
+        "golden_answers": encode_golden(runner.decision.classes_of(runner.golden) == runner.batches.targets),
+        "golden_intervals": {
+            metric.name: golden_interval(metric, runner.golden, runner.batches.targets, runner.decision, confidence)
+            for metric in runner.metrics
+        },
+        "metrics": {metric.name: metric.scale.to_json() for metric in runner.metrics},
+        "decision": {
+            "outputs": runner.decision.outputs,
+            "threshold": runner.decision.threshold,
+            "assumed": runner.decision.assumed,
+        },
+        "points": [
+            {"faults": repr(p), "coordinates": p.coordinates(), "repeats": runner.repeats(p)} for p in runner.points
+        ],
+        "stored": [
+            {"name": s.name, "kind": s.kind, "values": s.values, "format": repr(s.format), "bits": s.bits}
+            for s in space.sites
+        ],
+        "left_out": space.left_out,
+        "audit": _audit_of_header(runner.audit),
+        "left_out_bits": space.left_out_bits,
+        "coverage": space.coverage,
+        "plan": {"trials": trials, "margin": margin, "confidence": confidence},
+        "versions": versions(),
+    }
+
+
+def _audit_of_header(audit: Audit | None) -> dict[str, Any]:
+    if audit is None:
+        return {"share": 0.0, "on": "nothing", "reason": "audit=0"}
+    return {
+        "share": audit.share,
+        "on": "the model itself" if audit.pristine is None else "a fresh copy",
+        "reason": audit.reason,
+    }
+
+
+def _weights_digest(model: nn.Module, space: FaultSpace | NeuronSpace) -> str:
+    """A hash of every parameter and buffer, as the user gave them (not as a format decodes them)."""
+    state = blake2b(digest_size=16)
+    originals = space.originals()
+    named = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in named:
+        state.update(name.encode())
+        state.update(tensor_bytes(originals.get(name, tensor)))
+    return state.hexdigest()
+
+
+def _hash(content: bytes) -> str:
+    return blake2b(content, digest_size=8).hexdigest()
+
+
+def _name_of(output: Output) -> str | int | None:
+    return getattr(output, "__qualname__", type(output).__name__) if callable(output) else output
+
+
+class _on_device:
+    """The model on a device for a while; parameters go back to the very memory they came from."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._model = model
+        self._device = device
+        self._home: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __enter__(self) -> None:
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        if all(t.device.type == self._device.type and self._device.index in (None, t.device.index) for t in tensors):
+            return
+        self._home = [(t, t.data) for t in tensors]
+        try:
+            self._model.to(self._device)
+        except BaseException:
+            self._put_back()
+            raise
+
+    def __exit__(self, *exception: object) -> None:
+        self._put_back()
+
+    def _put_back(self) -> None:
+        for tensor, data in self._home:
+            tensor.data = data
+        self._home = []

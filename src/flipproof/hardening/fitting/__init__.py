@@ -1,0 +1,1 @@
+"""What bounds are fitted to, and how."""

@@ -1,0 +1,202 @@
+"""What a hardening costs without faults, judged on samples that nothing was fitted to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flipproof.campaigns.statistics import wilson_interval
+from flipproof.hardening.bounds.bounded import Bounded
+from flipproof.hardening.fitting.calibration import Calibration
+from flipproof.hardening.rewriting.sites import Rewritten
+from flipproof.running.data import call, pick
+from flipproof.running.evaluation import eval_mode
+from flipproof.running.outcomes import Decision
+
+LIMIT = 0.01
+"""`harden` warns if more accuracy than this is lost on the held-out samples, or any loss is significant."""
+
+HALF = 0.5
+"""A sample is disturbed if a score moves by more than this share of the usual lead, or its class changes."""
+
+ROUNDING_SAMPLES = 32
+"""So many held-out samples are run alone and together, to see whether rounding alone changes answers."""
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Held-out samples before and after a hardening, pair by pair.
+
+    Attributes:
+        samples: held out.
+        right: that the original model gets right.
+        lost: right before, wrong after.
+        won: wrong before, right after.
+        changed: whose class changes, right or wrong.
+        disturbed: of which a score moves by more than half the usual lead of the best score, or the class
+            changes. It needs no labels, and says more than accuracy where the model has memorised its data.
+        drop: accuracy lost, (lost − won) / samples, a fraction; negative for a gain.
+        low: of the 95 % interval of the drop, over samples (`paired_interval`).
+        high: the same.
+    """
+
+    samples: int
+    right: int
+    lost: int
+    won: int
+    changed: int
+    disturbed: int
+    drop: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, held: Calibration, hardened: nn.Module) -> Acceptance:
+        """Judge a hardened model on samples of which the unbounded model's answers are known."""
+        after, targets = held.outputs(hardened), held.batches.targets
+        before_class, after_class = held.decision.classes_of(held.teacher), held.decision.classes_of(after)
+        before, now = before_class == targets, after_class == targets
+        lost, won, n = int((before & ~now).sum()), int((~before & now).sum()), held.samples
+        low, high = paired_interval(lost, won, int((before & now).sum()), n)
+        moved = disturbed(after, held.teacher, held.decision, usual_lead(held.teacher, held.decision))
+        return cls(
+            samples=n,
+            right=int(before.sum()),
+            lost=lost,
+            won=won,
+            changed=int((before_class != after_class).sum()),
+            disturbed=int(moved.sum()),
+            drop=(lost - won) / n,
+            low=low,
+            high=high,
+        )
+
+    @property
+    def costs(self) -> bool:
+        """Whether accuracy is lost: more than `LIMIT`, or so that chance does not explain it."""
+        return self.drop > LIMIT or self.low > 0
+
+    def __str__(self) -> str:
+        return (
+            f"without faults, on {self.samples:,} held-out samples: {100 * self.drop:.2f} points lost "
+            f"[{100 * self.low:.2f}, {100 * self.high:.2f}] ({self.lost} answers lost, {self.won} won; scores of "
+            f"{self.disturbed} move by more than half the usual lead)"
+        )
+
+
+def paired_interval(lost: int, won: int, both: int, samples: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of (lost − won) / samples, the difference of two accuracies on the same samples.
+
+    Newcombe's method 10 (Statistics in Medicine 17, 1998, 2635–2650): Wilson's intervals of both accuracies, combined
+    with the correlation of the pairs.
+
+    Args:
+        lost: right before, wrong after.
+        won: wrong before, right after.
+        both: right before and after.
+        samples: of all.
+        confidence: of the interval.
+
+    Example:
+        >>> [round(end, 4) for end in paired_interval(12, 2, 36, 50)]  # as in Newcombe's table II
+        [0.0569, 0.3404]
+    """
+    neither = samples - lost - won - both
+    first, second = (both + lost) / samples, (both + won) / samples
+    low_1, high_1 = wilson_interval(both + lost, samples, confidence=confidence)
+    low_2, high_2 = wilson_interval(both + won, samples, confidence=confidence)
+    product = float(both + lost) * (won + neither) * (both + won) * (lost + neither)
+    together = float(both) * neither - float(lost) * won
+    if together > 0:
+        together = max(together - samples / 2, 0.0)
+    phi = together / product**0.5 if product > 0 else 0.0
+    below, above = first - low_1, high_2 - second
+    down = (below**2 - 2 * phi * below * above + above**2) ** 0.5
+    below, above = second - low_2, high_1 - first
+    up = (below**2 - 2 * phi * below * above + above**2) ** 0.5
+    drop = first - second
+    return max(-1.0, drop - down), min(1.0, drop + up)
+
+
+def usual_lead(teacher: Tensor, decision: Decision) -> float:
+    """The median distance of the best score to the second, or of a single score to its threshold."""
+    scores = teacher.double()
+    if decision.threshold is not None:
+        return float((scores.reshape(-1) - decision.threshold).abs().median())
+    best = scores.topk(2, dim=1).values if scores.shape[1] > 1 else torch.zeros(len(scores), 2)
+    return float((best[:, 0] - best[:, 1]).median())
+
+
+def disturbed(outputs: Tensor, teacher: Tensor, decision: Decision, lead: float) -> Tensor:
+    """Which samples' scores moved by more than half of `lead`, or whose class changed; bool (N,)."""
+    moved = (outputs.double() - teacher.double()).abs().reshape(len(teacher), -1).amax(dim=1)
+    return ~(moved <= HALF * lead) | (decision.classes_of(outputs) != decision.classes_of(teacher))
+
+
+def unsteady_layers(model: nn.Module, rewritten: Rewritten, held: Calibration) -> list[str]:
+    """Sites at which a sample's values change when it is run alone, by far more than they do in the unbounded model.
+
+    Sums are rounded in another order in another batch size. A bound that lies at a value which right inputs reach turns
+    that into a step.
+
+    Args:
+        model: the unbounded model.
+        rewritten: the bounded copy.
+        held: samples, which must be such that they can be cut one by one.
+
+    Returns:
+        Names of sites, all where none can be told; empty if batch 1 and batch N agree as well as they do in `model`.
+    """
+    count = min(ROUNDING_SAMPLES, held.samples)
+    some = held.some(torch.arange(count), count)
+    singles = [held.some(torch.tensor([i])) for i in range(count)]
+    plain = _together_and_alone(model, some, singles)
+    bounded = _together_and_alone(rewritten.model, some, singles)
+    spacing = torch.finfo(some.teacher.dtype).eps
+    room = 10 * float((plain[0] - plain[1]).abs().max()) + 1e3 * spacing * float(plain[0].abs().max())
+    apart = ~((bounded[0] - bounded[1]).abs().reshape(some.samples, -1).amax(dim=1) <= room)
+    if not bool(apart.any()):
+        return []
+    number = int(apart.nonzero()[0, 0])
+    whole = _site_values(rewritten, some)
+    alone = _site_values(rewritten, singles[number])
+    found = []
+    for site in rewritten.sites:
+        for one, other in zip(whole.get(site.module, []), alone.get(site.module, []), strict=False):
+            if one.dim() and one.shape[0] == some.samples and one[number].shape == other[0].shape:
+                scale = float(one.abs().max())
+                if float((one[number] - other[0]).abs().max()) > 1e-3 * scale:
+                    found.append(site.name)
+                    break
+    return found or [site.name for site in rewritten.sites]
+
+
+def _together_and_alone(model: nn.Module, some: Calibration, singles: list[Calibration]) -> tuple[Tensor, Tensor]:
+    with eval_mode(model):
+        joined = torch.cat([pick(call(model, x), some.output) for x in some.batches.inputs])
+        alone = torch.cat([pick(call(model, one.batches.inputs[0]), some.output) for one in singles])
+    return joined.detach().double().cpu(), alone.detach().double().cpu()
+
+
+def _site_values(rewritten: Rewritten, data: Calibration) -> dict[str, list[Tensor]]:
+    seen: dict[str, list[Tensor]] = {}
+    handles = []
+    for site in rewritten.sites:
+        place = rewritten.model.get_submodule(site.module)
+        if isinstance(place, Bounded):
+
+            def note(module: nn.Module, args: Any, result: Tensor, name: str = site.module) -> None:
+                seen.setdefault(name, []).append(result.detach().double().cpu())
+
+            handles.append(place.register_forward_hook(note))
+    try:
+        with eval_mode(rewritten.model):
+            for inputs in data.batches.inputs:
+                call(rewritten.model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen

@@ -1,0 +1,225 @@
+"""`harden`: a copy of a model whose activations are bounded, and the report of what was and what was not."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from hashlib import blake2b
+
+import torch
+from torch import nn
+
+from flipproof._interrupts import gives_back
+from flipproof.errors import ConfigError, FlipproofWarning, ModelError
+from flipproof.hardening.bounds.bounded import Bounded
+from flipproof.hardening.example import shapes_of
+from flipproof.hardening.fitting.acceptance import ROUNDING_SAMPLES, Acceptance, unsteady_layers
+from flipproof.hardening.fitting.calibration import Calibration
+from flipproof.hardening.fitting.profile import profile, ranges_of
+from flipproof.hardening.methods.base import Hardening, Work
+from flipproof.hardening.report import REPORT, HardeningReport
+from flipproof.hardening.rewriting.sites import Rewritten, refuse_what_hides_its_values, rewrite
+from flipproof.hardening.stages import Stages
+from flipproof.running.data import Data, Output, tensor_bytes
+from flipproof.running.outcomes import DecisionChoice
+
+HELD_OUT = 0.25
+"""Share of the calibration samples that nothing is fitted to: acceptance is judged on them."""
+
+MEMORISED, MANY = 0.99, 50
+"""From this accuracy on so many samples, the report reminds that the model may have been trained on them."""
+
+STEPS_FOR_ROUNDING = 5
+"""So often bounds are widened by a hundredth where rounding alone crosses them."""
+
+
+@gives_back
+def harden(
+    model: nn.Module,
+    method: Hardening,
+    *,
+    data: Data,
+    strict: bool = False,
+    output: Output = None,
+    decision: DecisionChoice = None,
+    journal: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> nn.Module:
+    """A copy of a model whose activations are bounded, so that faulty values are cut off where they arise.
+
+    The model itself stays untouched. The copy is on the same device, in the same training state, with the same hooks;
+    its `state_dict` holds the same names as before, plus the thresholds. Thresholds are parameters, so they are in the
+    fault space, and no gradient is asked of them. What was done is in `hardening_report(copy)`.
+
+    Args:
+        model: any module that gives one class score vector, or one score, a sample.
+        method: e.g. ``fp.Ranger()`` or ``fp.ProAct()``.
+        data: calibration batches `(inputs, targets)`; use training or validation data, never the data that the
+            hardened model will be judged on, and best data that the model was not trained on. A random quarter of it
+            (`held_out` of the method) is kept aside; no bound is fitted to it, and `clean_drop` is judged on it. A
+            warning says so if the hardened copy loses more than a point of accuracy there, or any significant share.
+        strict: raise instead of warning where an activation cannot be bounded.
+        output: picks the tensor to judge out of what the model returns: function, dict key or tuple index.
+        decision: how outputs become classes, as for `assess`.
+        journal: folder for the finished stages (layers) of a method that searches or trains: run again after an
+            interruption and it resumes there, to the same thresholds. None keeps nothing.
+        progress: show a bar; None shows it on a terminal.
+
+    Raises:
+        ModelError: if no activation can be bounded (or, with `strict`, not all), if the model computes NaN without
+            faults, or if bounds collapse to 0.
+        DataError: if the calibration data is empty, holds NaN or does not fit the model.
+        JournalMismatch: if `journal` holds the stages of another model, method or data.
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> _ = torch.manual_seed(0)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> safe = fp.harden(net, fp.Ranger(), data=[(torch.randn(16, 4), torch.randint(3, (16,)))])
+        >>> [site.name for site in fp.hardening_report(safe).sites], safe[1]
+        (['1:0'], Saturate(relu, per layer))
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"harden takes a torch.nn.Module first, got {model!r}")
+    if not isinstance(method, Hardening):
+        raise ConfigError(f"harden takes a hardening such as fp.Ranger(), got {method!r}")
+    began = time.perf_counter()
+    refuse_what_hides_its_values(model)
+    whole = Calibration.read(model, data, _device_of(model), output, decision)
+    calibration, held = whole.split(method.held_out, method.seed)
+    identity = {"method": repr(method), "weights": _weights(model), "data": whole.batches.digest()}
+    identity["decision"] = whole.decision.describe()
+    stages = Stages(journal, identity)
+    rewritten = rewrite(model, whole.batches.inputs[0], open_recurrent=method.open_recurrent)
+    ranges = profile(rewritten, calibration)
+    if whole.cut is None:  # inputs may have sizes that the data to fit on does not show
+        elsewhere = ranges_of(rewritten, held)
+        for site, seen in ranges.items():
+            if site.module in elsewhere:
+                seen.admit(elsewhere[site.module].shapes)
+    work = Work(rewritten, ranges, calibration, progress, stages=stages, samples=whole.samples, seed=method.seed)
+    work.spend(whole, 1.0)  # the unbounded model's answers
+    work.spend(calibration, 1.0)  # ranges
+    if whole.cut is None:
+        work.spend(held, 1.0)
+    history = method.fit(work)
+    _check(rewritten)
+    unsteady = _steady(model, method, work, held)
+    judged = Acceptance.of(held, rewritten.model)
+    work.spend(held, 1.0)
+    if whole.accuracy >= MEMORISED and whole.samples >= MANY:
+        work.notes.append(
+            f"the model is right on {whole.accuracy:.1%} of the calibration data: if it was trained on them, a drop of "
+            f"accuracy shows late there; the number of disturbed samples says more"
+        )
+    parameters, with_thresholds = (sum(p.numel() for p in each.parameters()) for each in (model, rewritten.model))
+    report = HardeningReport(
+        method=repr(method),
+        sites=tuple(rewritten.sites),
+        unreachable=tuple(rewritten.unreachable),
+        notes=(*work.notes, *_shared(rewritten)),
+        parameters=parameters,
+        thresholds=with_thresholds - parameters,
+        history=history,
+        clean_drop=judged.drop,
+        seconds=time.perf_counter() - began,
+        forwards=work.forwards,
+        example=shapes_of(whole.batches.inputs[0]),
+        judged=judged,
+        slack=work.slack,
+    )
+    vars(rewritten.model)[REPORT] = report
+    if report.unreachable:
+        listed = "".join(f"\n  {entry.name}: {entry.reason}" for entry in report.unreachable)
+        message = f"{len(report.unreachable)} activations are not bounded and let faulty values through:{listed}"
+        if strict:
+            raise ModelError(message)
+        warnings.warn(message, FlipproofWarning, stacklevel=3)
+    if unsteady:
+        warnings.warn(
+            f"a sample alone and the same sample in its batch get different answers from the hardened copy, because "
+            f"right values lie at the bounds of {', '.join(unsteady[:5])} and rounding carries them across; leave more "
+            f"room: slack=1.25, or None to have it found",
+            FlipproofWarning,
+            stacklevel=3,
+        )
+    if judged.costs:
+        warnings.warn(
+            f"{type(method).__name__} costs accuracy: {judged}. Pass more calibration data, data that the model has "
+            f"not been trained on, or wider bounds",
+            FlipproofWarning,
+            stacklevel=3,
+        )
+    return rewritten.model
+
+
+def _steady(model: nn.Module, method: Hardening, work: Work, held: Calibration) -> list[str]:
+    """Layers at which batch 1 and batch N part, after their bounds were widened where that was not forbidden."""
+    if held.cut is None:
+        work.notes.append("batch 1 was not held against batch N: the samples of a batch cannot be taken apart")
+        return []
+    may_widen = getattr(method, "slack", None) is None
+    for _ in range(STEPS_FOR_ROUNDING):
+        unsteady = unsteady_layers(model, work.rewritten, held)
+        work.spend(held, 2.0 * min(1.0, ROUNDING_SAMPLES / held.samples))
+        if not unsteady or not may_widen:
+            return unsteady
+        with torch.no_grad():
+            for site in work.rewritten.sites:
+                if site.name in unsteady:
+                    bound = work.rewritten.model.get_submodule(site.module)
+                    assert isinstance(bound, Bounded)
+                    for end, sign in ((bound.threshold, 1), (bound.low, -1)):
+                        if end is not None:
+                            end.add_(sign * 0.01 * end.abs().clamp_min(float(end.abs().mean())))
+        work.notes.append(f"bounds of {', '.join(unsteady)} were widened by 1 %: rounding alone carried values across")
+    return unsteady_layers(model, work.rewritten, held)
+
+
+def _check(rewritten: Rewritten) -> None:
+    """Make sure that every site has usable thresholds.
+
+    Raises:
+        ModelError: naming every site whose thresholds are NaN, infinite or all 0.
+    """
+    problems = []
+    for site in rewritten.sites:
+        module = rewritten.model.get_submodule(site.module)
+        if not isinstance(module, Bounded):
+            raise ModelError(f"{site.name} was left without a bound; the method must bound every site or dismiss it")
+        bounds = [module.threshold, *([module.low] if module.low is not None else [])]
+        if not all(bool(torch.isfinite(bound).all()) for bound in bounds):
+            problems.append(f"{site.name}: its thresholds are NaN or infinite")
+        elif module.rectifies and not bool((module.threshold > 0).any()):
+            problems.append(
+                f"{site.name}: its thresholds collapsed to {float(module.threshold.max()):g}, so all is cut"
+            )
+    if problems:
+        raise ModelError(
+            "these bounds would leave nothing of the model:\n  "
+            + "\n  ".join(problems)
+            + "\nWas the regularisation too strong, or the learning rate too large?"
+        )
+
+
+def _weights(model: nn.Module) -> str:
+    state = blake2b(digest_size=16)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        state.update(name.encode() + tensor_bytes(tensor))
+    return state.hexdigest()
+
+
+def _shared(rewritten: Rewritten) -> list[str]:
+    return [
+        f"{site.name} runs {site.calls} times in one forward pass under one bound: the module that holds it is called "
+        f"that often, or its forward cannot be traced"
+        for site in rewritten.sites
+        if site.calls > 1
+    ]
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")

@@ -1,0 +1,1 @@
+"""Where the activations of a model are, and how bounds take their place."""

@@ -1,0 +1,1 @@
+"""What a model answers on data, golden or faulty, whole or from a cut."""

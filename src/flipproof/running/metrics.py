@@ -1,0 +1,313 @@
+"""Metrics of one run over all samples: accuracy, AUROC, average precision, or the user's own.
+
+A sample whose output holds a NaN never counts as a correct answer and never leaves the denominator: accuracy counts
+it as wrong, ranking metrics rank it worst (a positive below, a negative above everything else).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
+from dataclasses import asdict, dataclass
+from math import inf, isfinite, isinf, isnan, nan
+from typing import Any
+
+import torch
+import torchmetrics
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc, binary_average_precision
+
+from flipproof.errors import MetricError
+from flipproof.running.outcomes import OUTCOMES, Decision, holds_nan
+
+UserMetric = Callable[[Tensor, Tensor], float | Tensor]
+"""``metric(outputs, targets)`` over all samples at once; outputs as the model gave them, NaN included."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the numbers of a metric mean.
+
+    Attributes:
+        unit: "%" for shares (0.5 is shown as 50.0), else what is written behind a number, "" for none.
+        range: lowest and highest possible value; infinite where there is none.
+        higher_is_better: None if nobody said.
+        per_sample: True if it is the share of correct answers, for which intervals over samples are made.
+    """
+
+    unit: str = ""
+    range: tuple[float, float] = (-inf, inf)
+    higher_is_better: bool | None = None
+    per_sample: bool = False
+
+    @property
+    def worst(self) -> float:
+        """The worst possible value; nan if there is none or the direction is not known."""
+        if self.higher_is_better is None:
+            return nan
+        end = self.range[0] if self.higher_is_better else self.range[1]
+        return end if isfinite(end) else nan
+
+    def text(self, value: float) -> str:
+        """A value as people write it, without its unit; "∞" for infinity, "–" for NaN, never −0.
+
+        Example:
+            >>> Scale("%").text(0.1234), Scale().text(11.334), Scale().text(float("inf"))
+            ('12.3', '11.33', '∞')
+        """
+        if isnan(value):
+            return "–"
+        if isinf(value):
+            return "∞" if value > 0 else "−∞"
+        if self.unit == "%":
+            shown = f"{100 * value:.1f}"
+        else:
+            shown = f"{value:,.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.4g}"
+        return shown[1:] if shown.startswith("-") and not shown.strip("-0.") else shown
+
+    def with_unit(self, value: float) -> str:
+        """A value and its unit, in a sentence.
+
+        Example:
+            >>> Scale("%").with_unit(0.1234), Scale("m").with_unit(2.5)
+            ('12.3%', '2.5 m')
+        """
+        return f"{self.text(value)}{self.unit if self.unit == '%' else ' ' * bool(self.unit) + self.unit}"
+
+    @property
+    def step(self) -> str:
+        """The unit of a difference: "points" for shares, with a blank before it; "" for none."""
+        return " points" if self.unit == "%" else f" {self.unit}" if self.unit else ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object; an infinite end is null."""
+        ends = [end if isfinite(end) else None for end in self.range]
+        return {**asdict(self), "range": ends}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Scale:
+        """The inverse of `to_json`."""
+        low, high = found["range"]
+        better = found["higher_is_better"]
+        limits = (-inf if low is None else float(low), inf if high is None else float(high))
+        return cls(str(found["unit"]), limits, None if better is None else bool(better), bool(found["per_sample"]))
+
+
+SHARE = Scale("%", (0.0, 1.0), True)
+LOSS = Scale("%", (0.0, 1.0), False)
+
+
+class Metric:
+    """A number of one run over all samples, and what it means: its unit, its range, and which way is better.
+
+    A bare function in `metrics=` has no unit and no range, and nobody knows which way is better: its numbers are
+    printed as they are, its interval is not cut, and a change of it is neither called gain nor loss. This says more.
+
+    Args:
+        function: `(outputs, targets)` → number over all samples at once, a torchmetrics object, or a built-in name.
+        name: the column it gets; the function's own name by default.
+        unit: "%" if it is a fraction to be shown times 100, else what is written behind a number ("m", "" for none).
+        range: lowest and highest possible value; either may be None.
+        higher_is_better: which way is better.
+
+    Raises:
+        MetricError: on a name that is taken or no identifier, or a range that is none.
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> def distance(outputs, targets):
+        ...     return (outputs.argmax(dim=1) - targets).abs().float().mean()
+        >>> metric = fp.Metric(distance, unit="classes", range=(0, None), higher_is_better=False)
+        >>> net, data = torch.nn.Linear(2, 2), [(torch.eye(2), torch.tensor([0, 1]))]
+        >>> result = fp.assess(net, data=data, faults=fp.RandomBits(1), trials=3, metrics=[metric, "accuracy"])
+        >>> result.metrics, result.scale("distance").unit
+        (['distance', 'accuracy'], 'classes')
+    """
+
+    def __init__(
+        self,
+        function: str | UserMetric,
+        *,
+        name: str | None = None,
+        unit: str = "",
+        range: tuple[float | None, float | None] | None = None,
+        higher_is_better: bool | None = True,
+    ) -> None:
+        self.function = function
+        if isinstance(function, str):
+            if function not in _NAMED:
+                raise MetricError(
+                    f"unknown metric {function!r}: choose among {list(_NAMED)} or pass a function (outputs, targets), "
+                    f"on the command line MODULE:FUNCTION"
+                )
+            self.scale = Scale("%", (0.0, 1.0), True, per_sample=function == "accuracy")
+            if unit not in ("", "%") or range not in (None, (0, 1)) or higher_is_better is not True:
+                raise MetricError(f"{function} is a share in [0, 1] and higher is better; give only a name= with it")
+            self.name = function if name is None else _column(name)
+            return
+        if not callable(function):
+            raise MetricError(f"a metric is a name or a function (outputs, targets) → number, got {function!r}")
+        own = getattr(function, "__name__", None) or _snake(type(function).__name__)
+        self.name = _column(own if name is None else name)
+        self.scale = Scale(str(unit), _limits(self.name, range), higher_is_better)
+
+    def measure(self, outputs: Tensor, targets: Tensor, decision: Decision) -> float:
+        """The value of one run."""
+        if isinstance(self.function, str):
+            return _NAMED[self.function](outputs, targets, decision)
+        if isinstance(self.function, torchmetrics.Metric):
+            self.function.reset()
+        value = self.function(outputs, targets)
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise MetricError(f"the metric {self.name} gives {value!r}, expected one number ({error})") from error
+
+    def __repr__(self) -> str:
+        scale = self.scale
+        return f"Metric({self.name!r}, unit={scale.unit!r}, range={scale.range}, better={scale.higher_is_better})"
+
+
+Metrics = str | UserMetric | Metric | Sequence[str | UserMetric | Metric] | Mapping[str, UserMetric | Metric]
+
+
+def accuracy(outputs: Tensor, targets: Tensor, decision: Decision) -> float:
+    """Share of samples whose class is the target; a NaN output is a wrong answer."""
+    return int((decision.classes_of(outputs) == targets).sum()) / targets.numel()
+
+
+def auroc(outputs: Tensor, targets: Tensor, decision: Decision) -> float:
+    """Area under the ROC curve; for several classes the mean over one-vs-rest (macro).
+
+    Scores are ranked before torchmetrics sees them: the area depends on order alone, and torchmetrics would send
+    values outside [0, 1] through a float32 sigmoid that ties everything above 17.
+
+    Raises:
+        MetricError: if a class has no sample, or all of them.
+    """
+    return _one_vs_rest("auroc", binary_auroc, outputs, targets, decision)
+
+
+def average_precision(outputs: Tensor, targets: Tensor, decision: Decision) -> float:
+    """Area under the precision-recall curve as a step function; for several classes the macro mean.
+
+    Raises:
+        MetricError: if a class has no sample, or all of them.
+    """
+    return _one_vs_rest("average_precision", binary_average_precision, outputs, targets, decision)
+
+
+def _one_vs_rest(name: str, area: Callable[..., Tensor], outputs: Tensor, targets: Tensor, decision: Decision) -> float:
+    scores = decision.scores(outputs)
+    nan = holds_nan(outputs)
+    columns = [(1, scores)] if scores.dim() == 1 else list(enumerate(scores.unbind(dim=1)))
+    areas = []
+    for label, column in columns:
+        positive = targets == label
+        if not bool(positive.any()) or bool(positive.all()):
+            raise MetricError(
+                f"{name} is undefined: {int(positive.sum())} of {targets.numel()} targets are of class {label}. "
+                f"Use data with every class of the model's {decision.classes}, or metrics=('accuracy',)"
+            )
+        ranks = 1 + torch.unique(torch.where(nan, 0.0, column), return_inverse=True)[1]
+        ranks = torch.where(nan, torch.where(positive, 0, ranks.max() + 1), ranks)  # worst, even beyond infinite scores
+        shares = ranks.to(torch.float64) / int(ranks.max())
+        areas.append(float(area(shares, positive.to(torch.int64))))
+    return sum(areas) / len(areas)
+
+
+_NAMED: dict[str, Callable[[Tensor, Tensor, Decision], float]] = {
+    "accuracy": accuracy,
+    "auroc": auroc,
+    "average_precision": average_precision,
+}
+METRIC_NAMES = tuple(_NAMED)
+
+
+def resolve(metrics: Metrics) -> tuple[Metric, ...]:
+    """Named metrics, callables and torchmetrics objects as `Metric`s.
+
+    Raises:
+        MetricError: on unknown, nameless or repeated names.
+
+    Example:
+        >>> [m.name for m in resolve(("accuracy", torchmetrics.classification.MulticlassF1Score(num_classes=3)))]
+        ['accuracy', 'multiclass_f1_score']
+    """
+    if isinstance(metrics, Mapping):
+        found = [_named(metric, name) for name, metric in metrics.items()]
+    else:
+        if not isinstance(metrics, (str, Metric, Iterable)) and not callable(metrics):
+            raise MetricError(f"metrics= takes names, functions (outputs, targets) or fp.Metric, got {metrics!r}")
+        several = [metrics] if isinstance(metrics, (str, Metric)) or callable(metrics) else list(metrics)
+        found = [metric if isinstance(metric, Metric) else _bare(metric) for metric in several]
+    names = [metric.name for metric in found]
+    if not names or len(set(names)) != len(names):
+        raise MetricError(f"metrics= needs at least one metric and no name twice, got {names}")
+    return tuple(found)
+
+
+def _bare(metric: str | UserMetric, name: str | None = None) -> Metric:
+    """A name, or a function of which nothing is known; torchmetrics objects know which way is better."""
+    if isinstance(metric, str):
+        return Metric(metric, name=name)
+    better = getattr(metric, "higher_is_better", None)
+    return Metric(metric, name=name, higher_is_better=better if isinstance(better, bool) else None)
+
+
+def _named(metric: UserMetric | Metric, name: str) -> Metric:
+    if not isinstance(metric, Metric):
+        if isinstance(metric, str):
+            raise MetricError(
+                f"a metric is a name or a function (outputs, targets) → number, got {metric!r} for {name!r}"
+            )
+        return _bare(metric, name)
+    found = copy(metric)
+    found.name = _column(name)
+    return found
+
+
+def scale_of(name: str) -> Scale:
+    """What a column of a campaign means of which the journal says nothing: built-ins and outcomes are shares.
+
+    Example:
+        >>> scale_of("accuracy").unit, scale_of("perplexity").unit, scale_of("due").higher_is_better
+        ('%', '', False)
+    """
+    if name in _NAMED:
+        return Metric(name).scale
+    if name in (*OUTCOMES, "critical_total"):
+        return SHARE if name == "masked" else LOSS
+    return Scale()
+
+
+_RESERVED = {
+    "point", "trial", "ber", "bit", "count", "stuck_at", "faults", "flips", "samples", "seconds", "trials", "error",
+    "masked", "non_critical_sdc", "critical_sdc", "due", "critical_total", "digest",
+}  # fmt: skip
+
+
+def _column(name: str) -> str:
+    if not name.isidentifier() or name in _RESERVED or name in _NAMED:
+        raise MetricError(
+            f"a metric needs a column name of its own, got {name!r}; pass metrics={{'my_name': function}}"
+        )
+    return name
+
+
+def _limits(name: str, limits: tuple[float | None, float | None] | None) -> tuple[float, float]:
+    if limits is None:
+        return (-inf, inf)
+    try:
+        low, high = limits
+        found = (-inf if low is None else float(low), inf if high is None else float(high))
+    except (TypeError, ValueError):
+        raise MetricError(f"{name}: range= takes (lowest, highest), either may be None, got {limits!r}") from None
+    if not found[0] < found[1]:
+        raise MetricError(f"{name}: range= takes (lowest, highest), either may be None, got {limits!r}")
+    return found
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()

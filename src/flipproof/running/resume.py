@@ -1,0 +1,358 @@
+"""Skipping the fault-free prefix: a trial starts at the first layer that a fault touched.
+
+Everything before that layer computes what the golden run computed, so its activations are kept (within a budget) and
+only the rest of the network runs. `torch.fx` gives the order. A model is traced only if its code is straight
+(`straight`), so that faults cannot lead it anywhere that the trace does not know; where that is not so, or a resumed
+run does not give back the golden outputs bit by bit, trials run whole. Records are the same either way.
+
+A third of all single faults in weights is gone a layer or two later: rounded away, or stopped by a ReLU. So a trial
+looks at the next cuts behind its last faulted layer, and where every live value is golden, bit by bit, so is the rest.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+from flipproof.running.data import Output, call, own, pick
+from flipproof.running.snapshots import Snapshot
+from flipproof.running.straight import global_hooks, refers_to_tensors, run_straight
+from flipproof.running.values import PLAIN, Copies, bytes_of, copied, same, separate
+
+T = TypeVar("T")
+
+_LOOKS = 2
+"""How many cuts behind the last faulted layer to look at: its own output, and what its activation made of that."""
+
+
+class Suffixes:
+    """Cached activations at chosen cuts of a traced model, and the subgraphs that run from there.
+
+    A cut is an index into the graph's nodes; 0 means the whole model.
+    """
+
+    def __init__(
+        self, model: nn.Module, traced: fx.GraphModule, first_use: dict[str, int], last_use: dict[str, int]
+    ) -> None:
+        self._model = model
+        self._traced = traced
+        self._nodes = list(traced.graph.nodes)
+        self._first_use = first_use
+        self._last_use = last_use
+        self._graphs: dict[int, fx.GraphModule] = {}
+        self._steps: dict[tuple[int, int], fx.GraphModule] = {}
+        self._golden: list[Any] = []
+        self._caches: dict[int, list[list[Any]]] = {}
+        self._cuts: list[int] = []
+
+    @classmethod
+    def trace(cls, model: nn.Module, inputs: Sequence[Any]) -> Suffixes | None:
+        """Trace a model in eval mode for these batches; None where that would not be faithful."""
+        tracer = _Tracer()
+        if any(global_hooks()):
+            return None
+        if any(_is_opaque(m, m is model or not tracer.is_leaf_module(m, "")) for m in model.modules()):
+            return None
+        state = Snapshot(model, like=model)  # tracing writes no values, but stand-ins into attributes
+        try:
+            fixed = _fixed(model, inputs)
+            graph = run_straight(lambda: tracer.trace(model, concrete_args=fixed))
+            traced = fx.GraphModule(model, graph)
+        except Exception:  # a forward that cannot be traced may raise anything; whole runs need no trace
+            return None
+        finally:
+            wrote = state.restore()
+        if wrote or any(
+            node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in traced.graph.nodes
+        ):
+            return None  # computed while tracing, perhaps from a parameter: faults would not reach it
+        first_use: dict[str, int] = {}
+        last_use: dict[str, int] = {}
+        modules = dict(model.named_modules())
+        for index, node in enumerate(traced.graph.nodes):
+            names: list[str] = []
+            if node.op == "get_attr":
+                names = [str(node.target)]
+            elif node.op == "call_module":
+                held = modules[str(node.target)]
+                inside = [
+                    *held.named_parameters(remove_duplicate=False),
+                    *held.named_buffers(remove_duplicate=False),
+                ]
+                names = [f"{node.target}.{name}" for name, _ in inside]
+            for name in names:
+                first_use.setdefault(name, index)
+                last_use[name] = index
+        for together in sharing_memory(model, first_use):
+            first_use |= dict.fromkeys(together, min(first_use[name] for name in together))
+            last_use |= dict.fromkeys(together, max(last_use[name] for name in together))
+        return cls(model, traced, first_use, last_use)
+
+    def cut_of(self, names: Sequence[str]) -> int:
+        """The latest prepared cut that lies before the first use of any of these tensors (with all their names)."""
+        uses = [self._first_use.get(name, 0) for name in names]
+        earliest = min(uses, default=0)
+        return max((cut for cut in self._cuts if cut <= earliest), default=0)
+
+    def looks_after(self, names: Sequence[str]) -> tuple[int, ...]:
+        """The next prepared cuts that lie behind every use of these tensors: where their faults may be gone."""
+        latest = max((self._last_use.get(name, len(self._nodes)) for name in names), default=len(self._nodes))
+        return tuple(cut for cut in self._cuts if cut > latest)[:_LOOKS]
+
+    def behind(self, layer: str) -> int | None:
+        """The cut right behind the only call of a module; None if there is not one, or nothing reads what it gives."""
+        calls = [i for i, node in enumerate(self._nodes) if node.op == "call_module" and str(node.target) == layer]
+        return calls[0] + 1 if len(calls) == 1 and self._nodes[calls[0]].users else None
+
+    def place(self, cut: int) -> int:
+        """Where among the live values at this cut the output of the node right before it is."""
+        return self._live(cut).index(self._nodes[cut - 1])
+
+    def position_of(self, names: Sequence[str]) -> float:
+        """How far into the graph the first use lies, 0 to 1: what a cut there would save, roughly."""
+        return min((self._first_use.get(name, 0) for name in names), default=0) / max(len(self._nodes), 1)
+
+    def prepare(
+        self,
+        model: nn.Module,
+        inputs: Sequence[Any],
+        sizes: Sequence[int],
+        output: Output,
+        budget: int,
+        worth: Mapping[int, float] | None = None,
+    ) -> None:
+        """Record activations at as many cuts as `budget` bytes allow, and keep only cuts that prove faithful.
+
+        Cuts are those before the first use of a parameter, evenly; or those of `worth`, the most worth a byte first.
+        """
+        try:
+            self._prepare(model, inputs, sizes, output, budget, worth)
+        except Exception:  # what was traced cannot run like the model, in whatever way that shows: run the model
+            self._caches, self._graphs, self._cuts = {}, {}, []
+
+    def _prepare(
+        self,
+        model: nn.Module,
+        inputs: Sequence[Any],
+        sizes: Sequence[int],
+        output: Output,
+        budget: int,
+        worth: Mapping[int, float] | None,
+    ) -> None:
+        cuts = sorted(worth if worth is not None else {index for index in self._first_use.values() if index > 0})
+        measured = self._visit(inputs[0], cuts, bytes_of)
+        cost = {cut: size * sum(sizes) / sizes[0] for cut, size in measured.items()}
+        usable = [cut for cut in cuts if cut in cost and cost[cut] <= budget]
+        chosen = _evenly(usable, cost, budget) if worth is None else _by_worth(usable, cost, budget, worth)
+        if not chosen:
+            return
+        self._golden = [copied(call(model, batch)) for batch in inputs]
+        whole = {i: pick(golden, output).clone() for i, golden in enumerate(self._golden)}
+        self._caches = {cut: [] for cut in chosen}
+        for batch in inputs:
+            recorded = self._record(batch, chosen)
+            for cut in list(self._caches):
+                if cut in recorded:
+                    self._caches[cut].append(recorded[cut])
+                else:
+                    del self._caches[cut]
+        later: int | None = None  # what runs from here gives the golden outputs
+        for cut in sorted(self._caches, reverse=True):
+            self._graphs[cut] = self._part(cut)
+            if (later is not None and self._leads_to(cut, later, whole)) or all(
+                same(expected, pick(self.resume(cut, i), output)) for i, expected in whole.items()
+            ):
+                later = cut
+            else:
+                del self._caches[cut], self._graphs[cut]
+        self._cuts = sorted(self._caches)
+
+    def _leads_to(self, cut: int, later: int, batches: Iterable[int]) -> bool:
+        """Whether golden values at a cut give the golden values at a later one, bit by bit."""
+        step = self.step(cut, later)
+        return all(same(step(*copied(self._caches[cut][i])), self._caches[later][i]) for i in batches)
+
+    def resume(self, cut: int, batch: int, looks: Sequence[int] = ()) -> Any:
+        """What the model returns on a batch, computed from `cut` on, or up to one of `looks` if all is golden there."""
+        live = copied(self._caches[cut][batch])
+        for look in looks:
+            live = self.step(cut, look)(*live)
+            if same(live, self._caches[look][batch]):
+                return copied(self._golden[batch])
+            cut = look
+        return self._graphs[cut](*live)
+
+    def resume_changed(self, cut: int, batch: int, change: Callable[[Any], Any]) -> Any:
+        """What the model returns on a batch if the output of the layer right before a cut is changed."""
+        live = copied(self._caches[cut][batch])
+        place = self.place(cut)
+        live[place] = change(live[place])
+        return self._graphs[cut](*live)
+
+    def cached(self, cut: int) -> bool:
+        """Whether golden values are kept at this cut."""
+        return cut in self._caches
+
+    def cache(self, cut: int, batch: int) -> list[Any]:
+        """Golden values that are live at a prepared cut; not to be changed."""
+        return self._caches[cut][batch]
+
+    def golden(self, batch: int) -> Any:
+        """What the fault-free model returned; not to be changed."""
+        return self._golden[batch]
+
+    def graph(self, cut: int) -> fx.GraphModule:
+        """From what is live at a cut to what the model returns."""
+        if cut not in self._graphs:
+            self._graphs[cut] = self._part(cut)
+        return self._graphs[cut]
+
+    def step(self, cut: int, end: int) -> fx.GraphModule:
+        """From what is live at a cut to what is live at a later one."""
+        if (cut, end) not in self._steps:
+            self._steps[cut, end] = self._part(cut, end)
+        return self._steps[cut, end]
+
+    def _live(self, cut: int) -> list[fx.Node]:
+        later = self._nodes[cut:]
+        needed = {source for node in later for source in node.all_input_nodes}
+        return [node for node in self._nodes[:cut] if node in needed]
+
+    def _part(self, cut: int, end: int | None = None) -> fx.GraphModule:
+        """From what is live at `cut` to what the model returns, or to what is live at `end`."""
+        graph = fx.Graph()
+        placed: dict[fx.Node, fx.Node] = {
+            node: graph.placeholder(f"live_{i}") for i, node in enumerate(self._live(cut))
+        }
+        for node in self._nodes[cut:end]:
+            placed[node] = graph.node_copy(node, lambda source: placed[source])
+        if end is not None:
+            graph.output([placed[node] for node in self._live(end)])
+        return fx.GraphModule(self._traced, graph)
+
+    def _record(self, inputs: Any, cuts: Sequence[int]) -> dict[int, list[Any]]:
+        """Copies of what is live at each cut, taken at that moment: later nodes may work in place."""
+        copies: Copies = {}
+
+        def copy(live: list[Any]) -> list[Any]:
+            taken = [copied(value, copies) for value in live]
+            here = {id(leaf) for leaf in pytree.tree_leaves(live)}
+            for gone in copies.keys() - here:  # what has died stays dead: let its memory go
+                del copies[gone]
+            return taken
+
+        return self._visit(inputs, cuts, copy)
+
+    def _visit(self, inputs: Any, cuts: Sequence[int], take: Callable[[list[Any]], T]) -> dict[int, T]:
+        """Run the model node by node and take something of what is live at each cut.
+
+        Cuts where two live values share memory, or where one is neither a tensor nor a plain value, are left out.
+        """
+        interpreter = fx.Interpreter(self._traced)
+        arguments = iter(_arguments(self._model, own(inputs)).values())
+        env: dict[fx.Node, Any] = {}
+        wanted = set(cuts)
+        taken: dict[int, T] = {}
+        for index, node in enumerate(self._nodes):
+            if index in wanted:
+                live = [env[source] for source in self._live(index)]
+                if separate(live):
+                    taken[index] = take(live)
+                del live
+            if node.op == "placeholder":
+                env[node] = next(arguments)
+            elif node.op != "output":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: env[source])
+                env[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
+                del args, kwargs
+            for dead in interpreter.user_to_last_uses.get(node, ()):
+                del env[dead]
+        return taken
+
+
+def _evenly(usable: list[int], cost: Mapping[int, float], budget: int) -> list[int]:
+    strides = (usable[stride - 1 :: stride] for stride in range(1, len(usable) + 1))
+    return next((chosen for chosen in strides if sum(cost[cut] for cut in chosen) <= budget), [])
+
+
+def _by_worth(usable: list[int], cost: Mapping[int, float], budget: int, worth: Mapping[int, float]) -> list[int]:
+    chosen: list[int] = []
+    for cut in sorted(usable, key=lambda cut: worth[cut] / max(cost[cut], 1), reverse=True):
+        if sum(cost[c] for c in chosen) + cost[cut] <= budget:
+            chosen.append(cut)
+    return sorted(chosen)
+
+
+def _is_opaque(module: nn.Module, traced_through: bool) -> bool:
+    """Whether a call of this module does something that a trace of its forward would lose."""
+    if "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__:
+        return True
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    users = [hook for hook in hooks if not _module_of(hook).startswith(("torch.", "flipproof."))]
+    if traced_through:  # tracing runs through it without calling it
+        return bool(hooks)
+    return any(refers_to_tensors(hook) for hook in users)
+
+
+def _module_of(hook: Any) -> str:
+    return str(getattr(hook, "__module__", None) or type(hook).__module__) + "."
+
+
+def sharing_memory(model: nn.Module, names: Iterable[str]) -> list[set[str]]:
+    """Groups of names whose tensors overlap in memory: a fault in one is a fault in all."""
+    spans = []
+    for name in names:
+        tensor = attrgetter(name)(model)
+        if isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.numel():
+            reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            start = tensor.data_ptr()
+            spans.append((str(tensor.device), start, start + reach * tensor.element_size(), name))
+    groups: list[set[str]] = []
+    place, end = "", 0
+    for device, start, stop, name in sorted(spans):
+        if device == place and start < end:
+            groups[-1].add(name)
+            end = max(end, stop)
+        else:
+            groups.append({name})
+            place, end = device, stop
+    return [group for group in groups if len(group) > 1]
+
+
+class _Tracer(fx.Tracer):
+    """Keeps buffers symbolic, so that what a forward computes from one is computed again under faults."""
+
+    proxy_buffer_attributes = True
+
+
+def _arguments(model: nn.Module, inputs: Any) -> dict[str, Any]:
+    """Inputs by the names of the forward's parameters, in their order, defaults filled in."""
+    signature = inspect.signature(model.forward)
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values()):
+        raise TypeError("a forward with *args or **kwargs is not traced argument by argument")
+    if isinstance(inputs, Mapping):
+        bound = signature.bind(**inputs)
+    elif isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence):
+        bound = signature.bind(*inputs)
+    else:
+        bound = signature.bind(inputs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def _fixed(model: nn.Module, inputs: Sequence[Any]) -> dict[str, Any]:
+    """Arguments that are plain values, the same in every batch: `if mask is None` has to go the way it really goes."""
+    every = [
+        {name: value for name, value in _arguments(model, batch).items() if isinstance(value, PLAIN)}
+        for batch in inputs
+    ]
+    if any(fixed != every[0] for fixed in every):
+        raise TypeError("arguments that are not tensors differ between batches")
+    return every[0]

@@ -1,0 +1,1 @@
+"""What can be hit: spaces that number every bit."""

@@ -1,0 +1,287 @@
+"""The fault space of computed values: every bit of every Conv, Linear, LSTM or GRU output of one inference.
+
+A fault here is a transient upset while a sample is computed, so each sample of a trial has a fault of its own. The
+model's parameters are never touched; forward hooks, removed again, change the one element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flipproof.errors import FaultModelError, FaultSpaceError, FormatError
+from flipproof.faults.base import FaultModel
+from flipproof.faults.bit_position import BitPosition
+from flipproof.faults.random_bits import RandomBits
+from flipproof.faults.sampling import TrialGenerator
+from flipproof.spaces.contract import Draw, Positions, Upsets
+from flipproof.spaces.neuron_sites import Neurons, NeuronSite, choose_neuron_format
+from flipproof.spaces.observing import Observer
+from flipproof.spaces.outputs import Outputs
+from flipproof.spaces.tensors import FormatChoice, check_format, check_model
+
+Change = Callable[[NeuronSite, Tensor], Tensor | None]
+"""Given a site and its stored output: the output to go on with, or None for the same."""
+
+
+class NeuronSpace:
+    """Every bit of every selected layer output of one sample's inference, numbered from 0.
+
+    Args:
+        model: any module; hooks are on it only while `stored()` is active.
+        forwards: one function a batch that runs the model, and the samples of that batch.
+        where: which layers.
+        format: how outputs are stored: None for each tensor's own type, one Format, or {pattern: Format} (what no
+            pattern fits keeps its own type). `Affine` takes its range from the fault-free outputs over all batches.
+        grown: functions that run the first batch with one sample more; they show where outputs count samples.
+
+    Raises:
+        FaultSpaceError: if no layer is left, with the reason for each.
+        FormatError: naming the layer whose outputs the format cannot hold.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forwards: Sequence[tuple[Callable[[], object], int]],
+        *,
+        where: Neurons | None = None,
+        format: FormatChoice = None,
+        grown: Sequence[Callable[[], bool]] = (),
+    ) -> None:
+        where = Neurons() if where is None else where
+        if not isinstance(where, Neurons):
+            raise FaultSpaceError(f"a neuron space takes where=fp.Neurons(…), got {where!r}")
+        check_format(format)
+        check_model(model)
+        self.model = model
+        self.left_out: dict[str, str] = {}
+        """Layers that are not in the space, and why."""
+        seen = Observer(model, where, self.left_out)
+        seen.grow(grown)
+        with Outputs(model) as outputs:
+            seen.watch(forwards)
+        sites: list[NeuronSite] = []
+        offset = 0
+        for (layer, call), (shape, axis, dtype, low, high) in seen.found.items():
+            chosen = choose_neuron_format(layer, dtype, format)
+            try:  # only extremes matter to the formats that look at a whole tensor; one of them may be a constant
+                coding = chosen.fit(torch.stack([low, high]))
+            except FormatError as error:
+                raise FormatError(f"{layer}: {error}") from None
+            if any(part.dim() for part in coding):
+                raise FormatError(f"{layer}: {chosen!r} has a scale a channel; activations take one scale (axis=None)")
+            name = f"{layer}[{call}]" if call else layer
+            site = NeuronSite(name, layer, call, shape, axis, dtype, chosen, coding, offset)
+            offset += site.bits
+            sites.append(site)
+        if not sites:
+            raise FaultSpaceError(
+                f"no neuron is left to hit with {where!r} and format={format!r}: it takes Conv, Linear, LSTM and GRU "
+                f"modules that the forward calls. Left out: {self.left_out or 'nothing, there are none'}"
+            )
+        self.sites: tuple[NeuronSite, ...] = tuple(sites)
+        self.bits = offset
+        hit = {site.layer for site in sites}
+        seen_bits = outputs.bits_a_sample(samples=sum(size for _, size in forwards))
+        outside = {name: bits for name, bits in seen_bits.items() if name not in hit}
+        for name in outside:
+            self.left_out.setdefault(name, "fp.Neurons() takes Conv, Linear, LSTM and GRU layers")
+        self.left_out_bits = sum(outside.values())
+        """Bits a sample of all that, each output in its own type."""
+        self._unasked = {name: bits for name, bits in outside.items() if where.selects(name or "*")}
+        self.calls = {s.layer: 1 + max(o.call for o in sites if o.layer == s.layer) for s in sites}
+        self._firsts = np.array([site.offset for site in sites], np.int64)
+        self._by_call = {(s.layer, s.call): s for s in sites}
+        self._counts: dict[str, int] = {}
+        self._change: Change | None = None
+        self._faults: tuple[Positions, Positions, Positions, Positions] | None = None
+        self._batch = 0
+        self._only: list[int] | None = None
+
+    def again(self, model: nn.Module) -> NeuronSpace:
+        """The same space of a copy of the model."""
+        space = copy(self)
+        space.model, space._counts, space._change, space._faults, space._only = model, {}, None, None, None
+        return space
+
+    def site(self, name: str) -> NeuronSite:
+        """The site of this name.
+
+        Raises:
+            FaultSpaceError: if there is none.
+        """
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise FaultSpaceError(f"{name!r} is not in the neuron space; it holds {[s.name for s in self.sites]}")
+
+    @property
+    def coverage(self) -> float:
+        """Bits that can be hit ÷ bits of the outputs of all modules with weights that multiply, for one sample.
+
+        These are Conv, Linear, Bilinear, recurrent and MultiheadAttention modules that the forward calls; outputs that
+        can be hit count in their format, others in their own type. What functions compute (`F.linear`, `matmul`, sums)
+        is not seen.
+        """
+        return self.bits / (self.bits + self.left_out_bits)
+
+    def shortfall(self) -> str | None:
+        """A sentence on what is missing, if more than 1 % of those bits are outside without being asked for."""
+        if sum(self._unasked.values()) <= 0.01 * (self.bits + self.left_out_bits):
+            return None
+        named = [f"{name} ({bits:,} bits; {self.left_out[name]})" for name, bits in list(self._unasked.items())[:3]]
+        more = f" and {len(self._unasked) - 3} more" if len(self._unasked) > 3 else ""
+        return (
+            f"only {100 * self.coverage:.3g} % of the bits that layers compute for a sample can be hit. Outside the "
+            f"fault space: {'; '.join(named)}{more}. Leave them out on purpose with where=fp.Neurons(exclude=[…]) and "
+            f"this is not said"
+        )
+
+    @property
+    def repeated(self) -> bool:
+        """Whether some layer is called more than once in a forward."""
+        return any(count > 1 for count in self.calls.values())
+
+    def check(self, point: FaultModel) -> None:
+        """Raise FaultModelError unless this point is a single upset."""
+        if not (isinstance(point, BitPosition) or point == RandomBits(1)):
+            raise FaultModelError(
+                f"where=fp.Neurons() injects a single upset into each sample's inference: faults= takes "
+                f"fp.RandomBits(1) or fp.BitPosition(bits), got {point!r}"
+            )
+        point.check(self)  # type: ignore[arg-type]
+
+    def draw(self, point: FaultModel, samples: int, generator: TrialGenerator) -> Upsets:
+        """One bit a sample, all in the output of one layer, which is drawn first, in proportion to its bits.
+
+        So every sample's fault is uniform over the space; those of one trial share the layer, which lets the trial
+        start there, and are otherwise independent.
+        """
+        bit = point.coordinates()["bit"] if isinstance(point, BitPosition) else None
+        sizes = [s.bits if bit is None else s.values if bit < s.width else 0 for s in self.sites]
+        borders = np.cumsum(sizes)
+        chosen = self.sites[int(np.searchsorted(borders, generator.below(int(borders[-1]), 1)[0], side="right"))]
+        if bit is None:
+            return Upsets(chosen.offset + generator.below(chosen.bits, samples))
+        return Upsets(chosen.offset + generator.below(chosen.values, samples) * chosen.width + int(bit))
+
+    def layer_of(self, faults: Draw) -> NeuronSite:
+        """The site that a trial's faults share."""
+        return self.sites[int(self._located(faults.positions[:1])[0][0])]
+
+    def places(self, faults: Draw) -> list[tuple[str, int, int]]:
+        """The faults as (layer, neuron, bit), one a sample."""
+        which, value, bit = self._located(faults.positions)
+        return [
+            (self.sites[i].name, v, b) for i, v, b in zip(which.tolist(), value.tolist(), bit.tolist(), strict=True)
+        ]
+
+    def _located(self, positions: Positions) -> tuple[Positions, Positions, Positions]:
+        which = np.searchsorted(self._firsts, positions, side="right") - 1
+        widths = np.array([site.width for site in self.sites], np.int64)
+        value, bit = np.divmod(positions - self._firsts[which], widths[which])
+        return which, value, bit
+
+    def originals(self) -> dict[str, Tensor]:
+        """No parameter is replaced."""
+        return {}
+
+    @contextmanager
+    def stored(self) -> Iterator[None]:
+        """While active, layer outputs are what their format can represent, and `corrupted` and `changed` work."""
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        self._counts = {}
+        handles = [modules[layer].register_forward_hook(self._hook(layer)) for layer in self.calls]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def begin(self, batch: int, made: Mapping[str, int] | None = None) -> None:
+        """A run of this batch starts; `made` says how often each layer was called before the place it starts at."""
+        self._counts = dict(made or {})
+        self._batch = batch
+
+    @contextmanager
+    def changed(self, change: Change) -> Iterator[None]:
+        """While active, `change` may replace the output of every site."""
+        self._change = change
+        try:
+            yield
+        finally:
+            self._change = None
+
+    @contextmanager
+    def corrupted(self, faults: Draw, sizes: Sequence[int]) -> Iterator[int]:
+        """While active, sample i's inference has the i-th of these faults; `begin` tells which batch runs.
+
+        Yields:
+            How many bits change: one a sample.
+        """
+        if not isinstance(faults, Upsets):
+            raise FaultSpaceError(f"a neuron space takes Upsets, one a sample, got {type(faults).__name__}")
+        if len(faults) != sum(sizes):
+            raise FaultSpaceError(f"{len(faults)} upsets for {sum(sizes)} samples: there must be one for each")
+        if len(faults) and int(faults.positions.max()) >= self.bits:
+            raise FaultSpaceError(f"upsets lie outside the space of {self.bits:,} bits: {faults.positions.max()}")
+        self._faults = (*self._located(faults.positions), np.cumsum([0, *sizes]))
+        try:
+            with self.changed(self._hit):
+                yield len(faults)
+        finally:
+            self._faults = None
+
+    @contextmanager
+    def only(self, rows: Sequence[int]) -> Iterator[None]:
+        """While active, `corrupted` hits these rows of the batch and leaves the others alone."""
+        before, self._only = self._only, list(rows)
+        try:
+            yield
+        finally:
+            self._only = before
+
+    def hit(self, site: NeuronSite, output: Tensor) -> Tensor:
+        """While `corrupted`: a stored output of a layer with the faults of the batch that runs in it."""
+        faulty = self._hit(site, output)
+        return output if faulty is None else faulty
+
+    def _hit(self, site: NeuronSite, output: Tensor) -> Tensor | None:
+        assert self._faults is not None
+        which, neuron, bit, borders = self._faults
+        part = slice(int(borders[self._batch]), int(borders[self._batch + 1]))
+        rows = np.flatnonzero(which[part] == self.sites.index(site))
+        if self._only is not None:
+            rows = np.intersect1d(rows, self._only)
+        if not rows.size:
+            return None
+        place, which_bit = (torch.from_numpy(a[part][rows]).to(output.device) for a in (neuron, bit))
+        index = site.index(torch.from_numpy(rows).to(output.device), place)
+        faulty = output.clone()
+        faulty[index] = site.flipped(output[index], which_bit)
+        return faulty
+
+    def _hook(self, layer: str) -> Callable[[nn.Module, Any, Any], Any]:
+        def hook(module: nn.Module, args: Any, result: Any) -> Any:
+            call = self._counts.get(layer, 0) % self.calls[layer]
+            self._counts[layer] = call + 1
+            site = self._by_call.get((layer, call))
+            if site is None:
+                return None
+            output = result[0] if isinstance(result, tuple) else result
+            found = site.stored(output)
+            if self._change is not None:
+                replaced = self._change(site, found)
+                found = found if replaced is None else replaced
+            if found is output:
+                return None
+            return (found, *result[1:]) if isinstance(result, tuple) else found
+
+        return hook

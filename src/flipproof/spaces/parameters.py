@@ -1,0 +1,392 @@
+"""The fault space: every stored bit that can be hit, and the injector that hits it and puts it back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from flipproof._interrupts import whole
+from flipproof.errors import FaultSpaceError, FlipproofWarning, FormatError
+from flipproof.formats.base import Coding, dense
+from flipproof.spaces.contract import Faults, Positions
+from flipproof.spaces.memory import CLEAR, FLIP, SET, DirectMemory, UndoLog
+from flipproof.spaces.sites import Parameters, Site, check_where
+from flipproof.spaces.tensors import (
+    Candidate,
+    FormatChoice,
+    check_format,
+    check_hit,
+    choose_format,
+    inventory,
+    unmatched,
+)
+from flipproof.spaces.words import Undo, corrupt_words, scatter
+
+
+class FaultSpace:
+    """Every stored bit of a model that can be hit, numbered from 0.
+
+    The space is bound to the live model and never copies it. Formats that equal a tensor's own float type are hit in
+    place; for every other format the model holds decoded values while `stored()` is active (which keeps one copy of
+    the originals), and a fault re-decodes only the words it touches.
+
+    Everything that the model stores is either in the space or in `left_out`, with the reason:
+
+    coverage = bits that can be hit / (bits that can be hit + `left_out_bits`)
+
+    Stored are parameters, buffers (non-persistent ones too) and packed objects of torch.ao. What is in the space counts
+    in the format it is stored in, what is not in its own type; memory that several tensors share counts once. Not
+    counted are what inference never reads (`num_batches_tracked`) and the constants of formats (scale and zero point),
+    which are taken to lie in protected memory. Plain attributes of modules that are neither parameter nor buffer are
+    not seen.
+
+    Args:
+        model: any eager module.
+        where: which of its tensors; every parameter by default.
+        format: how they are stored, see `assess`: what it does not store is hit in its own type.
+
+    Raises:
+        FaultSpaceError: if nothing is selected, or naming each tensor that cannot be hit.
+        FormatError: if `format` is none.
+
+    Warns:
+        FlipproofWarning: if a pattern of `format` fits nothing that the model stores.
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> net = torch.nn.Linear(2, 1)
+        >>> space = fp.FaultSpace(net, format=fp.Float32())
+        >>> space.bits, [site.name for site in space.sites]
+        (96, ['weight', 'bias'])
+        >>> before = net.weight.clone()
+        >>> with space.corrupted(space.faults([("weight", 0, 31)])):  # the sign of the first weight
+        ...     bool((net.weight == before * torch.tensor([-1, 1])).all())
+        True
+        >>> torch.equal(net.weight, before)
+        True
+        >>> weights = fp.FaultSpace(net, where=fp.Parameters(kinds=("weight",)), format=fp.Affine(bits=8))
+        >>> weights.bits, weights.left_out, weights.left_out_bits, round(weights.coverage, 3)
+        (16, {'bias': 'not selected by where='}, 32, 0.333)
+    """
+
+    def __init__(self, model: nn.Module, *, where: Parameters | None = None, format: FormatChoice = None) -> None:
+        where = check_where(where)
+        check_format(format)
+        self._asked = (where, format)
+        sites: list[Site] = []
+        tensors: list[Tensor] = []
+        held: list[bool] = []
+        packed: list[bool] = []
+        self.left_out: dict[str, str] = {}
+        """What the model stores and is not in the space, and why."""
+        self.left_out_bits = 0
+        """Stored bits of all that, each in its own type."""
+        self._unasked: list[Candidate] = []
+        offset = 0
+        found = inventory(model)
+        why = {candidate.name: where.leaves_out(candidate) for candidate in found}
+        check_hit([candidate for candidate in found if not why[candidate.name]])
+        for candidate in found:
+            if reason := why[candidate.name]:
+                self._leave_out(candidate, reason, asked=not where.asks_for(candidate))
+                continue
+            chosen = choose_format(candidate, format)
+            t = candidate.tensor
+            like = candidate.packed or t
+            names, shape = candidate.names, tuple(like.shape)
+            site = Site(names[0], names[1:], candidate.owner, candidate.kind, shape, like.dtype, chosen, offset)
+            held.append(candidate.packed is not None or chosen.is_native(t.dtype))
+            packed.append(candidate.packed is not None)
+            offset += site.bits
+            sites.append(site)
+            tensors.append(t)
+        if not sites:
+            known = "\n  ".join(f"{c.name} ({c.kind}){f': {c.problem}' if c.problem else ''}" for c in found[:20])
+            raise FaultSpaceError(
+                f"no parameter is left to hit with {where!r} and format={format!r}; "
+                f"the model's parameters are\n  {known or 'none at all'}"
+            )
+        for pattern in unmatched(found, format):
+            warnings.warn(
+                f"the pattern {pattern!r} of format= fits nothing that this {type(model).__name__} stores; what it was "
+                f"meant for is hit in its own type",
+                FlipproofWarning,
+                stacklevel=2,
+            )
+        self.sites: tuple[Site, ...] = tuple(sites)
+        self.bits = offset
+        self._tensors = tensors
+        self._held = held  # memory holds exactly these words; every other site is stored by decoding
+        self._packed = packed
+        self._index = {name: i for i, site in enumerate(sites) for name in (site.name, *site.aliases)}
+        self._borders = np.array([*(site.offset for site in sites), offset], np.int64)
+        self._firsts = self._borders[:-1]
+        self._widths = np.array([site.width for site in sites], np.int64)
+        self._uneven = [i for i, site in enumerate(sites) if not site.is_even]
+        self._originals: dict[int, Tensor] | None = None
+        self._codings: dict[int, Coding] = {}
+        self._direct: tuple[tuple[tuple[int, int], ...], DirectMemory | None, list[int]] | None = None
+
+    def _leave_out(self, candidate: Candidate, reason: str, *, asked: bool) -> None:
+        self.left_out[candidate.name] = reason
+        if candidate.unread:
+            return
+        self.left_out_bits += candidate.bits
+        if not asked:
+            self._unasked.append(candidate)
+
+    @property
+    def coverage(self) -> float:
+        """Bits that can be hit ÷ all stored bits of the model, see above."""
+        return self.bits / (self.bits + self.left_out_bits)
+
+    def shortfall(self) -> str | None:
+        """A sentence on what is missing, if more than 1 % of the stored bits are outside without being asked for."""
+        missing = sum(candidate.bits for candidate in self._unasked)
+        if missing <= 0.01 * (self.bits + self.left_out_bits):
+            return None
+        by_reason: dict[str, list[Candidate]] = {}
+        for candidate in self._unasked:
+            by_reason.setdefault(self.left_out[candidate.name], []).append(candidate)
+        parts = [
+            f"{', '.join(c.name for c in group[:3])}{f' and {len(group) - 3} more' if len(group) > 3 else ''} "
+            f"({sum(c.bits for c in group):,} bits; {reason})"
+            for reason, group in by_reason.items()
+        ]
+        return (
+            f"only {100 * self.coverage:.3g} % of the model's stored bits can be hit. Outside the fault space: "
+            f"{'; '.join(parts)}. Leave it out on purpose with where=fp.Parameters(exclude=[…]) or kinds=(…) and "
+            f"this is not said"
+        )
+
+    def __getstate__(self) -> dict[str, object]:
+        """Addresses mean nothing in another process: they are looked up again there."""
+        return {**self.__dict__, "_direct": None}
+
+    def again(self, model: nn.Module) -> FaultSpace:
+        """The same space of a copy of the model."""
+        where, format = self._asked
+        return FaultSpace(model, where=where, format=format)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The live tensor of each site, by its name."""
+        return {site.name: tensor for site, tensor in zip(self.sites, self._tensors, strict=True)}
+
+    @property
+    def layers(self) -> dict[str, list[tuple[int, int]]]:
+        """Each module that owns stored tensors, with the ranges of bits [first, last) it owns."""
+        spans: dict[str, list[tuple[int, int]]] = {}
+        for site in self.sites:
+            spans.setdefault(site.layer, []).append((site.offset, site.offset + site.bits))
+        return spans
+
+    def table(self) -> pd.DataFrame:
+        """What is stored how: one row a site, and what its share of the space is."""
+        rows = [
+            {
+                "name": s.name,
+                "layer": s.layer,
+                "kind": s.kind,
+                "values": s.values,
+                "format": repr(s.format),
+                "width": s.width,
+                "bits": s.bits,
+                "share": s.bits / self.bits,
+            }
+            for s in self.sites
+        ]
+        return pd.DataFrame(rows)
+
+    def faults(self, bits: Iterable[tuple[str, int, int]], *, stuck: int | None = None) -> Faults:
+        """Faults at chosen places: (qualified name, flat index of the value, bit), each at most once."""
+        positions = []
+        for name, value, bit in bits:
+            if name not in self._index:
+                raise FaultSpaceError(f"{name!r} is not in the fault space; it holds {[s.name for s in self.sites]}")
+            site = self.sites[self._index[name]]
+            width = site.width
+            if 0 <= value < site.values and not site.is_even:
+                width = int(site.layout.width(np.array([value]))[0])
+            if not (0 <= value < site.values and 0 <= bit < width):
+                raise FaultSpaceError(
+                    f"{name} has values 0 to {site.values - 1} of bits 0 to {width - 1}, got value {value}, bit {bit}"
+                )
+            first = value * width if site.is_even else int(site.layout.first(np.array([value]))[0])
+            positions.append(site.offset + first + bit)
+        unique = np.unique(np.array(positions, np.int64))
+        if unique.size != len(positions):
+            raise FaultSpaceError("the same bit is named twice; two flips of one bit cancel out")
+        if stuck not in (None, 0, 1):
+            raise FaultSpaceError(f"stuck must be None, 0 or 1, got {stuck!r}")
+        return Faults(unique, stuck)  # type: ignore[arg-type]
+
+    def locate(self, faults: Faults) -> pd.DataFrame:
+        """Where faults lie: one row a bit with its `site`, `value` (flat index) and `bit`."""
+        which, value, bit = self._located(faults)
+        names = np.array([site.name for site in self.sites], dtype=object)[which]
+        return pd.DataFrame({"site": names, "value": value, "bit": bit})
+
+    def places(self, faults: Faults) -> list[tuple[str, int, int]]:
+        """The same as plain (name, value, bit), which `faults` takes: for a few faults far quicker than a table."""
+        which, value, bit = (column.tolist() for column in self._located(faults))
+        return [(self.sites[i].name, v, b) for i, v, b in zip(which, value, bit, strict=True)]
+
+    def _located(self, faults: Faults) -> tuple[Positions, Positions, Positions]:
+        which = np.searchsorted(self._firsts, faults.positions, side="right") - 1
+        inside = faults.positions - self._firsts[which]
+        value, bit = np.divmod(inside, self._widths[which])
+        for i in self._uneven:
+            here = which == i
+            value[here], bit[here] = self.sites[i].locate(inside[here])
+        return which, value, bit
+
+    def touched_names(self, faults: Faults) -> list[str]:
+        """Every name of every tensor that these faults touch."""
+        touched = np.flatnonzero(np.diff(np.searchsorted(faults.positions, self._borders)))
+        return [name for i in touched.tolist() for name in (self.sites[i].name, *self.sites[i].aliases)]
+
+    @whole
+    def stored(self) -> Iterator[None]:
+        """While active, the model computes with what its formats can represent. Restores every value bit-exactly.
+
+        Raises:
+            FormatError: naming the tensor whose values the format cannot hold.
+        """
+        if self._originals is not None:
+            raise FaultSpaceError("the model is already stored in this space")
+        originals: dict[int, Tensor] = {}
+        self._codings = {}
+        try:
+            for i, (site, tensor) in enumerate(zip(self.sites, self._tensors, strict=True)):
+                if self._held[i]:
+                    continue
+                original = tensor.data.clone(memory_format=torch.contiguous_format)
+                decoded = self._decoded(i, site, original)
+                originals[i] = original
+                tensor.data.copy_(decoded)
+            self._originals = originals
+            yield
+        finally:
+            _to_the_end(lambda: self._take_back(originals))
+
+    def _take_back(self, originals: dict[int, Tensor]) -> None:
+        for i, original in originals.items():
+            self._tensors[i].data.copy_(original)
+        self._originals = None
+
+    def _decoded(self, i: int, site: Site, original: Tensor) -> Tensor:
+        try:
+            self._codings[i] = site.format.fit(original)
+            words = site.format.encode_values(original, dense(self._codings[i], original.shape))
+        except FormatError as error:
+            raise FormatError(f"{site.name}: {error}") from None
+        decoded = site.format.decode_words(words, dense(self._codings[i], original.shape), site.dtype)
+        lost = torch.isfinite(original) & ~torch.isfinite(decoded)
+        if bool(lost.any()):
+            raise FormatError(
+                f"{site.name}: {int(lost.sum())} finite values become NaN or infinite in {site.format!r} "
+                f"(largest magnitude {float(original[lost].abs().max()):g}); choose a format with more range"
+            )
+        return decoded
+
+    def originals(self) -> dict[str, Tensor]:
+        """While `stored()`: the values that its formats replaced, by qualified name."""
+        return {self.sites[i].name: original for i, original in (self._originals or {}).items()}
+
+    @whole
+    def corrupted(self, faults: Faults) -> Iterator[int]:
+        """The model with these faults in its memory; afterwards bit-identical to before, whatever happens inside.
+
+        Yields:
+            How many stored bits changed (fewer than `len(faults)` for stuck cells that already held the value).
+
+        Raises:
+            FaultSpaceError: if a fault lies outside the space.
+        """
+        if not isinstance(faults, Faults):
+            raise FaultSpaceError(f"a space of stored bits takes Faults, got {type(faults).__name__}")
+        positions = faults.positions
+        if positions.size and (positions[0] < 0 or positions[-1] >= self.bits):
+            raise FaultSpaceError(
+                f"faults lie outside the space of {self.bits:,} bits: {positions[0]} … {positions[-1]}"
+            )
+        if self._originals is None and not all(self._held):
+            with self.stored(), self.corrupted(faults) as changed:
+                yield changed
+            return
+        operation = FLIP if faults.stuck is None else SET if faults.stuck else CLEAR
+        direct, coded = self._paths()
+        log = UndoLog()
+        undo: Undo = []
+        try:
+            changed = direct.apply(positions, operation, log) if direct is not None and positions.size else 0
+            for i in coded:
+                site = self.sites[i]
+                first, last = np.searchsorted(positions, (site.offset, site.offset + site.bits))
+                if first < last:
+                    changed += corrupt_words(
+                        site,
+                        self._tensors[i].data,
+                        positions[first:last] - site.offset,
+                        operation,
+                        undo,
+                        source=self._originals.get(i) if self._originals else None,
+                        coding=self._codings.get(i, ()),
+                        packed=self._packed[i],
+                    )
+            yield changed
+        finally:
+            _to_the_end(lambda: _restore(log, undo))
+
+    def _paths(self) -> tuple[DirectMemory | None, list[int]]:
+        """Which sites are changed in memory and which through their format; found anew if the tensors moved."""
+        where = tuple((t.data_ptr(), t.element_size()) for t in self._tensors)
+        if self._direct is None or self._direct[0] != where:
+            direct = [
+                i
+                for i, (s, t) in enumerate(zip(self.sites, self._tensors, strict=True))
+                if t.device.type == "cpu"
+                and t.is_contiguous()
+                and (self._packed[i] or (s.format.is_native(t.dtype) and t.dtype == s.dtype))
+            ]
+            memory = DirectMemory(
+                [self._tensors[i].data for i in direct],
+                [self.sites[i].offset for i in direct],
+                [self.sites[i].bits for i in direct],
+            )
+            coded = [i for i in range(len(self.sites)) if i not in set(direct)]
+            moved = [
+                self.sites[i].name
+                for i in coded
+                if not self._packed[i] and self._tensors[i].dtype != self.sites[i].dtype
+            ]
+            if moved:
+                raise FaultSpaceError(f"{moved[0]} changed its dtype since the fault space was made; make a new space")
+            self._direct = (where, memory if direct else None, coded)
+        return self._direct[1], self._direct[2]
+
+
+def _restore(log: UndoLog, undo: Undo) -> None:
+    while undo:
+        scatter(*undo[-1])
+        undo.pop()
+    log.undo()
+
+
+def _to_the_end(restore: Callable[[], None]) -> None:
+    """Restore everything, even if Ctrl-C comes in the middle: do it again to the end first, then let it through."""
+    interrupted: KeyboardInterrupt | None = None
+    while True:
+        try:
+            restore()
+            break
+        except KeyboardInterrupt as signal:
+            interrupted = signal
+    if interrupted is not None:
+        raise interrupted

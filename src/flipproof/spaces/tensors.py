@@ -1,0 +1,377 @@
+"""What a model stores, tensor by tensor: under which name and kind, in which format, and what cannot be hit."""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from flipproof.errors import FaultSpaceError, FormatError
+from flipproof.formats import BFloat16, Float8E4M3, Float8E5M2, Float16, Float32, Float64, Format, Integer
+from flipproof.formats.integer import INTEGERS
+from flipproof.formats.packing import Packed
+
+FormatChoice = Format | Mapping[str, Format] | None
+"""One format, `{pattern: format}` (the first match wins), or None. What it does not store keeps its own type."""
+
+Kind = Literal["weight", "bias", "norm", "buffer", "other"]
+KINDS: tuple[Kind, ...] = ("weight", "bias", "norm", "buffer", "other")
+
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NATIVE: dict[torch.dtype, Format] = {
+    torch.float64: Float64(),
+    torch.float32: Float32(),
+    torch.float16: Float16(),
+    torch.bfloat16: BFloat16(),
+    torch.float8_e4m3fn: Float8E4M3(),
+    torch.float8_e5m2: Float8E5M2(),
+    **{dtype: Integer.of(dtype) for dtype in INTEGERS},
+}
+"""The format that a tensor of each type is in by itself."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One thing that a model stores, counted once however many names it has."""
+
+    names: tuple[str, ...]
+    owner: str
+    kind: Kind
+    tensor: Tensor
+    bits: int
+    """What it takes in the model's memory, in its own type; memory that it shares with one before it is not its own."""
+    packed: Packed | None = None
+    """What decodes it, if `tensor` holds packed words."""
+    problem: str = ""
+    """Why its bits cannot be hit, if they cannot."""
+    unread: bool = False
+    """Not part of what inference stores: a counter, or constants that are taken to lie in protected memory."""
+
+    @property
+    def name(self) -> str:
+        """The first qualified name, as `named_parameters` gives it."""
+        return self.names[0]
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether it is a buffer, not a parameter."""
+        return self.kind == "buffer"
+
+    @property
+    def refused(self) -> bool:
+        """Whether it has to be excluded by name: a parameter whose bits cannot be hit."""
+        return bool(self.problem) and not self.is_buffer and self.tensor.numel() > 0
+
+    @property
+    def quantisable(self) -> bool:
+        """Whether a format that quantises, given alone, stores it: the weight of a layer, of whatever class that is.
+
+        A weight is a floating-point parameter that one of its modules calls so, with two dimensions or more.
+        """
+        return self.kind == "weight" and self.tensor.is_floating_point() and self.tensor.dim() >= 2
+
+    def matches(self, patterns: tuple[str, ...]) -> bool:
+        """True if a pattern fits one of its names, or a module that holds it.
+
+        ``"fc"`` fits ``fc.weight``, ``"layer1.*"`` fits ``layer1.0.conv1.weight``; ``*`` also crosses dots.
+        """
+        reachable = {
+            ".".join(parts[:n]) for parts in (name.split(".") for name in self.names) for n in range(1, len(parts) + 1)
+        }
+        return any(fnmatch.fnmatchcase(name, pattern) for name in reachable for pattern in patterns)
+
+
+def inventory(model: nn.Module) -> list[Candidate]:
+    """Everything that a model stores: its parameters and what torch.ao packed, then its buffers, module by module.
+
+    Raises:
+        FaultSpaceError: if this is no eager `torch.nn.Module`, or holds tensors without bits.
+    """
+    check_model(model)
+    memory = _Memory()
+    found = [*_tensors(model, memory), *_packed_objects(model, memory)]
+    return sorted(found, key=_order(model))
+
+
+def check_hit(hit: Sequence[Candidate]) -> None:
+    """Raise FaultSpaceError where a bit of one chosen tensor would be a bit of another, or a parameter has no bits."""
+    problems = [f"{c.name}: {c.problem}" for c in hit if c.refused]
+    if problems:
+        names = ", ".join(repr(c.name) for c in hit if c.refused)
+        raise FaultSpaceError(
+            "these parameters cannot be hit:\n  " + "\n  ".join(problems) + f"\nor leave them out of the fault space "
+            f"with where=fp.Parameters(exclude=[{names}]); they then count as stored bits that are not hit"
+        )
+    spans = sorted(
+        (str(c.tensor.device), c.tensor.data_ptr(), c.tensor.data_ptr() + c.tensor.nbytes, c.name) for c in hit
+    )
+    for (device, _, end, first), (other_device, start, _, second) in pairwise(spans):
+        if device == other_device and start < end:
+            first, second = sorted((first, second))
+            raise FaultSpaceError(
+                f"{first} and {second} overlap in memory without being the same tensor: a bit of one would be a bit of "
+                f"both. Exclude one of them, or give it memory of its own."
+            )
+
+
+def check_model(model: object) -> None:
+    """Raise FaultSpaceError unless this is an eager `torch.nn.Module`."""
+    if not isinstance(model, nn.Module):
+        raise FaultSpaceError(f"a fault space is made of a torch.nn.Module, got {type(model).__name__}")
+    scripted = next((name for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        raise FaultSpaceError(
+            f"{f'{scripted} of this model' if scripted else 'this model'} is a TorchScript module, whose compiled code "
+            f"may hold copies of its weights; pass the eager module that was given to torch.jit.script or trace"
+        )
+
+
+def _tensors(model: nn.Module, memory: _Memory) -> list[Candidate]:
+    """Parameters and buffers, non-persistent ones too; tensors over the same memory are one."""
+    listing: list[tuple[str, Tensor, bool]] = [(n, t, False) for n, t in model.named_parameters(remove_duplicate=False)]
+    listing += [(n, t, True) for n, t in model.named_buffers(remove_duplicate=False)]
+    if empty := [f"{name}: {problem}" for name, t, _ in listing if (problem := _without_bits(t))]:
+        raise FaultSpaceError("these tensors hold no bits yet:\n  " + "\n  ".join(empty))
+    named: dict[object, tuple[Tensor, list[tuple[str, bool]]]] = {}
+    for name, tensor, is_buffer in listing:
+        if tensor.numel():
+            named.setdefault(_place(tensor), (tensor, []))[1].append((name, is_buffer))
+    return [_describe(model, tensor, names, memory) for tensor, names in named.values()]
+
+
+def _without_bits(tensor: Tensor) -> str | None:
+    if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
+        return "is not initialised yet; run the model once on a batch"
+    if tensor.is_meta:
+        return "is on the meta device and holds no bits; load the weights first"
+    return None
+
+
+def _place(tensor: Tensor) -> object:
+    """What two names of one piece of memory have in common."""
+    if not _is_plain(tensor):
+        return id(tensor)
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and _is_one(tensor)
+
+
+def _is_one(tensor: Tensor) -> bool:
+    """Whether it is one tensor with memory of its own, and no wrapper around others."""
+    wrapper: bool = is_traceable_wrapper_subclass(tensor)
+    if wrapper:
+        return False
+    try:
+        return tensor.layout != torch.strided or tensor.data_ptr() >= 0
+    except RuntimeError:  # a subclass that only poses as a tensor
+        return False
+
+
+def _describe(model: nn.Module, tensor: Tensor, names: list[tuple[str, bool]], memory: _Memory) -> Candidate:
+    owner_name, attribute, owner = _owner(model, names[0][0])
+    is_buffer = names[0][1]
+    own = tuple(name for name, _ in names)
+    if isinstance(owner, ParametrizationList):  # of words that `pack_` packed: `_owner` goes up from any other
+        place = model.get_submodule(owner_name)
+        decoder = cast(Packed, owner[0])
+        full = f"{owner_name}.{attribute}".lstrip(".")
+        if names[0][0].endswith(".original0"):
+            kind = _kind(attribute, place, is_buffer=False)
+            bits = decoder.format.layout(int(torch.Size(decoder.shape).numel())).bits
+            return Candidate((full,), owner_name, kind, tensor, bits, decoder)
+        why = f"constants of {decoder.format!r}, which are taken to lie in protected memory"
+        return Candidate(own, owner_name, "buffer", tensor, memory.fresh(tensor), problem=why, unread=True)
+    if is_buffer and attribute == "num_batches_tracked" and not tensor.is_floating_point():
+        why = "a counter that inference never reads"
+        return Candidate(own, owner_name, "buffer", tensor, memory.fresh(tensor), problem=why, unread=True)
+    # an embedding that is tied to a Linear layer is that layer's weight too, whatever its own module calls it
+    kinds = [_kind(_owner(model, name)[1], _owner(model, name)[2], is_buffer=buffer) for name, buffer in names]
+    kind = kinds[0] if is_buffer or "weight" not in kinds else "weight"
+    return Candidate(own, owner_name, kind, tensor, memory.fresh(tensor), problem=_unsupported(tensor))
+
+
+def _kind(attribute: str, owner: nn.Module, *, is_buffer: bool) -> Kind:
+    if is_buffer:
+        return "buffer"
+    if isinstance(owner, _NORMS):
+        return "norm"
+    if "bias" in attribute:
+        return "bias"
+    return "weight" if "weight" in attribute else "other"
+
+
+def _owner(model: nn.Module, name: str) -> tuple[str, str, nn.Module]:
+    """The module a tensor belongs to: its name, the tensor's name in it, and itself (packed words: their decoder)."""
+    owner_name, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if isinstance(owner, ParametrizationList):  # layer.parametrizations.weight.original belongs to layer
+        attribute = owner_name.rpartition(".")[2]
+        owner_name = owner_name.removesuffix(f"parametrizations.{attribute}").rstrip(".")
+        if not (len(owner) == 1 and isinstance(owner[0], Packed)):
+            owner = model.get_submodule(owner_name)
+    return owner_name, attribute, owner
+
+
+def _unsupported(tensor: Tensor) -> str:
+    """Why the bits of this tensor cannot be hit, and what to do; "" if they can."""
+    if not _is_one(tensor):
+        return (
+            f"is a {type(tensor).__name__}, which keeps its words to itself (torchao and DTensor do so); assess the "
+            f"floating-point model with format=fp.Affine(8), or one that fp.pack_ packed"
+        )
+    if tensor.layout != torch.strided:
+        return f"is {tensor.layout}; call .to_dense()"
+    if tensor.is_quantized:
+        return f"is {tensor.dtype}; assess the floating-point model with format=fp.Affine(8)"
+    if tensor.dtype not in _NATIVE:
+        return f"is {tensor.dtype}, which has no Format"
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if reach != tensor.numel():
+        return (
+            f"is a view whose elements do not fill their memory (shape {tuple(tensor.shape)}, strides "
+            f"{tensor.stride()}), so that its bits belong to another tensor; make it contiguous"
+        )
+    return ""
+
+
+def _packed_objects(model: nn.Module, memory: _Memory) -> list[Candidate]:
+    """Weights that torch.ao keeps in objects of C++, outside parameters and buffers."""
+    found = []
+    for owner, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, torch.ScriptObject):
+                why = (
+                    f"packed by torch.ao as {_class_of(value)}, whose memory cannot be reached; assess the "
+                    f"floating-point model with format=fp.Affine(8), or one that fp.pack_ packed"
+                )
+                name = f"{owner}.{attribute}".lstrip(".")
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # torch's, that such tensors are deprecated
+                    bits = sum(memory.fresh(tensor) for tensor in _inside(value))
+                found.append(Candidate((name,), owner, "weight", torch.empty(0), bits, problem=why))
+    return found
+
+
+def _class_of(packed: torch.ScriptObject) -> str:
+    return str(packed._type()).rpartition(".")[2]
+
+
+def _inside(value: object) -> Iterable[Tensor]:
+    """The tensors that an object of C++ says it consists of."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, torch.ScriptObject):
+        yield from _inside(value.__getstate__())
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _inside(part)
+
+
+class _Memory:
+    """Which bytes of the model's memory were counted already."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, int], list[tuple[int, int]]] = {}
+
+    def fresh(self, tensor: Tensor) -> int:
+        """Bits of this tensor that no tensor before it had."""
+        if hasattr(tensor, "__tensor_flatten__"):
+            names, _ = tensor.__tensor_flatten__()
+            return sum(self.fresh(getattr(tensor, name)) for name in names)
+        if not _is_plain(tensor) or tensor.is_quantized:
+            stored = tensor._nnz() if tensor.layout == torch.sparse_coo else tensor.numel()
+            return 8 * stored * tensor.element_size()
+        start = tensor.data_ptr()
+        reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        spans = [(start, start + reach * tensor.element_size())]
+        seen = self._seen.setdefault((str(tensor.device), tensor.untyped_storage().data_ptr()), [])
+        for first, last in seen:
+            spans = [part for a, b in spans for part in ((a, min(b, first)), (max(a, last), b)) if part[0] < part[1]]
+        seen += spans
+        return 8 * min(sum(b - a for a, b in spans), tensor.nbytes)
+
+
+def _order(model: nn.Module) -> Callable[[Candidate], tuple[int, int, int]]:
+    """Parameters before buffers, modules in their order; in each module as it was before `pack_` packed some."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    numbers = {name: i for i, name in enumerate(modules)}
+
+    def key(candidate: Candidate) -> tuple[int, int, int]:
+        module = modules[candidate.owner]
+        own = list(getattr(module, "_stored_order", module._parameters))
+        attribute = candidate.name.rpartition(".")[2]
+        place = own.index(attribute) if attribute in own else len(own)
+        return int(candidate.is_buffer), numbers[candidate.owner], place
+
+    return key
+
+
+def check_format(choice: object) -> None:
+    """Raise FormatError unless this is a FormatChoice."""
+    ways = "a Format such as fp.Float32(), a mapping {pattern: Format}, or None for each tensor's own type"
+    if isinstance(choice, Mapping):
+        for pattern, format in choice.items():
+            if not isinstance(pattern, str) or not isinstance(format, Format):
+                raise FormatError(f"format= maps patterns (text) to Formats, got {pattern!r}: {format!r}")
+    elif isinstance(choice, type) and issubclass(choice, Format):
+        raise FormatError(f"format= takes {ways}, got the class {choice.__name__}; write fp.{choice.__name__}()")
+    elif choice is not None and not isinstance(choice, Format):
+        hint = f"; write fp.{choice}()" if isinstance(choice, str) and choice.isidentifier() else ""
+        raise FormatError(f"format= takes {ways}, got {choice!r}{hint}")
+
+
+def asked_format(candidate: Candidate, choice: FormatChoice) -> Format | None:
+    """The format that was asked for, for one tensor; None where it keeps its own type.
+
+    One format alone that quantises stores the weights of layers, any other one every floating-point tensor; a mapping
+    means what it says. Integers have no other format than their own.
+    """
+    if choice is None or not (candidate.packed is not None or candidate.tensor.is_floating_point()):
+        return None
+    if isinstance(choice, Format):
+        weight = candidate.quantisable or candidate.packed is not None
+        return choice if weight or not choice.weights_only else None
+    return next((chosen for pattern, chosen in choice.items() if candidate.matches((pattern,))), None)
+
+
+def choose_format(candidate: Candidate, choice: FormatChoice) -> Format:
+    """The format in which one tensor is hit: what was asked for, or else its own type.
+
+    Raises:
+        FaultSpaceError: if it is packed in another format, or float64 and no format was asked for at all.
+    """
+    asked = asked_format(candidate, choice)
+    if candidate.packed is None:
+        dtype = candidate.tensor.dtype
+        if choice is None and dtype == torch.float64:  # hardly what it will be deployed in: the user has to say so
+            raise FaultSpaceError(
+                f"{candidate.name} is {dtype}: pass format= to say how it is stored, e.g. fp.Float32(), or "
+                f"fp.formats.Float64() if all 64 bits are"
+            )
+        return own_format(dtype) if asked is None else asked
+    if asked not in (None, candidate.packed.format):
+        raise FaultSpaceError(
+            f"{candidate.name} is stored as {candidate.packed.format!r} in memory; format= cannot store it differently"
+        )
+    return candidate.packed.format
+
+
+def own_format(dtype: torch.dtype) -> Format:
+    """The format that a tensor of this type is in by itself."""
+    return _NATIVE[dtype]
+
+
+def unmatched(found: Sequence[Candidate], choice: FormatChoice) -> list[str]:
+    """Patterns of a mapping that fit nothing this model stores: most likely misspelt."""
+    return [p for p in choice if not any(c.matches((p,)) for c in found)] if isinstance(choice, Mapping) else []

@@ -1,0 +1,1 @@
+"""What protects stored bits, and what that buys."""

@@ -1,0 +1,303 @@
+"""Which stored bits are constant, which are critical, and which to clip (PAPERS: lstm-clipping, III-B and IV-B)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from flipproof.campaigns.assess import assess
+from flipproof.errors import FlipproofWarning, FormatError
+from flipproof.faults import BitPosition
+from flipproof.formats import BitClipped, Float32, Format
+from flipproof.running.data import Data, Output
+from flipproof.running.metrics import Metrics
+from flipproof.spaces.parameters import FaultSpace
+from flipproof.spaces.sites import Parameters
+from flipproof.spaces.tensors import FormatChoice
+
+
+def bit_profile(model: nn.Module, format: FormatChoice = None, *, where: Parameters | None = None) -> pd.Series:
+    """How often each stored bit is 1, over all stored words of a model.
+
+    mean_b = (number of words whose bit b is 1) / (number of words); exactly 0.0 or 1.0 where the bit is constant.
+
+    Args:
+        model: any module.
+        format: how its parameters are stored, see `assess`; None for each parameter's own float type. All must be
+            equally wide.
+        where: which parameters, all by default.
+
+    Returns:
+        A series indexed by bit, 0 the least significant.
+
+    Raises:
+        FormatError: if words of different widths are mixed.
+        FaultSpaceError: if nothing is stored.
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> net = torch.nn.Linear(100, 10)  # weights in [-0.1, 0.1]
+        >>> profile = fp.bit_profile(net, fp.Float32())
+        >>> float(profile[30]), len(profile)
+        (0.0, 32)
+    """
+    total = 0
+    ones: np.ndarray | None = None
+    for _, format_, words in stored_words(model, format, where):
+        counts = _ones(words, format_.width)
+        if ones is not None and ones.size != counts.size:
+            raise FormatError(
+                f"bit_profile needs words of one width, this model's have {ones.size} and {counts.size} bits; "
+                f"profile them apart with where=fp.Parameters(include=…)"
+            )
+        ones = counts if ones is None else ones + counts
+        total += words.numel()
+    assert ones is not None  # FaultSpace refuses an empty space
+    return pd.Series(ones / total, index=pd.RangeIndex(ones.size, name="bit"), name="mean")
+
+
+def stored_words(
+    model: nn.Module, format: FormatChoice = None, where: Parameters | None = None
+) -> Iterator[tuple[str, Format, Tensor]]:
+    """Every stored tensor of a model: its qualified name, its format and its words."""
+    space = FaultSpace(model, where=where, format=format)
+    for site in space.sites:
+        inner = site.format.inner if isinstance(site.format, BitClipped) else site.format  # what memory holds
+        yield site.name, site.format, inner.encode(space.tensors[site.name]).words
+
+
+def _ones(words: Tensor, width: int) -> np.ndarray:
+    flat = words.reshape(-1)
+    return np.array([int(((flat >> bit) & 1).sum(dtype=torch.int64)) for bit in range(width)], np.int64)
+
+
+def bit_criticality(
+    model: nn.Module,
+    data: Data,
+    format: FormatChoice = None,
+    *,
+    share: float = 1.0,
+    trials: int = 20,
+    seed: int = 0,
+    where: Parameters | None = None,
+    metrics: Metrics = "accuracy",
+    output: Output = None,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """The bit-wise experiment: each bit position in turn flipped in stored words, and what that does.
+
+    Args:
+        model: any module that `assess` takes.
+        data: batches `(inputs, targets)`.
+        format: how parameters are stored, see `assess`.
+        share: of the words that are hit. 1.0, every word, is the paper's experiment and runs once a bit. There a flip
+            of a constant exponent bit multiplies all weights by the same factor, which a network may survive although
+            single flips of that bit are fatal, or the reverse; a small share is what memory faults look like.
+        trials: repetitions a bit, where `share` leaves something to draw.
+        seed: of the draws.
+        where: which parameters, all by default.
+        metrics: see `assess`.
+        output: see `assess`.
+        device: see `assess`.
+        progress: see `assess`.
+
+    Returns:
+        One row a bit: `bit`, `mean` (of `bit_profile`), `constant`, each metric and its `…_drop`, the outcome rates and
+        `critical_total` (critical SDC and DUE).
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> _ = torch.manual_seed(0)
+        >>> net, x = torch.nn.Linear(5, 3), torch.randn(50, 5)
+        >>> table = fp.bit_criticality(net, [(x, net(x).argmax(dim=1))], share=0.1)
+        >>> table.set_index("bit").loc[[0, 30], ["mean", "constant"]].round(1).values.tolist()
+        [[0.4, False], [0.0, True]]
+    """
+    profile = bit_profile(model, format, where=where)
+    result = assess(
+        model,
+        data=data,
+        faults=BitPosition(list(range(len(profile))), share=share),
+        format=format,
+        where=where,
+        trials=trials,
+        seed=seed,
+        metrics=metrics,
+        output=output,
+        device=device,
+        progress=progress,
+    )
+    summary = result.summary
+    dropped = [
+        c for c in map(str, summary) if c.endswith(("_low", "_high")) or c in ("point", "ber", "trials", "flips")
+    ]
+    table = summary.drop(columns=dropped).astype({"bit": int})
+    table.insert(1, "mean", profile.to_numpy()[table["bit"]])
+    table.insert(2, "constant", table["mean"].isin([0.0, 1.0]))
+    return table
+
+
+def clip_bits(
+    model: nn.Module,
+    data: Data,
+    format: Format | None = None,
+    *,
+    most: int | None = 1,
+    share: float = 0.01,
+    trials: int = 20,
+    seed: int = 0,
+    where: Parameters | None = None,
+    metrics: Metrics = "accuracy",
+    output: Output = None,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+) -> BitClipped:
+    """Weight bit clipping (WBC): the format that forces the bits which are constant *and* critical.
+
+    `bit_profile` says which bits have one value in all weights: forcing them changes no fault-free output and costs no
+    memory. `bit_criticality` says what flipping each one does; the worst of the constant ones are clipped. The paper
+    flips the bit in every weight (``share=1.0``); here it is one weight in a hundred, see `bit_criticality`.
+
+    Args:
+        model: any module that `assess` takes.
+        data: batches `(inputs, targets)` to measure criticality on; not the data that the result is judged on.
+        format: how parameters are stored; None for `Float32()`.
+        most: how many bits to clip at most, the most critical first; None for every constant bit whose flip changes a
+            decision. The paper clips one.
+        share: of the words that are hit when criticality is measured.
+        trials: repetitions a bit.
+        seed: of the draws.
+        where: which parameters, all by default.
+        metrics: the first one ranks the bits by its drop; ties go to the higher `critical_total`, then the higher bit.
+        output: see `assess`.
+        device: see `assess`.
+        progress: see `assess`.
+
+    Returns:
+        The format, e.g. ``BitClipped(inner=Float32(), zeros=(30,), ones=())``.
+
+    Raises:
+        FormatError: if no bit is both constant and critical, with what the profile says.
+
+    Warns:
+        FlipproofWarning: if another bit is more critical but not constant, so that clipping cannot protect it.
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> _ = torch.manual_seed(0)
+        >>> net, x = torch.nn.Linear(4, 3), torch.randn(50, 4)
+        >>> fp.clip_bits(net, [(x, net(x).argmax(dim=1))])
+        BitClipped(inner=Float32(), zeros=(30,), ones=())
+    """
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        raise FormatError(f"clip_bits takes most ≥ 1 bits, or None for all that qualify, got {most!r}")
+    inner = format or Float32()
+    measure = {"metrics": metrics, "output": output, "device": device, "progress": progress}
+    ranked, critical, drop = _ranked(model, data, inner, share=share, trials=trials, seed=seed, where=where, **measure)
+    chosen = critical[critical["constant"]].head(len(ranked) if most is None else most)
+    if chosen.empty:
+        constant = sorted(ranked.loc[ranked["constant"], "bit"].tolist())
+        raise FormatError(
+            f"no bit of {inner!r} is both constant over the weights and critical; constant are {constant or 'none'}, "
+            f"the most critical is bit {int(ranked['bit'].iloc[0])}. A few large weights can be what varies: "
+            f"fp.clip_tensors clips tensor by tensor"
+        )
+    worst, mean = int(ranked["bit"].iloc[0]), float(ranked["mean"].iloc[0])
+    if not 0 < mean < 1:
+        return _clipping(inner, chosen)
+    warnings.warn(
+        f"bit {worst} is the most critical ({drop} {float(ranked[drop].iloc[0]):.3f}) but not constant: "
+        f"{min(mean, 1 - mean):.2g} of the words differ from the rest, so it cannot be clipped; clipping "
+        f"{chosen['bit'].tolist()} instead",
+        FlipproofWarning,
+        stacklevel=2,
+    )
+    return _clipping(inner, chosen)
+
+
+def clip_tensors(
+    model: nn.Module,
+    data: Data,
+    format: Format | None = None,
+    *,
+    most: int | None = 1,
+    share: float = 0.01,
+    trials: int = 20,
+    seed: int = 0,
+    where: Parameters | None = None,
+    metrics: Metrics = "accuracy",
+    output: Output = None,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+) -> dict[str, Format]:
+    """Weight bit clipping tensor by tensor: critical bits are clipped wherever *they* are constant.
+
+    One weight of 2.0 or more anywhere (a BatchNorm scale, a clipping bound) makes bit 30 vary over the model, and
+    `clip_bits` can then do nothing. Here the most critical bits are chosen first, and each tensor in which one of them
+    is constant clips it; the others stay as they are.
+
+    Args:
+        model: see `clip_bits`.
+        data: see `clip_bits`.
+        format: how parameters are stored; None for `Float32()`.
+        most: how many critical bits to look at; None for all whose flip changes a decision.
+        share: see `clip_bits`.
+        trials: see `clip_bits`.
+        seed: see `clip_bits`.
+        where: see `clip_bits`; what it leaves out is not in the mapping.
+        metrics: see `clip_bits`.
+        output: see `clip_bits`.
+        device: see `clip_bits`.
+        progress: see `clip_bits`.
+
+    Returns:
+        A mapping {qualified name: format} for `assess`.
+
+    Raises:
+        FormatError: if no critical bit is constant in any tensor.
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> _ = torch.manual_seed(0)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> _ = torch.nn.init.constant_(net[2].bias, 2.0)  # its bit 30 is 1
+        >>> x = torch.randn(50, 5)
+        >>> formats = fp.clip_tensors(net, [(x, net(x).argmax(dim=1))], most=None, share=0.2)
+        >>> 30 in formats["0.weight"].zeros, 30 in formats["2.bias"].ones
+        (True, True)
+    """
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        raise FormatError(f"clip_tensors takes most ≥ 1 bits, or None for all that qualify, got {most!r}")
+    inner = format or Float32()
+    measure = {"metrics": metrics, "output": output, "device": device, "progress": progress}
+    ranked, critical, _ = _ranked(model, data, inner, share=share, trials=trials, seed=seed, where=where, **measure)
+    bits = critical["bit"].head(len(ranked) if most is None else most).tolist()
+    formats: dict[str, Format] = {}
+    for name, _, words in stored_words(model, {"*": inner}, where):
+        counts = _ones(words, inner.width)
+        zeros = tuple(bit for bit in bits if counts[bit] == 0)
+        ones = tuple(bit for bit in bits if counts[bit] == words.numel())
+        formats[name] = BitClipped(inner, zeros=zeros, ones=ones) if zeros or ones else inner
+    if not any(isinstance(format, BitClipped) for format in formats.values()):
+        raise FormatError(f"the critical bits {bits} of {inner!r} vary in every tensor; there is nothing to clip")
+    return formats
+
+
+def _ranked(model: nn.Module, data: Data, inner: Format, **how: Any) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """All bits from the most to the least critical, those that are critical at all, and the column that says so."""
+    table = bit_criticality(model, data, inner, **how)
+    drop = next(column for column in map(str, table) if column.endswith("_drop"))
+    ranked = table.sort_values([drop, "critical_total", "bit"], ascending=False)
+    return ranked, ranked[(ranked["critical_total"] > 0) | (ranked[drop] > 0)], drop
+
+
+def _clipping(inner: Format, chosen: pd.DataFrame) -> BitClipped:
+    zeros, ones = (tuple(chosen.loc[chosen["mean"] == value, "bit"].tolist()) for value in (0.0, 1.0))
+    return BitClipped(inner, zeros=zeros, ones=ones)
