@@ -18,6 +18,7 @@ from flipproof.formats import Float64, Integer
 from flipproof.spaces.contract import Faults, Upsets
 from flipproof.spaces.neurons import NeuronSpace
 from flipproof.spaces.parameters import FaultSpace
+from flipproof.spaces.sites import Site
 
 WEIGHTS = fp.Parameters(kinds=("weight",))
 
@@ -213,7 +214,7 @@ def test_a_simulated_format_is_the_packed_model_bit_by_bit(name, format):
     assert ours.trials["masked"].sum() < ours.trials["samples"].sum()
 
 
-def _what(site: fp.faults.Site) -> tuple[object, ...]:
+def _what(site: Site) -> tuple[object, ...]:
     return site.name, site.offset, site.bits, site.format, site.kind, site.layer
 
 

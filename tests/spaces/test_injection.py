@@ -17,6 +17,7 @@ import flipproof as fp
 from flipproof.errors import FaultSpaceError, FormatError
 from flipproof.formats.base import bit_pattern
 from flipproof.spaces import parameters as space_module
+from flipproof.spaces.contract import Faults
 from flipproof.spaces.parameters import FaultSpace
 
 FORMATS = [
@@ -48,7 +49,7 @@ def test_float32_faults_are_xor_of_the_bytes(positions):
     for position in positions:
         words[position // 32] ^= 1 << (position % 32)
     space = FaultSpace(net)
-    with space.corrupted(fp.faults.Faults(np.array(sorted(positions), np.int64))) as changed:
+    with space.corrupted(Faults(np.array(sorted(positions), np.int64))) as changed:
         now = torch.cat([p.detach().view(-1) for p in net.parameters()]).view(torch.int32).tolist()
     assert [word & 0xFFFFFFFF for word in now] == words
     assert changed == len(positions)

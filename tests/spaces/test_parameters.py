@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations, prune
 
 import flipproof as fp
 from flipproof.errors import FaultSpaceError
+from flipproof.spaces.contract import Faults
 from flipproof.spaces.parameters import FaultSpace
 
 
@@ -102,7 +103,7 @@ def test_every_bit_has_a_name_and_back():
     per_site = table.groupby("site").size().to_dict()
     assert per_site == {site.name: site.bits for site in space.sites}
     sample = np.random.default_rng(0).choice(space.bits, 50, replace=False)
-    picked = fp.faults.Faults(np.sort(sample))
+    picked = Faults(np.sort(sample))
     again = space.faults(space.places(picked))
     assert again.positions.tolist() == picked.positions.tolist()
     assert (

@@ -6,7 +6,7 @@ from torch import nn
 
 import flipproof as fp
 from flipproof.errors import ConfigError
-from flipproof.storage.mixed import _cheapest
+from flipproof.storage.mixed import _cheapest, doubt
 
 OPTIONS = (fp.Affine(bits=3), fp.Affine(bits=5), fp.TripleMSB(fp.Affine(bits=3)))
 
@@ -52,7 +52,7 @@ def test_costs_are_what_assess_measures_and_the_budget_is_kept(tmp_path):
     row = chosen.table.iloc[2]
     found = fp.assess(
         net, data=data, faults=fp.BitErrorRate(1e-2, exact=False), format={"0.weight": OPTIONS[2]}, trials=3,
-        where=fp.Parameters(include="0.weight"), metrics={"doubt": fp.exploration.mixed.doubt},
+        where=fp.Parameters(include="0.weight"), metrics={"doubt": doubt},
     )  # fmt: skip
     assert row["cost"] == pytest.approx(float(found.summary["doubt"][0]) - float(1 - probability.detach()), abs=1e-6)
     with pytest.raises(ConfigError, match="narrowest options take 576 bits"):

@@ -15,6 +15,7 @@ from flipproof.errors import FaultSpaceError, FormatError
 from flipproof.formats.base import word_dtype
 from flipproof.formats.layout import Layout
 from flipproof.formats.packing import pack, unpack
+from flipproof.spaces.contract import Faults
 
 FORMATS = [
     fp.TripleMSB(fp.Affine(bits=3)),
@@ -152,7 +153,7 @@ def test_single_bits_of_every_word_are_the_same_outputs():
     real = fp.FaultSpace(stored)
     assert [(s.name, s.offset, s.bits) for s in real.sites] == [(s.name, s.offset, s.bits) for s in simulated.sites]
     for position in range(0, simulated.bits, 61):
-        places = simulated.places(fp.faults.Faults(torch.tensor([position]).numpy()))
+        places = simulated.places(Faults(torch.tensor([position]).numpy()))
         with simulated.corrupted(simulated.faults(places)), torch.no_grad():
             expected = net(x)
         with real.corrupted(real.faults(places)), torch.no_grad():

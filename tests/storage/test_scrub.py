@@ -4,6 +4,7 @@ from torch import nn
 
 import flipproof as fp
 from flipproof.errors import FormatError
+from flipproof.spaces.contract import Faults
 
 WBC = fp.BitClipped(fp.Float32(), zeros=(30,))
 
@@ -44,7 +45,7 @@ def test_it_computes_what_a_campaign_with_the_format_computes():
     plain, clipped = fp.FaultSpace(model), fp.FaultSpace(model, format=WBC)
     for trial in range(20):
         places = torch.randperm(plain.bits, generator=torch.Generator().manual_seed(trial))[:100].sort().values
-        faults = plain.faults(plain.places(fp.faults.Faults(places.numpy())))
+        faults = plain.faults(plain.places(Faults(places.numpy())))
         with clipped.corrupted(faults):
             expected = model(x)
         before = bits_of(model)
