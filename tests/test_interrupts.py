@@ -43,13 +43,13 @@ def test_ctrl_c_leaves_nothing_behind(call):
 @pytest.mark.parametrize(
     ("call", "place"),
     [
-        *(("corrupted", place) for place in ("space.py:_to_the_end", "space.py:_restore", "memory.py:undo")),
-        *(("corrupted", place) for place in ("interrupts.py:__exit__", "interrupts.py:__enter__", "memory.py:apply")),
-        *(("stored", place) for place in ("space.py:_take_back", "space.py:_decoded", "interrupts.py:_end")),
-        *(("assess", place) for place in ("space.py:_to_the_end", "evaluation.py:eval_mode", "contextlib.py:__exit__")),
+        *(("corrupted", place) for place in ("parameters.py:_to_the_end", "parameters.py:_restore", "memory.py:undo")),
+        *(("corrupted", place) for place in ("_interrupts.py:__exit__", "_interrupts.py:__enter__", "memory.py:apply")),
+        *(("stored", place) for place in ("parameters.py:_take_back", "parameters.py:_decoded", "_interrupts.py:_end")),
+        *(("assess", place) for place in ("parameters.py:_to_the_end", "evaluation.py:eval_mode", "contextlib.py:__exit__")),
         *(("assess", place) for place in ("_symbolic_trace.py:patch", "_symbolic_trace.py:revert")),
         *(("assess, neurons", place) for place in ("hooks.py:remove", "neurons.py:stored")),
-        *(("pack_", place) for place in ("storage.py:_store",)),
+        *(("pack_", place) for place in ("pack.py:_store",)),
     ],
 )
 def test_ctrl_c_where_it_used_to_hurt(call, place):

@@ -49,12 +49,14 @@ def test_public_names_are_exactly_these():
         "compare",
         "estimate_factors",
         "explore",
+        "explore_mixed",
         "harden",
         "hardening_report",
         "load_hardened",
-        "explore_mixed",
         "overhead",
         "p_drop",
+        "pack_",
+        "packed_bytes",
         "propagation",
         "protected_formats",
         "protection",
@@ -64,8 +66,6 @@ def test_public_names_are_exactly_these():
         "save_hardened",
         "scrub_",
         "select",
-        "pack_",
-        "packed_bytes",
     ]
 
 
