@@ -45,7 +45,7 @@ def linear(layer, xs):
 
 
 def twin(net, x, delta):
-    """One sequence, step by step, in plain Python: as PAPERS.md has it in words."""
+    """One sequence, step by step, in plain Python: as Gao et al. 2020 have it in words."""
     H, L = net.hidden, net.levels
     C = H // L
     h, c = [0.0] * H, [[0.0] * C for _ in range(L)]

@@ -1,4 +1,4 @@
-"""A reader of a user's own MIMIC-III benchmark folder, decompensation task (PAPERS: lstm-clipping, Data).
+"""A reader of a user's own MIMIC-III benchmark folder, decompensation task (Harutyunyan et al. 2019).
 
 MIMIC-III is credentialed: nothing of it is shipped with this project, downloaded by it or kept anywhere by it.
 """

@@ -1,4 +1,4 @@
-"""Hourly timelines of intensive-care stays: 76 features and 17 intervals (PAPERS: lstm-clipping, Data)."""
+"""Hourly timelines of intensive-care stays: 76 features and 17 intervals (Parchekani et al. 2024, section IV)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Affine (asymmetric) integer quantisation, as FORTUNE quantises (PAPERS: fortune, Eqs. 1–4)."""
+"""Affine (asymmetric) integer quantisation, as FORTUNE quantises (Nazari et al. 2024, Eqs. 1–4)."""
 
 from __future__ import annotations
 

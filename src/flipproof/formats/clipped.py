@@ -1,4 +1,4 @@
-"""Weight bit clipping: stored bits that are forced to a value on every read (PAPERS: lstm-clipping, III-B)."""
+"""Weight bit clipping: stored bits that are forced to a value on every read (Parchekani et al. 2024, III-B)."""
 
 from __future__ import annotations
 

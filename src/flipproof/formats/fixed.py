@@ -1,4 +1,4 @@
-"""Two's-complement fixed point, ProAct's Q15.16 by default (PAPERS: proact, section VI-A)."""
+"""Two's-complement fixed point, ProAct's Q15.16 by default (Mousavi et al. 2024, section VI-A)."""
 
 from __future__ import annotations
 

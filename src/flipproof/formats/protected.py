@@ -68,7 +68,7 @@ class Protected(Format):
 
 @dataclass(frozen=True)
 class TripleMSB(Protected):
-    """The most significant bits stored several times; the majority counts (PAPERS: fortune, Step 2).
+    """The most significant bits stored several times; the majority counts (Nazari et al. 2024, Step 2).
 
     With m inner bits, copy j of the k-th protected bit (k = 0 is the most significant) is bit m + k · copies + j. At
     use every protected bit becomes the majority of itself and its copies, so that up to `copies` / 2 faults in each

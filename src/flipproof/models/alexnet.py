@@ -1,4 +1,4 @@
-"""AlexNet (Krizhevsky et al., 2012) in the two forms that the papers count."""
+"""AlexNet (Krizhevsky et al. 2012) in the two forms that the papers count."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inception-v3 for 32 × 32 images (Szegedy et al., 2016), as FORTUNE counts it."""
+"""Inception-v3 for 32 × 32 images (Szegedy et al. 2016), as FORTUNE counts it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LeNet-5 (LeCun et al., 1998) with ReLU, as DeepVigor counts it: 6,508 hidden neurons."""
+"""LeNet-5 (LeCun et al. 1998) with ReLU, as DeepVigor counts it: 6,508 hidden neurons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ResNet-18 and ResNet-50 for 32 × 32 images (He et al., 2016, with the usual 3 × 3 stem for CIFAR)."""
+"""ResNet-18 and ResNet-50 for 32 × 32 images (He et al. 2016, with the usual 3 × 3 stem for CIFAR)."""
 
 from __future__ import annotations
 

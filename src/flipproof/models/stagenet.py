@@ -1,4 +1,4 @@
-"""StageNet (Gao et al., 2020), the stage-aware LSTM that the LSTM paper injects faults into (PAPERS: lstm-clipping)."""
+"""StageNet (Gao et al. 2020), the stage-aware LSTM that Parchekani et al. 2024 inject faults into."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""VGG (Simonyan and Zisserman, 2015) for 32 × 32 images, with the linear layers that the papers count."""
+"""VGG (Simonyan and Zisserman 2015) for 32 × 32 images, with the linear layers that the papers count."""
 
 from __future__ import annotations
 

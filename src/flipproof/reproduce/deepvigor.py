@@ -1,4 +1,4 @@
-"""DeepVigor (PAPERS: deepvigor): Tables I and II, Figs. 5 and 6, and what a neuron costs."""
+"""DeepVigor (Ahmadilivani et al. 2023): Tables I and II, Figs. 5 and 6, and what a neuron costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What FORTUNE prints (Nazari et al., 2024): Tables I and II."""
+"""What FORTUNE prints (Nazari et al. 2024): Tables I and II."""
 
 from __future__ import annotations
 

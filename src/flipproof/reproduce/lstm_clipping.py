@@ -1,4 +1,4 @@
-"""WBC and AVC for LSTM networks (Parchekani et al., 2024): Table I and figures 2–8 (PAPERS: lstm-clipping).
+"""WBC and AVC for LSTM networks (Parchekani et al. 2024): Table I and figures 2–8.
 
 The paper's data, MIMIC-III, is credentialed. A user's own benchmark folder is taken where there is one; else the open
 PhysioNet 2012 records; else made-up stays, so that the code runs everywhere. `paper` is 1000 repetitions over the whole

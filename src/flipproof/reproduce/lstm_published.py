@@ -1,4 +1,4 @@
-"""What the LSTM paper prints (Parchekani et al., 2024): Table I and the figures its text gives."""
+"""What the LSTM paper prints (Parchekani et al. 2024): Table I and the figures its text gives."""
 
 from __future__ import annotations
 

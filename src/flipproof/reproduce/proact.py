@@ -1,4 +1,4 @@
-"""ProAct (Mousavi et al., 2024): bounded activations compared, tables I–V and figures 2, 3, 5, 6 (PAPERS: proact).
+"""ProAct (Mousavi et al. 2024): bounded activations compared, tables I–V and figures 2, 3, 5, 6.
 
 `paper` is what was published: AlexNet, VGG-16 and ResNet-50, trained here to the data sets under `data_root`, 500
 repetitions. `smoke` is what two cores do in about an hour: ResNet-20 from a public checkpoint if there is one (else a
