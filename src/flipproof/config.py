@@ -17,7 +17,7 @@ from flipproof.campaigns.assessment import Assessment
 from flipproof.errors import ConfigError, FlipproofError
 from flipproof.hardening.files import load_hardened
 from flipproof.models.weights import load_weights
-from flipproof.running.metrics import METRIC_NAMES
+from flipproof.running.scales import METRIC_NAMES
 from flipproof.spaces.neuron_sites import Neurons
 from flipproof.spaces.sites import Parameters
 from flipproof.spaces.tensors import FormatChoice

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from flipproof.campaigns.answers import decode_answers, decode_golden, encode_answers, encode_golden, holds
 from flipproof.errors import JournalError
-from flipproof.running.outcomes import OUTCOMES
+from flipproof.running.scales import OUTCOMES
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=300))

@@ -93,7 +93,7 @@ def test_part_of_the_model(mlp, blobs):
     result = same_as_twin(
         mlp, blobs, fp.RandomBits(2), {"2.weight": slow.float32}, where=fp.Parameters(include="2", exclude="*.bias")
     )
-    assert result.header["left_out"].keys() == {"0.weight", "0.bias", "2.bias"}
+    assert result.header.left_out.keys() == {"0.weight", "0.bias", "2.bias"}
 
 
 def every_bit(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[tuple[str, int, int], tuple[float, dict]]:

@@ -13,7 +13,7 @@ import flipproof as fp
 from flipproof.campaigns.statistics import mean_interval, wilson_interval
 from flipproof.campaigns.strata import stratified_rate
 from flipproof.errors import ConfigError
-from flipproof.running.outcomes import OUTCOMES
+from flipproof.running.scales import OUTCOMES
 
 
 @pytest.fixture

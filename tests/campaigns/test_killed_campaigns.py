@@ -208,6 +208,6 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_line(campaigns, uninterrupted, 
     kept = fp.Assessment.load(journal).records
     assert 0 < len(kept) < 40
     assert eventually(lambda: any("JournalError: cannot write" in line for line in campaigns.errors))
-    assert any("Every finished trial up to here is kept" in line for line in campaigns.errors)
+    assert any("Every finished job up to here is kept" in line for line in campaigns.errors)
     assert records_of(campaign(str(journal))) == uninterrupted
     assert journal.read_bytes().startswith(content)

@@ -171,7 +171,7 @@ class TestMargin:
             assert records_of(resumed) == records_of(afresh)
             loaded = fp.Assessment.load(journal)
             assert loaded.records == resumed.records
-            assert loaded.header["plan"]["margin"] == margin
+            assert loaded.header.plan.margin == margin
 
     @pytest.mark.parametrize("margin", [0, 1, -0.1])
     def test_margins_out_of_range(self, mlp, blobs, margin):

@@ -54,7 +54,7 @@ def test_an_output_that_is_kept_on_the_model():
     found = fp.assess(model, **setup)
     assert table(found) == table(fp.assess(model, **setup, cache_bytes=0, audit=0))
     assert not hasattr(model, "aux")
-    assert found.header["audit"]["on"] == "the model itself"
+    assert found.header.audit.on == "the model itself"
 
 
 def test_which_functions_refer_to_tensors():

@@ -51,9 +51,9 @@ def test_lstm_that_returns_its_state_too():
     by_index = assessed(model, x, output=0)
     by_function = assessed(model, x, output=lambda raw: raw[0])
     assert by_index.trials.drop(columns="seconds").equals(by_function.trials.drop(columns="seconds"))
-    stored = assessed(model, x, output=0, format=fp.Affine(bits=4)).header["stored"]
-    assert {entry["name"] for entry in stored} == {name for name, _ in model.named_parameters()}
-    quantised = {entry["name"] for entry in stored if entry["format"] == repr(fp.Affine(bits=4))}
+    stored = assessed(model, x, output=0, format=fp.Affine(bits=4)).header.stored
+    assert {entry.name for entry in stored} == {name for name, _ in model.named_parameters()}
+    quantised = {entry.name for entry in stored if entry.format == repr(fp.Affine(bits=4))}
     assert quantised == {"head.weight", *(f"lstm.weight_{kind}h_l{layer}" for kind in "ih" for layer in (0, 1))}
 
 
@@ -85,7 +85,7 @@ def test_dictionaries_in_and_out():
     plain = assessed(model, inputs, output="logits")
     wrapped = assessed(model, UserDict(inputs), output="logits")  # as tokenizers give it
     assert plain.trials.drop(columns="seconds").equals(wrapped.trials.drop(columns="seconds"))
-    assert plain.header["fingerprint"] == wrapped.header["fingerprint"]
+    assert plain.header.fingerprint == wrapped.header.fingerprint
 
 
 def test_several_inputs():
@@ -123,7 +123,7 @@ def test_batch_norm_buffers_on_request():
     without = assessed(model, x)
     result = assessed(model, x, where=fp.Parameters(buffers=True))
     assert result.bits - without.bits == 2 * 4 * 32
-    assert {s["name"] for s in result.header["stored"] if s["kind"] == "buffer"} == {"1.running_mean", "1.running_var"}
+    assert {s.name for s in result.header.stored if s.kind == "buffer"} == {"1.running_mean", "1.running_var"}
     only = assessed(model, x, where=fp.Parameters(kinds="buffer", buffers=True), faults=fp.BitPosition(30))
     assert only.summary["masked"].item() < 1
 

@@ -241,7 +241,7 @@ def test_assess_hits_neurons(run, tmp_path):
     code, _, err = run(*net, "--include", "conv*", "--faults", "RandomBits(1)", "--trials", "3", "--out", "hit")
     assert (code, err) == (0, "")
     found = fp.Assessment.load(tmp_path / "hit" / "journal.jsonl")
-    assert all(entry["name"].startswith("conv") for entry in found.header["stored"])
+    assert all(entry.name.startswith("conv") for entry in found.header.stored)
     assert "neurons = true" in (tmp_path / "hit" / "campaign.toml").read_text()
     before = (tmp_path / "hit" / "journal.jsonl").read_bytes()
     assert run("assess", "--config", "hit/campaign.toml")[0] == 0

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -170,7 +171,7 @@ class TestDamage:
         lines[number - 1] = damage + b"\n"
         journal.write_bytes(b"".join(lines))
         for use in (lambda: fp.assess(mlp, **setup), lambda: fp.Assessment.load(journal)):
-            with pytest.raises(JournalError, match=rf"journal.jsonl, line {number}: not a trial record"):
+            with pytest.raises(JournalError, match=rf"journal.jsonl, line {number}: not a record of a campaign"):
                 use()
         assert journal.read_bytes() == b"".join(lines)
 
@@ -231,12 +232,66 @@ class TestUnwritable:
             fp.assess(mlp, **{**setup, "journal": journal})
 
 
+@dataclass(frozen=True)
+class Sum:
+    """The smallest work there is."""
+
+    key: tuple[int]
+    value: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"key": list(self.key), "value": self.value}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Sum:
+        return cls(tuple(record["key"]), record["value"])
+
+
+@dataclass(frozen=True)
+class About:
+    what: str
+    plan: str = ""
+
+    @property
+    def identity(self) -> tuple[dict[str, Any], ...]:
+        return ({"what": self.what},)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"what": self.what, "plan": self.plan}
+
+    @classmethod
+    def from_json(cls, header: dict[str, Any]) -> About:
+        return cls(str(header["what"]), str(header["plan"]))
+
+
 def test_two_writers_in_one_process(mlp, setup, journal):
-    header = {"fingerprint": {}, "golden": {}, "plan": {}}
-    with Journal(journal).writing(header), pytest.raises(JournalLocked, match="being written by another process"):
+    with (
+        Journal(journal, About, Sum).writing(About("sums")),
+        pytest.raises(JournalLocked, match="being written by another process"),
+    ):
         fp.assess(mlp, **setup)
     journal.unlink()
     assert len(fp.assess(mlp, **setup).records) == 6  # the lock was given back
+
+
+def test_any_work_has_a_journal_and_none_is_taken_for_another(mlp, setup, journal):
+    sums = Journal(journal, About, Sum, kind="sum")
+    with sums.writing(About("small numbers")) as known:
+        assert known == []
+        sums.append(Sum((1,), 7))
+    with sums.writing(About("small numbers", plan="more")) as known:
+        assert known == [Sum((1,), 7)]
+    assert sums.read() == (About("small numbers", "more"), [Sum((1,), 7)])
+    kept = journal.read_bytes()
+    with (
+        pytest.raises(JournalMismatch, match=r"what: 'small numbers' → 'large ones'"),
+        sums.writing(About("large ones")),
+    ):
+        pass
+    for use in (lambda: fp.assess(mlp, **setup), lambda: fp.Assessment.load(journal)):
+        with pytest.raises(JournalError, match="is the journal of a sum, expected that of a campaign"):
+            use()
+    assert journal.read_bytes() == kept
 
 
 def test_nothing_is_written_before_everything_is_checked(mlp, setup, journal):

@@ -11,7 +11,7 @@ from matplotlib.ticker import PercentFormatter
 import flipproof as fp
 from flipproof.errors import ConfigError
 from flipproof.reports.figures import bit_figure, metric_figure, outcome_figure, save
-from flipproof.running.outcomes import OUTCOMES
+from flipproof.running.scales import OUTCOMES
 
 
 @pytest.fixture

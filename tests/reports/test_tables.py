@@ -13,7 +13,7 @@ import flipproof as fp
 from flipproof.campaigns.statistics import mean_interval
 from flipproof.errors import ConfigError
 from flipproof.reports.tables import findings, gain_text, number, percent, ranges, summary_table
-from flipproof.running.metrics import Scale
+from flipproof.running.scales import Scale
 
 
 @pytest.fixture

@@ -56,8 +56,8 @@ def test_tables_say_what_the_journals_say(results):
         point = journal.summary[journal.summary["ber"] == row.ber].iloc[0]
         assert row.auroc_drop == pytest.approx(point["auroc_drop"])
         assert row.critical_total == pytest.approx(point["critical_total"])
-        assert ("Clipped" in str(journal.header["stored"])) == ("WBC" in row.method)
-        assert not any("bias" in stored["name"] for stored in journal.header["stored"])
+        assert ("Clipped" in str(journal.header.stored)) == ("WBC" in row.method)
+        assert not any("bias" in stored.name for stored in journal.header.stored)
 
 
 def test_avc_leaves_no_due_and_everything_is_written(results):

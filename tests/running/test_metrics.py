@@ -13,8 +13,9 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 import flipproof as fp
 from flipproof.errors import MetricError
-from flipproof.running.metrics import METRIC_NAMES, Scale, resolve
+from flipproof.running.metrics import resolve
 from flipproof.running.outcomes import Decision
+from flipproof.running.scales import METRIC_NAMES, Scale
 
 NAN, INF = float("nan"), float("inf")
 

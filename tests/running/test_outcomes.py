@@ -12,8 +12,10 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 
 import flipproof as fp
+from flipproof.campaigns.plan import Reading
 from flipproof.errors import ConfigError, DataError
-from flipproof.running.outcomes import OUTCOMES, Decision, Outcome, classify
+from flipproof.running.outcomes import Decision, classify
+from flipproof.running.scales import OUTCOMES, Outcome
 
 NAN, INF = float("nan"), float("inf")
 LOGITS = Decision("logits", 3, None)
@@ -167,18 +169,18 @@ def test_single_logits_in_the_unit_interval_are_not_silently_read_as_probabiliti
     with pytest.warns(fp.FlipproofWarning, match=r"\[0\.29, 0\.31\] and could be probabilities or logits.*decision="):
         found = fp.assess(net, data=lowly(), **SETUP)
     assert found.golden["accuracy"] == 1.0, "what a linear layer gives is rather a logit"
-    assert found.header["decision"] == {"outputs": "logits", "threshold": 0.0, "assumed": True}
+    assert found.header.decision == Reading("logits", 0.0, True)
     for choice, accuracy, threshold in (("logits", 1.0, 0.0), ("probabilities", 0.0, 0.5), (0.295, 0.75, 0.295)):
         found = fp.assess(net, data=lowly(), decision=choice, **SETUP)  # says nothing: warnings are errors
         assert found.golden["accuracy"] == pytest.approx(accuracy)
-        assert found.header["decision"]["threshold"] == threshold
-        assert not found.header["decision"]["assumed"]
+        assert found.header.decision.threshold == threshold
+        assert not found.header.decision.assumed
 
 
 @pytest.mark.parametrize("last", [nn.Sigmoid(), nn.Sequential(nn.Sigmoid(), nn.Flatten(0)), nn.Hardsigmoid()])
 def test_what_a_sigmoid_gave_is_a_probability_without_a_word(last):
     found = fp.assess(Scores(0.5, 3.0, last), data=lowly(), **SETUP)
-    assert found.header["decision"] == {"outputs": "probabilities", "threshold": 0.5, "assumed": False}
+    assert found.header.decision == Reading("probabilities", 0.5, False)
     assert found.golden["accuracy"] == 1.0
 
 
@@ -189,7 +191,7 @@ def test_what_nobody_can_tell_is_warned_about_too():
 
     with pytest.warns(fp.FlipproofWarning, match="they are read as probabilities, class 1 above 0.5"):
         found = fp.assess(nn.Sequential(Scores(1.0, 0.0), Half()), data=lowly(), **SETUP)
-    assert found.header["decision"]["assumed"]
+    assert found.header.decision.assumed
 
 
 def test_rows_that_sum_to_one_are_warned_about_unless_it_is_known_what_made_them():
@@ -211,16 +213,16 @@ def test_rows_that_sum_to_one_are_warned_about_unless_it_is_known_what_made_them
         def forward(self, x):
             return self.fc(x)
 
-    assert fp.assess(Shares(), data=lowly(), **SETUP).header["decision"]["outputs"] == "logits"
+    assert fp.assess(Shares(), data=lowly(), **SETUP).header.decision.outputs == "logits"
 
     net = Two(0.4, 0.5)
     with pytest.warns(fp.FlipproofWarning, match="could be probabilities or logits"):
         fp.assess(net, data=lowly(), **SETUP)
     said = fp.assess(net, data=lowly(), decision="logits", metrics=("accuracy",), **SETUP)
-    assert said.header["decision"] == {"outputs": "logits", "threshold": None, "assumed": False}
+    assert said.header.decision == Reading("logits", None, False)
     assert fp.assess(Two(0.4, 0.5), data=lowly(), decision="argmax", **SETUP).golden == said.golden
     soft = nn.Sequential(Two(3.0, 0.1), nn.Softmax(dim=1))
-    assert fp.assess(soft, data=lowly(), **SETUP).header["decision"]["outputs"] == "probabilities"
+    assert fp.assess(soft, data=lowly(), **SETUP).header.decision.outputs == "probabilities"
 
 
 @pytest.mark.parametrize(

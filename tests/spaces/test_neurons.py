@@ -11,7 +11,8 @@ import flipproof as fp
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.running.data import read_batches
 from flipproof.running.neurons import neuron_space
-from flipproof.running.outcomes import OUTCOMES, Decision, classify
+from flipproof.running.outcomes import Decision, classify
+from flipproof.running.scales import OUTCOMES
 
 Data = list[tuple[Tensor, Tensor]]
 

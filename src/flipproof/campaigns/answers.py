@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flipproof.errors import JournalError
-from flipproof.running.outcomes import OUTCOMES
+from flipproof.running.scales import OUTCOMES
 
 Bytes = NDArray[np.uint8]
 Signs = NDArray[np.int8]
@@ -46,7 +46,7 @@ def decode_answers(text: str, golden: NDArray[np.bool_]) -> Bytes:
 
     Args:
         text: `Trial.answers`.
-        golden: which samples are correct without faults, (N,): `decode_golden(header["golden_answers"], N)`.
+        golden: which samples are correct without faults, (N,): `decode_golden(header.golden_answers, N)`.
 
     Raises:
         JournalError: if the text holds another number of samples.

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from datetime import UTC, datetime
 from hashlib import blake2b
 from math import isfinite
 from re import sub
-from typing import Any
 
 import torch
 from torch import nn
@@ -25,11 +24,11 @@ from flipproof.campaigns.audit import Audit, audit_of
 from flipproof.campaigns.fingerprint import attributes_digest, code_digest, digest_of
 from flipproof.campaigns.golden import golden_interval
 from flipproof.campaigns.neuron_trial import NeuronTrialRunner
+from flipproof.campaigns.plan import AuditPlan, FaultPoint, Fingerprint, Header, Plan, Reading, StoredSite
 from flipproof.campaigns.record import Trial
 from flipproof.campaigns.trial import TrialRunner, versions
-from flipproof.engine.executors import Executor, Job, executor
-from flipproof.engine.journal import Journal
-from flipproof.engine.progress import Step, progress_bar
+from flipproof.engine.jobs import crew
+from flipproof.engine.journal import Journal, Key, written
 from flipproof.errors import AuditError, ConfigError, DataError, FaultModelError, FlipproofWarning
 from flipproof.faults.base import FaultModel
 from flipproof.running.data import Data, Output, call, check_labels, pick, read_batches, tensor_bytes
@@ -191,9 +190,9 @@ def assess(
             runner = make(model, space, points, batches, output, chosen, golden, rule, seed, target, state, randomness)
             runner.audit = _audit_on_copies(runner, auditing)
             found = {metric.name: metric.measure(golden, batches.targets, rule) for metric in chosen}
-            header = _header(runner, space, faults, found, where or Parameters(), trials, margin, confidence)
-            file = Journal(journal) if journal is not None else None
-            with _writing(file, header) as done:
+            header = _header(runner, space, faults, found, where or Parameters(), Plan(trials, margin, confidence))
+            file = Journal(journal, Header, Trial) if journal is not None else None
+            with written(file, header) as done:
                 off = file.switched_off if file is not None else frozenset()
                 records = {(r.point, r.trial): r for r in planned(done, trials)}
                 if "versions" in off:
@@ -205,6 +204,9 @@ def assess(
                     with _noting(file):
                         runner.ask_without_faults(*max(records))
     return Assessment(header, answer(list(records.values()), header))
+
+
+CampaignJournal = Journal[Header, Trial]
 
 
 class as_it_came:
@@ -245,12 +247,8 @@ def _audit_on_copies(runner: TrialRunner, audit: Audit | None) -> Audit | None:
     return replace(audit, pristine=None, reason=reason)
 
 
-def _writing(journal: Journal | None, header: dict[str, Any]) -> AbstractContextManager[list[Trial]]:
-    return nullcontext([]) if journal is None else journal.writing(header)
-
-
 @contextmanager
-def _noting(journal: Journal | None) -> Iterator[None]:
+def _noting(journal: CampaignJournal | None) -> Iterator[None]:
     """A failed audit is written down before it ends the campaign."""
     try:
         yield
@@ -262,36 +260,45 @@ def _noting(journal: Journal | None) -> Iterator[None]:
 
 def _fill(
     runner: TrialRunner,
-    records: dict[Job, Trial],
-    journal: Journal | None,
-    header: dict[str, Any],
+    records: dict[tuple[int, int], Trial],
+    journal: CampaignJournal | None,
+    header: Header,
     workers: int,
     progress: bool | None,
 ) -> None:
     """Run whatever the records still lack."""
-    trials, margin = header["plan"]["trials"], header["plan"]["margin"]
-    ceilings = [1 if runner.repeats(point) else trials for point in runner.points]
-    labels = [" ".join(f"{k} {v:g}" for k, v in point.coordinates().items()) for point in runner.points]
+    plan = header.plan
+    ceilings = [1 if point.repeats else plan.trials for point in header.points]
 
-    def run(jobs: Iterator[Job], executor: Executor, step: Step) -> None:
-        with _noting(journal):
-            for trial in executor.run(jobs):
-                if journal:
-                    journal.append(trial)
+    def label(key: Key) -> str:
+        return " ".join(f"{name} {value:g}" for name, value in header.points[int(key[0])].coordinates.items())
+
+    def missing(keys: Iterable[tuple[int, int]]) -> list[Key]:
+        return [key for key in keys if key not in records]
+
+    with (
+        _noting(journal),
+        crew(
+            runner,
+            workers=workers,
+            journal=journal,
+            total=sum(ceilings),
+            done=len(records),
+            progress=progress,
+            label=label,
+        ) as hands,
+    ):
+        if plan.margin is None:
+            for trial in hands.run(missing((p, t) for p, ceiling in enumerate(ceilings) for t in range(ceiling))):
                 records[trial.point, trial.trial] = trial
-                step(labels[trial.point])
-
-    with executor(runner, workers) as pool, progress_bar(sum(ceilings), len(records), show=progress) as step:
-        if margin is None:
-            everything = ((p, t) for p, ceiling in enumerate(ceilings) for t in range(ceiling))
-            run((job for job in everything if job not in records), pool, step)
             return
         for p, ceiling in enumerate(ceilings):
             for wave in range(0, ceiling, CHECK_EVERY):
                 upto = min(wave + CHECK_EVERY, ceiling)
-                run((job for job in [(p, t) for t in range(wave, upto)] if job not in records), pool, step)
+                for trial in hands.run(missing((p, t) for t in range(wave, upto))):
+                    records[trial.point, trial.trial] = trial
                 if upto < ceiling and narrow([records[p, t] for t in range(upto)], header):
-                    step(labels[p], ceiling - upto)
+                    hands.skip((p, upto), ceiling - upto)
                     break
 
 
@@ -329,73 +336,60 @@ def _header(
     faults: FaultModel,
     golden: dict[str, float],
     where: Parameters | Neurons,
-    trials: int,
-    margin: float | None,
-    confidence: float,
-) -> dict[str, Any]:
+    plan: Plan,
+) -> Header:
     """The journal's first line: what is assessed, and what it does without faults."""
     for name, value in golden.items():
         if not isfinite(value):
             raise DataError(f"the metric {name} is {value} on the golden run; a drop from that would mean nothing")
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "fingerprint": {
-            "model": f"{type(runner.model).__module__}.{type(runner.model).__qualname__}",
-            "structure": _hash(sub(" at 0x[0-9a-f]+", "", repr(runner.model)).encode()),  # addresses differ every run
-            "weights": _weights_digest(runner.model, space),
-            "data": runner.batches.digest(),
-            "samples": runner.batches.samples,
-            "faults": repr(faults),
-            "where": repr(where),
-            "format": _hash(repr([(s.name, s.shape, repr(s.format)) for s in space.sites]).encode()),
-            "bits": space.bits,
-            "metrics": [metric.name for metric in runner.metrics],
-            "metrics_code": digest_of([metric.function for metric in runner.metrics]),
-            "seed": runner.seed,
-            "device": runner.device.type,
-            "output": _name_of(runner.output),
-            "output_code": digest_of(runner.output),
-            "attributes": attributes_digest(runner.model),
-            "code": code_digest(runner.model),
-            "golden_outputs": _hash(tensor_bytes(runner.golden)),
-            "decision": runner.decision.describe(),
-        },
-        "golden": golden,
-        "golden_answers": encode_golden(runner.decision.classes_of(runner.golden) == runner.batches.targets),
-        "golden_intervals": {
-            metric.name: golden_interval(metric, runner.golden, runner.batches.targets, runner.decision, confidence)
+    rule, targets = runner.decision, runner.batches.targets
+    return Header(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        fingerprint=Fingerprint(
+            model=f"{type(runner.model).__module__}.{type(runner.model).__qualname__}",
+            structure=_hash(sub(" at 0x[0-9a-f]+", "", repr(runner.model)).encode()),  # addresses differ every run
+            weights=_weights_digest(runner.model, space),
+            data=runner.batches.digest(),
+            samples=runner.batches.samples,
+            faults=repr(faults),
+            where=repr(where),
+            format=_hash(repr([(s.name, s.shape, repr(s.format)) for s in space.sites]).encode()),
+            bits=space.bits,
+            metrics=tuple(metric.name for metric in runner.metrics),
+            metrics_code=digest_of([metric.function for metric in runner.metrics]),
+            seed=runner.seed,
+            device=runner.device.type,
+            output=_name_of(runner.output),
+            output_code=digest_of(runner.output),
+            attributes=attributes_digest(runner.model),
+            code=code_digest(runner.model),
+            golden_outputs=_hash(tensor_bytes(runner.golden)),
+            decision=rule.describe(),
+        ),
+        golden=golden,
+        golden_answers=encode_golden(rule.classes_of(runner.golden) == targets),
+        golden_intervals={
+            metric.name: golden_interval(metric, runner.golden, targets, rule, plan.confidence)
             for metric in runner.metrics
         },
-        "metrics": {metric.name: metric.scale.to_json() for metric in runner.metrics},
-        "decision": {
-            "outputs": runner.decision.outputs,
-            "threshold": runner.decision.threshold,
-            "assumed": runner.decision.assumed,
-        },
-        "points": [
-            {"faults": repr(p), "coordinates": p.coordinates(), "repeats": runner.repeats(p)} for p in runner.points
-        ],
-        "stored": [
-            {"name": s.name, "kind": s.kind, "values": s.values, "format": repr(s.format), "bits": s.bits}
-            for s in space.sites
-        ],
-        "left_out": space.left_out,
-        "audit": _audit_of_header(runner.audit),
-        "left_out_bits": space.left_out_bits,
-        "coverage": space.coverage,
-        "plan": {"trials": trials, "margin": margin, "confidence": confidence},
-        "versions": versions(),
-    }
+        metrics={metric.name: metric.scale for metric in runner.metrics},
+        decision=Reading(rule.outputs, rule.threshold, rule.assumed),
+        points=tuple(FaultPoint(repr(p), p.coordinates(), runner.repeats(p)) for p in runner.points),
+        stored=tuple(StoredSite(s.name, s.kind, s.values, repr(s.format), s.bits) for s in space.sites),
+        left_out=space.left_out,
+        left_out_bits=space.left_out_bits,
+        coverage=space.coverage,
+        audit=_audit_plan(runner.audit),
+        plan=plan,
+        versions=versions(),
+    )
 
 
-def _audit_of_header(audit: Audit | None) -> dict[str, Any]:
+def _audit_plan(audit: Audit | None) -> AuditPlan:
     if audit is None:
-        return {"share": 0.0, "on": "nothing", "reason": "audit=0"}
-    return {
-        "share": audit.share,
-        "on": "the model itself" if audit.pristine is None else "a fresh copy",
-        "reason": audit.reason,
-    }
+        return AuditPlan()
+    on = "the model itself" if audit.pristine is None else "a fresh copy"
+    return AuditPlan(audit.share, on, audit.reason)
 
 
 def _weights_digest(model: nn.Module, space: FaultSpace | NeuronSpace) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 
 from flipproof.campaigns.estimates import Point, scale_in
+from flipproof.campaigns.plan import Header
 from flipproof.campaigns.record import Trial
 from flipproof.campaigns.statistics import all_within, wilson_interval
 from flipproof.engine.journal import Journal
 from flipproof.errors import ConfigError
-from flipproof.running.metrics import Scale
-from flipproof.running.outcomes import OUTCOMES
+from flipproof.running.scales import OUTCOMES, Scale
 
 CHECK_EVERY = 20
 """With `margin`, intervals are looked at after every 20th trial of a point, whatever the number of workers."""
@@ -41,7 +41,7 @@ class Assessment:
         (4, [3.0])
     """
 
-    header: Mapping[str, Any]
+    header: Header
     records: Sequence[Trial] = field(repr=False)
 
     @classmethod
@@ -51,33 +51,33 @@ class Assessment:
         Raises:
             JournalError: if it is not one.
         """
-        header, trials = Journal(path).read()
+        header, trials = Journal(path, Header, Trial).read()
         return cls(header, answer(trials, header))
 
     @property
     def golden(self) -> dict[str, float]:
         """Each metric of the fault-free run."""
-        return dict(self.header["golden"])
+        return dict(self.header.golden)
 
     @property
     def metrics(self) -> list[str]:
         """Names of the metrics."""
-        return list(self.header["golden"])
+        return list(self.header.golden)
 
     @property
     def bits(self) -> int:
         """Stored bits that could be hit."""
-        return int(self.header["fingerprint"]["bits"])
+        return self.header.fingerprint.bits
 
     @property
     def coverage(self) -> float:
         """Bits that could be hit ÷ all stored bits of the model, see `FaultSpace`; NaN in a journal that lacks it."""
-        return float(self.header.get("coverage", float("nan")))
+        return self.header.coverage
 
     @property
     def left_out(self) -> dict[str, str]:
         """What was outside the fault space, and why."""
-        return dict(self.header["left_out"])
+        return dict(self.header.left_out)
 
     @cached_property
     def trials(self) -> pd.DataFrame:
@@ -101,10 +101,10 @@ class Assessment:
         trial. Points that draw nothing at random have intervals over trials of no width.
         """
         rows = []
-        for index, point in enumerate(self.header["points"]):
+        for index, point in enumerate(self.header.points):
             if (found := self.point(index)) is None:
                 continue
-            row: dict[str, Any] = {"point": index, **point["coordinates"]}
+            row: dict[str, Any] = {"point": index, **point.coordinates}
             for name in self.metrics:
                 estimate = found.estimate(name)
                 row |= estimate.columns(name) | {f"{name}_tail": estimate.tail}
@@ -139,10 +139,10 @@ class Assessment:
         if name not in self.metrics:
             raise ConfigError(f"the campaign has no metric {name!r}; it has {self.metrics}")
         if self.scale(name).per_sample:
-            samples = int(self.header["fingerprint"]["samples"])
+            samples = self.header.fingerprint.samples
             right = round(self.golden[name] * samples)
-            return wilson_interval(right, samples, confidence=float(self.header["plan"]["confidence"]))
-        low, high = self.header.get("golden_intervals", {}).get(name) or (float("nan"), float("nan"))
+            return wilson_interval(right, samples, confidence=self.header.plan.confidence)
+        low, high = self.header.golden_intervals.get(name) or (float("nan"), float("nan"))
         return float(low), float(high)
 
     def to_csv(self, path: str | os.PathLike[str], *, table: str = "trials") -> Path:
@@ -171,7 +171,7 @@ class Assessment:
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value:.4f}" for name, value in self.golden.items())
-        points = len(self.header["points"])
+        points = len(self.header.points)
         return f"<Assessment: {len(self.records)} trials at {points} points, {self.bits:,} bits, golden {shown}>"
 
 
@@ -181,16 +181,16 @@ def planned(trials: Sequence[Trial], ceiling: int) -> list[Trial]:
     return [kept[key] for key in sorted(kept)]
 
 
-def answer(trials: Sequence[Trial], header: Mapping[str, Any]) -> list[Trial]:
+def answer(trials: Sequence[Trial], header: Header) -> list[Trial]:
     """The trials that a campaign of this plan rests on: below the ceiling and, with a margin, up to where it stops.
 
     A journal may hold more: trials that were run for a higher ceiling or a narrower margin.
     """
     kept: list[Trial] = []
-    plan = header["plan"]
-    for _, group in groupby(planned(trials, plan["trials"]), key=lambda trial: trial.point):
+    plan = header.plan
+    for _, group in groupby(planned(trials, plan.trials), key=lambda trial: trial.point):
         records = list(group)
-        for upto in range(CHECK_EVERY, len(records), CHECK_EVERY) if plan["margin"] is not None else ():
+        for upto in range(CHECK_EVERY, len(records), CHECK_EVERY) if plan.margin is not None else ():
             gapless = records[upto - 1].trial == upto - 1
             if gapless and narrow(records[:upto], header):
                 records = records[:upto]
@@ -199,17 +199,18 @@ def answer(trials: Sequence[Trial], header: Mapping[str, Any]) -> list[Trial]:
     return kept
 
 
-def narrow(records: Sequence[Trial], header: Mapping[str, Any]) -> bool:
+def narrow(records: Sequence[Trial], header: Header) -> bool:
     """True if every metric of a point is known to the plan's margin: its interval over trials, and its tail.
 
     A few trials without a fatal one agree closely, and say nothing about fatal ones: the tail must be within the margin
     as well, for metrics whose worst value is known. That takes about 3.7 / margin trials at 95 %.
     """
-    point, margin = Point(header, records), float(header["plan"]["margin"])
-    intervals = [point.over_trials(name)[1:] for name in header["golden"]]
+    point, margin = Point(header, records), header.plan.margin
+    assert margin is not None  # who asks has one
+    intervals = [point.over_trials(name)[1:] for name in header.golden]
     if not all_within(intervals, margin):
         return False
-    estimates = [point.estimate(name) for name in header["golden"]]
+    estimates = [point.estimate(name) for name in header.golden]
     return not any(abs(found.mean - found.tail) > margin for found in estimates)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from flipproof.campaigns.answers import (
     decode_golden,
     holds,
 )
+from flipproof.campaigns.plan import Header
 from flipproof.campaigns.record import Trial
 from flipproof.campaigns.statistics import (
     Interval,
@@ -28,7 +29,7 @@ from flipproof.campaigns.statistics import (
     two_way_interval,
 )
 from flipproof.campaigns.strata import stratified_rate
-from flipproof.running.metrics import Scale, scale_of
+from flipproof.running.scales import Scale, scale_of
 
 UNKNOWN: Interval = (float("nan"), float("nan"))
 
@@ -58,10 +59,10 @@ class Estimate:
         return row | {f"{name}_both_low": self.both[0], f"{name}_both_high": self.both[1]}
 
 
-def scale_in(header: Mapping[str, Any], name: str) -> Scale:
+def scale_in(header: Header, name: str) -> Scale:
     """What a column means, as its campaign recorded it."""
-    recorded = header.get("metrics", {}).get(name)
-    return scale_of(name) if recorded is None else Scale.from_json(recorded)
+    recorded = header.metrics.get(name)
+    return scale_of(name) if recorded is None else recorded
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,13 @@ class Point:
         records: of this point, ordered by trial; at least one.
     """
 
-    header: Mapping[str, Any]
+    header: Header
     records: Sequence[Trial]
 
     @property
     def exact(self) -> bool:
         """Nothing is drawn at random: one trial says everything about these samples."""
-        return bool(self.header["points"][self.records[0].point]["repeats"])
+        return bool(self.header.points[self.records[0].point].repeats)
 
     @property
     def fault_free(self) -> bool:
@@ -89,17 +90,17 @@ class Point:
     @property
     def confidence(self) -> float:
         """Of all intervals."""
-        return float(self.header["plan"]["confidence"])
+        return float(self.header.plan.confidence)
 
     @property
     def level(self) -> float:
         """At which intervals over trials are taken, see `level_at_looks`."""
-        return level_at_looks(self.confidence, self.header["plan"]["margin"])
+        return level_at_looks(self.confidence, self.header.plan.margin)
 
     @cached_property
     def golden(self) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
         """Which samples are correct without faults; None if the journal does not say."""
-        text = self.header.get("golden_answers")
+        text = self.header.golden_answers
         return None if text is None else decode_golden(text, self.records[0].samples)
 
     @cached_property
@@ -114,10 +115,10 @@ class Point:
         """In a neuron campaign, the probability with which a trial draws each layer; else None."""
         if any(record.layer is None for record in self.records):
             return None
-        bit = self.header["points"][self.records[0].point]["coordinates"].get("bit")
+        bit = self.header.points[self.records[0].point].coordinates.get("bit")
         sizes = {
-            site["name"]: site["bits"] if bit is None else site["values"] if bit * site["values"] < site["bits"] else 0
-            for site in self.header["stored"]
+            site.name: site.bits if bit is None else site.values if bit * site.values < site.bits else 0
+            for site in self.header.stored
         }
         total = sum(sizes.values())
         return {name: size / total for name, size in sizes.items()}
@@ -170,7 +171,7 @@ class Point:
 
     def drop(self, name: str) -> Estimate:
         """The fault-free value less the mean."""
-        golden = float(self.header["golden"][name])
+        golden = float(self.header.golden[name])
         mean, low, high = self.over_trials(name)
         trials, known = (golden - high, golden - low), self.codes is not None and self.golden is not None
         if self.fault_free:
@@ -252,8 +253,7 @@ def gain(ours: Point, theirs: Point | None, name: str) -> Gain:
 
 def identical(ours: Point, theirs: Point) -> bool:
     """The same campaign, point and records: whatever trials were added, both would show the same."""
-    same = all(ours.header[part] == theirs.header[part] for part in ("fingerprint", "golden"))
-    if not same or ours.records[0].coordinates != theirs.records[0].coordinates:
+    if ours.header.identity != theirs.header.identity or ours.records[0].coordinates != theirs.records[0].coordinates:
         return False
     others = {record.trial: record for record in theirs.records}
     both = [(record, others[record.trial]) for record in ours.records if record.trial in others]

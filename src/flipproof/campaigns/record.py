@@ -46,6 +46,11 @@ class Trial:
     layer: str | None = None
     audited: bool = False
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """Which job of the campaign it was."""
+        return self.point, self.trial
+
     def to_json(self) -> dict[str, Any]:
         """As a JSON object, which has no word for such numbers: NaN is null, infinities are "inf" and "-inf"."""
         record = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 
 from flipproof.campaigns.answers import encode_answers
 from flipproof.campaigns.record import Trial
+from flipproof.engine.journal import Key
 from flipproof.errors import AuditError
 from flipproof.faults.base import FaultModel
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.running.data import Batches, Output, call
 from flipproof.running.evaluation import Answers, FaultyRunError, answer, eval_mode, one_thread, run_faulty
 from flipproof.running.metrics import Metric
-from flipproof.running.outcomes import OUTCOMES, Decision, classify
+from flipproof.running.outcomes import Decision, classify
 from flipproof.running.resume import Suffixes
+from flipproof.running.scales import OUTCOMES
 from flipproof.running.snapshots import RandomState, Snapshot
 from flipproof.running.values import same
 from flipproof.spaces.contract import Faults
@@ -229,8 +231,25 @@ class TrialRunner:
         """What was recorded of this model's objects means nothing in another process."""
         return {name: value for name, value in self.__dict__.items() if name != "state"}
 
+    @property
+    def serial_only(self) -> str:
+        """Why trials cannot be given to worker processes."""
+        if self.device.type == "cpu":
+            return ""
+        return f"workers need the CPU; on {self.device} one process already fills the device"
+
+    def describe(self, key: Key) -> str:
+        """A trial in words."""
+        return f"point {key[0]}, trial {key[1]}"
+
+    def recover(self) -> None:
+        """Give memory back to a device that ran out of it."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def wake(self) -> None:
-        """In another process: record the state of the copy that arrived there."""
+        """In another process: one thread, and the state of the copy that arrived there."""
+        torch.set_num_threads(1)
         if "state" not in vars(self):
             self.state = Snapshot(self.model)
 

@@ -14,7 +14,7 @@ from flipproof.config import CampaignConfig, read_toml
 from flipproof.errors import ConfigError
 from flipproof.reports.figures import metric_figure, outcome_figure, save
 from flipproof.reports.tables import findings, summary_table
-from flipproof.running.metrics import METRIC_NAMES
+from flipproof.running.scales import METRIC_NAMES
 
 
 def assess(
@@ -129,7 +129,7 @@ def assess(
     result = campaign.run()
     results = Path(campaign.out)
     _print(result)
-    if len(result.header["points"]) > 1:
+    if len(result.header.points) > 1:
         save(metric_figure({campaign.model: result}), results / "metric.png")
         save(outcome_figure(result), results / "outcomes.png")
     written = f"Written to {results}/: journal.jsonl, trials.csv, summary.csv, campaign.toml"
@@ -168,13 +168,13 @@ def _pattern_of(text: str) -> tuple[str | None, str]:
 
 def _print(result: Assessment) -> None:
     header = result.header
-    stored = header["stored"]
-    formats = ", ".join(sorted({site["format"] for site in stored}))
+    stored = header.stored
+    formats = ", ".join(sorted({site.format for site in stored}))
     out.print(
         f"{len(stored)} tensors stored as {formats}: {result.bits:,} bits can be hit", markup=False, highlight=False
     )
-    if header["left_out"]:
-        left_out = header["left_out"]
+    if header.left_out:
+        left_out = header.left_out
         shown = ", ".join(list(left_out)[:6]) + (" …" if len(left_out) > 6 else "")
         out.print(f"{len(left_out)} tensors outside the fault space: {shown}", markup=False, highlight=False)
     out.print(summary_table(result))

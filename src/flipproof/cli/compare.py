@@ -13,7 +13,7 @@ from flipproof.errors import ConfigError
 from flipproof.reports.figures import metric_figure, save
 from flipproof.reports.tables import compare as compare_assessments
 from flipproof.reports.tables import gain_text, number, summary_table
-from flipproof.running.metrics import Scale
+from flipproof.running.scales import Scale
 
 
 def compare(

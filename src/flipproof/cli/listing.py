@@ -6,7 +6,7 @@ import flipproof.datasets
 import flipproof.models
 from flipproof import specs
 from flipproof.cli.console import out
-from flipproof.running.metrics import METRIC_NAMES
+from flipproof.running.scales import METRIC_NAMES
 
 
 def list_names() -> None:

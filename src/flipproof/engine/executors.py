@@ -1,4 +1,4 @@
-"""Where trials run: in this process, or in worker processes with one torch thread each."""
+"""Where jobs run: in this process, or in worker processes with one thread each."""
 
 from __future__ import annotations
 
@@ -14,68 +14,85 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
-from typing import Protocol
-
-import torch
+from typing import Any, Generic, Protocol, TypeVar
 
 from flipproof._interrupts import check
-from flipproof.campaigns.record import Trial
-from flipproof.campaigns.trial import TrialRunner
+from flipproof.engine.journal import Key
 from flipproof.errors import ConfigError, InfrastructureError
 
-Job = tuple[int, int]
-"""(point, trial)."""
+R = TypeVar("R", covariant=True)
+"""What a job leaves."""
+T = TypeVar("T")
+
+
+class Work(Protocol[R]):
+    """What is done job by job. Executors call it; with worker processes each holds a copy."""
+
+    @property
+    def serial_only(self) -> str:
+        """Why it cannot be given to worker processes; "" if it can."""
+
+    def __call__(self, *key: Any) -> R:
+        """Do one job: a function of its key alone."""
+
+    def describe(self, key: Key) -> str:
+        """The job in words, for messages: ``point 0, trial 3``."""
+
+    def wake(self) -> None:
+        """In a worker process, once, before the first job."""
+
+    def recover(self) -> None:
+        """After the machine failed, before the job is tried again: give memory back."""
+
 
 ATTEMPTS = 3
-"""How often a trial is tried when the machine, not the model, fails."""
+"""How often a job is tried when the machine, not the model, fails."""
 
 
 LISTENS_EVERY = 0.2
 """Seconds after which waiting for workers looks whether Ctrl-C was pressed."""
 
 
-class Executor(Protocol):
-    """Runs jobs and yields their trials in whatever order they end."""
+class Executor(Protocol[R]):
+    """Runs jobs and yields what they leave, in whatever order they end."""
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[Trial]:
-        """Each job once; a trial whose machine failed is tried again, and never becomes an outcome."""
+    def run(self, jobs: Iterable[Key]) -> Iterator[R]:
+        """Each job once; a job whose machine failed is tried again, and never becomes a record."""
 
 
-class Serial:
+class Serial(Generic[T]):
     """This process."""
 
-    def __init__(self, runner: TrialRunner) -> None:
-        self._runner = runner
+    def __init__(self, work: Work[T]) -> None:
+        self._work = work
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[Trial]:
+    def run(self, jobs: Iterable[Key]) -> Iterator[T]:
         """One after the other, in order."""
-        for point, trial in jobs:
-            yield _attempt(self._runner, point, trial)
+        for key in jobs:
+            yield _attempt(self._work, key)
 
 
-def _attempt(runner: TrialRunner, point: int, trial: int) -> Trial:
+def _attempt(work: Work[T], key: Key) -> T:
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return runner(point, trial)
+            return work(*key)
         except InfrastructureError as error:
             if attempt == ATTEMPTS:
-                raise InfrastructureError(f"point {point}, trial {trial}, failed {ATTEMPTS} times: {error}") from error
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+                raise InfrastructureError(f"{work.describe(key)}, failed {ATTEMPTS} times: {error}") from error
+            work.recover()
             time.sleep(0.1 * attempt)
     raise AssertionError("unreachable")
 
 
-_adopted: TrialRunner | None = None
+_adopted: Work[Any] | None = None
 
 
-def _adopt(runner: TrialRunner, parent: int) -> None:
+def _adopt(work: Work[Any], parent: int) -> None:
     """Start of a worker: Ctrl-C is the parent's to handle, and a worker does not outlive it."""
     global _adopted
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    runner.wake()
-    _adopted = runner
+    work.wake()
+    _adopted = work
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
 
 
@@ -85,20 +102,20 @@ def _follow(parent: int) -> None:
     os._exit(1)
 
 
-def _work(point: int, trial: int) -> Trial:
+def _do(*key: Any) -> Any:
     assert _adopted is not None
-    return _attempt(_adopted, point, trial)
+    return _attempt(_adopted, key)
 
 
-class Processes:
+class Processes(Generic[T]):
     """Worker processes, each with its own copy of the model.
 
     On Linux they are forked, so model, data and metrics need not be picklable and unchanged memory is shared;
     elsewhere they are spawned. A worker that dies is replaced and what it was doing is done again.
     """
 
-    def __init__(self, runner: TrialRunner, workers: int) -> None:
-        self._runner = runner
+    def __init__(self, work: Work[T], workers: int) -> None:
+        self._work = work
         self._workers = workers
         self._pool = self._start()
 
@@ -106,7 +123,7 @@ class Processes:
         method = "fork" if sys.platform == "linux" else "spawn"
         context = multiprocessing.get_context(method)
         pool = ProcessPoolExecutor(
-            self._workers, mp_context=context, initializer=_adopt, initargs=(self._runner, os.getpid())
+            self._workers, mp_context=context, initializer=_adopt, initargs=(self._work, os.getpid())
         )
         with warnings.catch_warnings():
             # Python 3.12 warns of forking with threads about; the children use one torch thread and no lock of ours
@@ -120,18 +137,18 @@ class Processes:
                 ) from error
         return pool
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[Trial]:
-        """Trials as they end; never more than two a worker are handed out ahead of time."""
+    def run(self, jobs: Iterable[Key]) -> Iterator[T]:
+        """Records as jobs end; never more than two a worker are handed out ahead of time."""
         waiting = iter(jobs)
-        retries: dict[Job, int] = {}
-        pending: dict[Future[Trial], Job] = {}
-        again: list[Job] = []
+        retries: dict[Key, int] = {}
+        pending: dict[Future[T], Key] = {}
+        again: list[Key] = []
         while True:
             room = max(0, 2 * self._workers - len(pending) - len(again))
             handed_out, again = [*again, *islice(waiting, room)], []
             for job in handed_out:
                 try:
-                    pending[self._pool.submit(_work, *job)] = job
+                    pending[self._pool.submit(_do, *job)] = job
                 except BrokenProcessPool:
                     again.append(job)
             if not pending and not again:
@@ -148,37 +165,37 @@ class Processes:
                 pending.clear()
                 self._replace(again, retries)
 
-    def _replace(self, lost: list[Job], retries: dict[Job, int]) -> None:
+    def _replace(self, lost: list[Key], retries: dict[Key, int]) -> None:
         for job in lost:
             retries[job] = retries.get(job, 0) + 1
             if retries[job] >= ATTEMPTS:
                 raise InfrastructureError(
-                    f"a worker process died {ATTEMPTS} times around point {job[0]}, trial {job[1]} (killed, or out of "
-                    f"memory?). Finished trials are kept: run again with fewer workers to resume"
+                    f"a worker process died {ATTEMPTS} times around {self._work.describe(job)} (killed, or out of "
+                    f"memory?). Finished jobs are kept: run again with fewer workers to resume"
                 )
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._pool = self._start()
 
     def close(self) -> None:
-        """Stop the workers; trials under way end first."""
+        """Stop the workers; jobs under way end first."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
-def executor(runner: TrialRunner, workers: int) -> Iterator[Executor]:
+def executor(work: Work[T], workers: int) -> Iterator[Executor[T]]:
     """The executor for this many workers.
 
     Raises:
-        ConfigError: for fewer than one, or for several on a GPU.
+        ConfigError: for fewer than one, or for several of work that one process has to do.
     """
     if workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers}")
     if workers == 1:
-        yield Serial(runner)
+        yield Serial(work)
         return
-    if runner.device.type != "cpu":
-        raise ConfigError(f"workers={workers} needs the CPU; on {runner.device} one process already fills the device")
-    processes = Processes(runner, workers)
+    if work.serial_only:
+        raise ConfigError(f"workers={workers} cannot be had: {work.serial_only}")
+    processes = Processes(work, workers)
     try:
         yield processes
     finally:

@@ -18,7 +18,7 @@ from matplotlib.ticker import PercentFormatter
 from flipproof.campaigns.assessment import Assessment
 from flipproof.errors import ConfigError
 from flipproof.reports.tables import number
-from flipproof.running.metrics import Scale
+from flipproof.running.scales import Scale
 
 COLUMN = (3.5, 2.6)
 """Inches: one column of a two-column page."""
@@ -71,7 +71,7 @@ def metric_figure(assessments: Mapping[str, Assessment], *, metric: str | None =
         )
         axes.axhline(assessment.golden[name], color=colour, lw=0.7, ls="--")
         _labelsweep_of(axes, summary, x)
-    confidence = float(next(iter(assessments.values())).header["plan"]["confidence"])
+    confidence = float(next(iter(assessments.values())).header.plan.confidence)
     scale = next(iter(assessments.values())).scale(name)
     axes.set_ylabel(_with_unit(name.replace("_", " ").replace("auroc", "AUROC"), scale))
     if scale.unit == "%":
@@ -155,7 +155,7 @@ def sweep_of(assessment: Assessment) -> str:
     """The column that names the points of a campaign: "ber", "bit", "count" …; refuses one without trials."""
     if assessment.summary.empty:
         raise ConfigError("the campaign has no trial yet; there is nothing to draw")
-    return str(next(iter(assessment.header["points"][0]["coordinates"])))
+    return str(next(iter(assessment.header.points[0].coordinates)))
 
 
 def _labelsweep_of(axes: Axes, summary: pd.DataFrame, x: str) -> None:

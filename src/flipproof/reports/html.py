@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,7 @@ from flipproof.campaigns.assessment import Assessment
 from flipproof.errors import ConfigError
 from flipproof.reports.figures import OUTCOME_STYLE, SERIES, SWEEPS, sweep_of
 from flipproof.reports.tables import between, compare, coverage_text, findings, number
-from flipproof.running.metrics import Scale
-from flipproof.running.outcomes import OUTCOMES
+from flipproof.running.scales import OUTCOMES, Scale
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
@@ -102,22 +102,22 @@ def report(path: str | os.PathLike[str], /, **assessments: Assessment) -> Path:
 def _campaigns(assessments: Mapping[str, Assessment]) -> str:
     rows = []
     for name, assessment in assessments.items():
-        fingerprint = assessment.header["fingerprint"]
-        formats = sorted({site["format"] for site in assessment.header["stored"]})
+        fingerprint = assessment.header.fingerprint
+        formats = sorted({site.format for site in assessment.header.stored})
         golden = ", ".join(_golden(assessment, metric) for metric in assessment.metrics)
         rows.append(
             {
                 "campaign": name,
-                "model": fingerprint["model"].rsplit(".", 1)[-1],
+                "model": fingerprint.model.rsplit(".", 1)[-1],
                 "stored as": ", ".join(formats),
                 "bits": f"{assessment.bits:,}",
                 "coverage": coverage_text(assessment),
-                "samples": f"{fingerprint['samples']:,}",
+                "samples": f"{fingerprint.samples:,}",
                 "without faults [over samples]": golden,
-                "faults": fingerprint["faults"],
+                "faults": fingerprint.faults,
                 "trials": f"{len(assessment.records):,}",
                 "audited": f"{sum(record.audited for record in assessment.records):,}",
-                "seed": str(fingerprint["seed"]),
+                "seed": str(fingerprint.seed),
             }
         )
     return _html_table(
@@ -207,16 +207,16 @@ def _signed(row: pd.Series[Any], name: str, scale: Scale) -> str:
 def _one(assessment: Assessment) -> str:
     said = "".join(f"<li>{escape(sentence)}</li>" for sentence in findings(assessment))
     header = assessment.header
-    stored = _html_table(pd.DataFrame(header["stored"]), text=("name", "kind", "format"))
-    left_out = [{"name": name, "why": str(why)} for name, why in dict(header["left_out"]).items()]
+    stored = _html_table(pd.DataFrame([asdict(site) for site in header.stored]), text=("name", "kind", "format"))
+    left_out = [{"name": name, "why": str(why)} for name, why in dict(header.left_out).items()]
     outside = _html_table(pd.DataFrame(left_out), text=("name", "why")) if left_out else "<p>none</p>"
-    facts = {**header["fingerprint"], **header["plan"], **header["versions"], "started": header["created"]}
+    facts = {**asdict(header.fingerprint), **asdict(header.plan), **header.versions, "started": header.created}
     identity = _html_table(
         pd.DataFrame([{"field": name, "value": str(value)} for name, value in facts.items()]), text=("field", "value")
     )
     return (
         f"<ul>{said}</ul>{_outcome_plot(assessment)}{_html_table(_summary(assessment))}"
-        f"<details><summary>Tensors in the fault space: {len(header['stored'])}</summary>{stored}</details>"
+        f"<details><summary>Tensors in the fault space: {len(header.stored)}</summary>{stored}</details>"
         f"<details><summary>Tensors outside it: {len(left_out)}</summary>{outside}</details>"
         f"<details><summary>What identifies this campaign</summary>{identity}</details>"
     )

@@ -15,8 +15,7 @@ from rich.text import Text
 from flipproof.campaigns.assessment import Assessment
 from flipproof.campaigns.estimates import gain
 from flipproof.errors import ConfigError
-from flipproof.running.metrics import Scale
-from flipproof.running.outcomes import OUTCOMES
+from flipproof.running.scales import OUTCOMES, Scale
 
 NEGLIGIBLE = 0.005
 """A drop below half a percentage point is not worth a sentence; of other metrics half a percent of the golden value."""
@@ -54,7 +53,7 @@ def basis(assessment: Assessment) -> str:
     """
     of = "what its layers compute for a sample" if _of_neurons(assessment) else "what the model stores"
     audited = sum(record.audited for record in assessment.records)
-    itself = assessment.header.get("audit", {}).get("on") == "the model itself"
+    itself = assessment.header.audit.on == "the model itself"
     on = ", on the model itself" if itself else ""
     return (
         f"Fault space: {assessment.bits:,} bits, {coverage_text(assessment)} of {of}. "
@@ -75,12 +74,12 @@ def coverage_text(assessment: Assessment) -> str:
 
 
 def _of_neurons(assessment: Assessment) -> bool:
-    return any(site["kind"] == "neuron" for site in assessment.header["stored"])
+    return any(site.kind == "neuron" for site in assessment.header.stored)
 
 
 def interval_note(assessment: Assessment) -> str:
     """What the intervals of a table are of, and what its tail is."""
-    samples = int(assessment.header["fingerprint"]["samples"])
+    samples = int(assessment.header.fingerprint.samples)
     name = assessment.metrics[0]
     return (
         f"Intervals: over trials, for these {samples:,} samples; over trials and samples: {name}_both_low, "
@@ -91,12 +90,12 @@ def interval_note(assessment: Assessment) -> str:
 def _table(
     assessment: Assessment, metrics: Sequence[str], title: str | None, rows: list[int] | None, *, outcomes: bool
 ) -> Table:
-    confidence = float(assessment.header["plan"]["confidence"])
+    confidence = float(assessment.header.plan.confidence)
     table = Table(
         title=None if title is None else Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
         pad_edge=False,
     )  # fmt: skip
-    coordinates = list(assessment.header["points"][0]["coordinates"])
+    coordinates = list(assessment.header.points[0].coordinates)
     headings = [name.upper() if name == "ber" else name for name in coordinates]
     headings += ["flips"] if outcomes else []
     for name in metrics:
@@ -197,7 +196,7 @@ def findings(assessment: Assessment) -> list[str]:
     negligible, words = _negligible(scale, golden)
     if "bit" in summary:
         return said + _about_bits(summary, metric, scale, negligible, words)
-    coordinate = next(iter(assessment.header["points"][0]["coordinates"]))
+    coordinate = next(iter(assessment.header.points[0].coordinates))
     name = coordinate.upper() if coordinate == "ber" else coordinate
     points = [assessment.point(int(index)) for index in summary["point"]]
     idle = np.array([point is not None and point.fault_free for point in points])
@@ -346,7 +345,7 @@ def compare(**assessments: Assessment) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for name, assessment in assessments.items():
         for what in ("data", "samples", "metrics"):
-            ours, theirs = assessment.header["fingerprint"][what], base.header["fingerprint"][what]
+            ours, theirs = (getattr(one.header.fingerprint, what) for one in (assessment, base))
             if ours != theirs:
                 raise ConfigError(f"{name} and {base_name} cannot be compared: {what} differ ({ours!r} and {theirs!r})")
         for _, row in assessment.summary.iterrows():
@@ -357,8 +356,8 @@ def compare(**assessments: Assessment) -> pd.DataFrame:
 
 
 def _gains(assessment: Assessment, base: Assessment, point: int, name: str, base_name: str) -> dict[str, Any]:
-    coordinates = assessment.header["points"][point]["coordinates"]
-    match = [i for i, other in enumerate(base.header["points"]) if other["coordinates"] == coordinates]
+    coordinates = assessment.header.points[point].coordinates
+    match = [i for i, other in enumerate(base.header.points) if other.coordinates == coordinates]
     ours, theirs = assessment.point(point), base.point(match[0]) if match else None
     assert ours is not None  # every row of a summary has trials
     gains: dict[str, Any] = {}

@@ -7,95 +7,20 @@ it as wrong, ranking metrics rank it worst (a positive below, a negative above e
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass
-from math import inf, isfinite, isinf, isnan, nan
-from typing import Any
+from math import inf
 
 import torch
-import torchmetrics
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from flipproof.errors import MetricError
-from flipproof.running.outcomes import OUTCOMES, Decision, holds_nan
+from flipproof.running.outcomes import Decision, holds_nan
+from flipproof.running.scales import METRIC_NAMES, Scale, scale_of
 
 UserMetric = Callable[[Tensor, Tensor], float | Tensor]
 """``metric(outputs, targets)`` over all samples at once; outputs as the model gave them, NaN included."""
-
-
-@dataclass(frozen=True)
-class Scale:
-    """What the numbers of a metric mean.
-
-    Attributes:
-        unit: "%" for shares (0.5 is shown as 50.0), else what is written behind a number, "" for none.
-        range: lowest and highest possible value; infinite where there is none.
-        higher_is_better: None if nobody said.
-        per_sample: True if it is the share of correct answers, for which intervals over samples are made.
-    """
-
-    unit: str = ""
-    range: tuple[float, float] = (-inf, inf)
-    higher_is_better: bool | None = None
-    per_sample: bool = False
-
-    @property
-    def worst(self) -> float:
-        """The worst possible value; nan if there is none or the direction is not known."""
-        if self.higher_is_better is None:
-            return nan
-        end = self.range[0] if self.higher_is_better else self.range[1]
-        return end if isfinite(end) else nan
-
-    def text(self, value: float) -> str:
-        """A value as people write it, without its unit; "∞" for infinity, "–" for NaN, never −0.
-
-        Example:
-            >>> Scale("%").text(0.1234), Scale().text(11.334), Scale().text(float("inf"))
-            ('12.3', '11.33', '∞')
-        """
-        if isnan(value):
-            return "–"
-        if isinf(value):
-            return "∞" if value > 0 else "−∞"
-        if self.unit == "%":
-            shown = f"{100 * value:.1f}"
-        else:
-            shown = f"{value:,.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.4g}"
-        return shown[1:] if shown.startswith("-") and not shown.strip("-0.") else shown
-
-    def with_unit(self, value: float) -> str:
-        """A value and its unit, in a sentence.
-
-        Example:
-            >>> Scale("%").with_unit(0.1234), Scale("m").with_unit(2.5)
-            ('12.3%', '2.5 m')
-        """
-        return f"{self.text(value)}{self.unit if self.unit == '%' else ' ' * bool(self.unit) + self.unit}"
-
-    @property
-    def step(self) -> str:
-        """The unit of a difference: "points" for shares, with a blank before it; "" for none."""
-        return " points" if self.unit == "%" else f" {self.unit}" if self.unit else ""
-
-    def to_json(self) -> dict[str, Any]:
-        """As a JSON object; an infinite end is null."""
-        ends = [end if isfinite(end) else None for end in self.range]
-        return {**asdict(self), "range": ends}
-
-    @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Scale:
-        """The inverse of `to_json`."""
-        low, high = found["range"]
-        better = found["higher_is_better"]
-        limits = (-inf if low is None else float(low), inf if high is None else float(high))
-        return cls(str(found["unit"]), limits, None if better is None else bool(better), bool(found["per_sample"]))
-
-
-SHARE = Scale("%", (0.0, 1.0), True)
-LOSS = Scale("%", (0.0, 1.0), False)
 
 
 class Metric:
@@ -141,7 +66,7 @@ class Metric:
                     f"unknown metric {function!r}: choose among {list(_NAMED)} or pass a function (outputs, targets), "
                     f"on the command line MODULE:FUNCTION"
                 )
-            self.scale = Scale("%", (0.0, 1.0), True, per_sample=function == "accuracy")
+            self.scale = scale_of(function)
             if unit not in ("", "%") or range not in (None, (0, 1)) or higher_is_better is not True:
                 raise MetricError(f"{function} is a share in [0, 1] and higher is better; give only a name= with it")
             self.name = function if name is None else _column(name)
@@ -156,7 +81,8 @@ class Metric:
         """The value of one run."""
         if isinstance(self.function, str):
             return _NAMED[self.function](outputs, targets, decision)
-        if isinstance(self.function, torchmetrics.Metric):
+        library = sys.modules.get("torchmetrics")
+        if library is not None and isinstance(self.function, library.Metric):
             self.function.reset()
         value = self.function(outputs, targets)
         try:
@@ -186,6 +112,8 @@ def auroc(outputs: Tensor, targets: Tensor, decision: Decision) -> float:
     Raises:
         MetricError: if a class has no sample, or all of them.
     """
+    from torchmetrics.functional.classification import binary_auroc
+
     return _one_vs_rest("auroc", binary_auroc, outputs, targets, decision)
 
 
@@ -195,6 +123,8 @@ def average_precision(outputs: Tensor, targets: Tensor, decision: Decision) -> f
     Raises:
         MetricError: if a class has no sample, or all of them.
     """
+    from torchmetrics.functional.classification import binary_average_precision
+
     return _one_vs_rest("average_precision", binary_average_precision, outputs, targets, decision)
 
 
@@ -217,12 +147,9 @@ def _one_vs_rest(name: str, area: Callable[..., Tensor], outputs: Tensor, target
     return sum(areas) / len(areas)
 
 
-_NAMED: dict[str, Callable[[Tensor, Tensor, Decision], float]] = {
-    "accuracy": accuracy,
-    "auroc": auroc,
-    "average_precision": average_precision,
-}
-METRIC_NAMES = tuple(_NAMED)
+_NAMED: dict[str, Callable[[Tensor, Tensor, Decision], float]] = dict(
+    zip(METRIC_NAMES, (accuracy, auroc, average_precision), strict=True)
+)
 
 
 def resolve(metrics: Metrics) -> tuple[Metric, ...]:
@@ -232,6 +159,7 @@ def resolve(metrics: Metrics) -> tuple[Metric, ...]:
         MetricError: on unknown, nameless or repeated names.
 
     Example:
+        >>> import torchmetrics
         >>> [m.name for m in resolve(("accuracy", torchmetrics.classification.MulticlassF1Score(num_classes=3)))]
         ['accuracy', 'multiclass_f1_score']
     """
@@ -266,20 +194,6 @@ def _named(metric: UserMetric | Metric, name: str) -> Metric:
     found = copy(metric)
     found.name = _column(name)
     return found
-
-
-def scale_of(name: str) -> Scale:
-    """What a column of a campaign means of which the journal says nothing: built-ins and outcomes are shares.
-
-    Example:
-        >>> scale_of("accuracy").unit, scale_of("perplexity").unit, scale_of("due").higher_is_better
-        ('%', '', False)
-    """
-    if name in _NAMED:
-        return Metric(name).scale
-    if name in (*OUTCOMES, "critical_total"):
-        return SHARE if name == "masked" else LOSS
-    return Scale()
 
 
 _RESERVED = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from typing import Any, Literal
 
 import torch
@@ -17,22 +16,6 @@ from flipproof.formats.base import bit_pattern
 
 DecisionChoice = Literal["logits", "probabilities", "argmax"] | float | None
 """How outputs are to be read; None recognises it and warns where it cannot be told. See `Decision.from_golden`."""
-
-
-class Outcome(StrEnum):
-    """The four classes; every sample of every trial is in exactly one."""
-
-    MASKED = "masked"
-    """The output is identical to the golden run's, bit by bit."""
-    NON_CRITICAL_SDC = "non_critical_sdc"
-    """The output differs (even by the sign of a zero) but names the same class."""
-    CRITICAL_SDC = "critical_sdc"
-    """The output names another class."""
-    DUE = "due"
-    """Detected unrecoverable error: the output holds a NaN, or the faulty model raised."""
-
-
-OUTCOMES = tuple(outcome.value for outcome in Outcome)
 
 
 @dataclass(frozen=True)

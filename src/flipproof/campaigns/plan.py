@@ -1,0 +1,205 @@
+"""What a campaign is: the first line of its journal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from math import nan
+from typing import Any
+
+from flipproof._fields import Fields
+from flipproof.running.scales import Scale
+
+PLACE = "the header"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is done.
+
+    Attributes:
+        trials: a point, or the ceiling where there is a margin.
+        margin: half-width at which a point stops; None for all trials.
+        confidence: of all intervals.
+    """
+
+    trials: int
+    margin: float | None
+    confidence: float
+
+    @classmethod
+    def from_json(cls, plan: Any) -> Plan:
+        """The inverse of `dataclasses.asdict`."""
+        about = Fields(plan, f"{PLACE}, plan")
+        margin = None if about.take("margin") is None else about.number("margin")
+        return cls(about.whole("trials", 1), margin, about.number("confidence"))
+
+
+@dataclass(frozen=True)
+class FaultPoint:
+    """One point of the sweep: the fault model as text, what names it in tables, and whether one trial says all."""
+
+    faults: str
+    coordinates: Mapping[str, float | int]
+    repeats: bool
+
+
+@dataclass(frozen=True)
+class StoredSite:
+    """What can be hit in one tensor or layer."""
+
+    name: str
+    kind: str
+    values: int
+    format: str
+    bits: int
+
+
+@dataclass(frozen=True)
+class AuditPlan:
+    """Which share of the trials runs again, on what, and why on nothing better."""
+
+    share: float = 0.0
+    on: str = "nothing"
+    reason: str | None = "audit=0"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How outputs are read as classes, see `Decision`; `assumed` if nobody said so and it cannot be told for sure."""
+
+    outputs: str
+    threshold: float | None
+    assumed: bool
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Everything that changes an answer, as text, numbers and digests: only the same may be resumed."""
+
+    model: str
+    structure: str
+    weights: str
+    data: str
+    samples: int
+    faults: str
+    where: str
+    format: str
+    bits: int
+    metrics: tuple[str, ...]
+    metrics_code: str
+    seed: int
+    device: str
+    output: str | int | None
+    output_code: str
+    attributes: str
+    code: str
+    golden_outputs: str
+    decision: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is assessed, and what it does without faults.
+
+    Attributes:
+        created: when the journal was begun.
+        fingerprint: what the campaign is a campaign of.
+        golden: each metric of the fault-free run.
+        golden_answers: which samples the fault-free model has right, see `decode_golden`; None in journals without.
+        golden_intervals: interval over samples of each metric of it, where there is one.
+        metrics: what the numbers mean; empty in journals without.
+        decision: how outputs are read.
+        points: of the sweep.
+        stored: what can be hit.
+        left_out: what cannot, and why.
+        left_out_bits: stored bits of that.
+        coverage: bits that can be hit ÷ all stored bits; NaN in journals without.
+        audit: how trials are audited.
+        plan: how much is done.
+        versions: of what computed the golden run.
+    """
+
+    created: str
+    fingerprint: Fingerprint
+    golden: Mapping[str, float]
+    points: tuple[FaultPoint, ...]
+    stored: tuple[StoredSite, ...]
+    left_out: Mapping[str, str]
+    plan: Plan
+    versions: Mapping[str, str]
+    golden_answers: str | None = None
+    golden_intervals: Mapping[str, tuple[float, float] | None] = field(default_factory=dict)
+    metrics: Mapping[str, Scale] = field(default_factory=dict)
+    decision: Reading | None = None
+    left_out_bits: int = 0
+    coverage: float = nan
+    audit: AuditPlan = AuditPlan()
+
+    @property
+    def identity(self) -> tuple[Mapping[str, Any], ...]:
+        """What must be the same to resume: the fingerprint, then the golden run."""
+        return asdict(self.fingerprint), {"golden": dict(self.golden)}
+
+    def to_json(self) -> dict[str, Any]:
+        """As the first line of a journal."""
+        return {
+            **{part.name: getattr(self, part.name) for part in fields(self)},
+            "fingerprint": asdict(self.fingerprint),
+            "points": [asdict(point) for point in self.points],
+            "stored": [asdict(site) for site in self.stored],
+            "metrics": {name: scale.to_json() for name, scale in self.metrics.items()},
+            "decision": None if self.decision is None else asdict(self.decision),
+            "audit": asdict(self.audit),
+            "plan": asdict(self.plan),
+        }
+
+    @classmethod
+    def from_json(cls, header: dict[str, Any]) -> Header:
+        """Read a journal's first line, also one of an older version that lacks what came later.
+
+        Raises:
+            ConfigError: naming the field, what was expected and what came.
+        """
+        about = Fields(header, PLACE)
+        print_ = Fields(about.take("fingerprint"), about.at("fingerprint"))
+        known = {part.name: print_.take(part.name) for part in fields(Fingerprint)}
+        known |= {"samples": print_.whole("samples", 1), "bits": print_.whole("bits", 1)}
+        known["metrics"] = print_.texts("metrics")
+        given: dict[str, Any] = {}
+        if about.has("golden_answers"):
+            given["golden_answers"] = about.take("golden_answers")
+        if about.has("golden_intervals"):
+            given["golden_intervals"] = {
+                name: None if ends is None else (float(ends[0]), float(ends[1]))
+                for name, ends in about.mapping("golden_intervals").items()
+            }
+        if about.has("metrics"):
+            given["metrics"] = {name: Scale.from_json(found) for name, found in about.mapping("metrics").items()}
+        if about.has("decision") and about.take("decision") is not None:
+            given["decision"] = Reading(**about.take("decision"))
+        if about.has("audit"):
+            given["audit"] = AuditPlan(**about.take("audit"))
+        if about.has("coverage"):
+            given |= {"coverage": about.number("coverage"), "left_out_bits": about.whole("left_out_bits")}
+        return cls(
+            created=about.text("created"),
+            fingerprint=Fingerprint(**known),
+            golden={name: float(value) for name, value in about.mapping("golden").items()},
+            points=about.each("points", _point),
+            stored=about.each("stored", _site),
+            left_out={name: str(why) for name, why in about.mapping("left_out").items()},
+            plan=Plan.from_json(about.take("plan")),
+            versions={name: str(found) for name, found in about.mapping("versions").items()},
+            **given,
+        )
+
+
+def _point(about: Fields) -> FaultPoint:
+    return FaultPoint(about.text("faults"), about.mapping("coordinates"), about.flag("repeats"))
+
+
+def _site(about: Fields) -> StoredSite:
+    return StoredSite(
+        about.text("name"), about.text("kind"), about.whole("values"), about.text("format"), about.whole("bits")
+    )
