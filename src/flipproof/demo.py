@@ -17,7 +17,8 @@ from flipproof.formats import Float32
 from flipproof.models import digits_cnn
 from flipproof.models.training import cached, train_classifier
 from flipproof.reports.figures import bit_figure, metric_figure, outcome_figure, save
-from flipproof.reports.tables import findings, summary_table
+from flipproof.reports.tables import findings
+from flipproof.reports.terminal import summary_table
 
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 

@@ -12,7 +12,8 @@ from torch import nn
 import flipproof as fp
 from flipproof.campaigns.statistics import mean_interval
 from flipproof.errors import ConfigError
-from flipproof.reports.tables import findings, gain_text, number, percent, ranges, summary_table
+from flipproof.reports.tables import findings, gain_text, number, percent, ranges
+from flipproof.reports.terminal import summary_table
 from flipproof.running.scales import Scale
 
 

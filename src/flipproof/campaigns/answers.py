@@ -8,8 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
+from numpy.typing import ArrayLike, NDArray
 
 from flipproof.errors import JournalError
 from flipproof.running.scales import OUTCOMES
@@ -20,7 +19,7 @@ Signs = NDArray[np.int8]
 _CRITICAL = (OUTCOMES.index("critical_sdc"), OUTCOMES.index("due"))
 
 
-def encode_answers(outcomes: Tensor, correct: Tensor) -> str:
+def encode_answers(outcomes: ArrayLike, correct: ArrayLike) -> str:
     """One trial's answers as text: base64 of zlib of one byte a sample, outcome index + 4 · correct.
 
     Args:
@@ -31,14 +30,12 @@ def encode_answers(outcomes: Tensor, correct: Tensor) -> str:
         The text; "" if every sample is masked (correct is then what it is without faults).
 
     Example:
-        >>> import torch
-        >>> text = encode_answers(torch.tensor([0, 2, 3]), torch.tensor([True, True, False]))
+        >>> text = encode_answers([0, 2, 3], [True, True, False])
         >>> decode_answers(text, np.ones(3, bool)).tolist()
         [4, 6, 3]
     """
-    if not bool(outcomes.any()):
-        return ""
-    return _packed((outcomes + 4 * correct.to(outcomes)).cpu().numpy().astype(np.uint8))
+    codes = np.asarray(outcomes, np.uint8)
+    return _packed(codes + 4 * np.asarray(correct, np.uint8)) if codes.any() else ""
 
 
 def decode_answers(text: str, golden: NDArray[np.bool_]) -> Bytes:
@@ -56,9 +53,9 @@ def decode_answers(text: str, golden: NDArray[np.bool_]) -> Bytes:
     return _unpacked(text, len(golden))
 
 
-def encode_golden(correct: Tensor) -> str:
+def encode_golden(correct: ArrayLike) -> str:
     """Which samples are correct without faults: base64 of zlib of one byte a sample, 1 or 0."""
-    return _packed(correct.cpu().numpy().astype(np.uint8))
+    return _packed(np.asarray(correct, np.uint8))
 
 
 def decode_golden(text: str, samples: int) -> NDArray[np.bool_]:

@@ -13,7 +13,8 @@ from flipproof.cli.console import out
 from flipproof.config import CampaignConfig, read_toml
 from flipproof.errors import ConfigError
 from flipproof.reports.figures import metric_figure, outcome_figure, save
-from flipproof.reports.tables import findings, summary_table
+from flipproof.reports.tables import findings
+from flipproof.reports.terminal import summary_table
 from flipproof.running.scales import METRIC_NAMES
 
 

@@ -12,7 +12,8 @@ from flipproof.cli.console import out
 from flipproof.errors import ConfigError
 from flipproof.reports.figures import metric_figure, save
 from flipproof.reports.tables import compare as compare_assessments
-from flipproof.reports.tables import gain_text, number, summary_table
+from flipproof.reports.tables import gain_text, number
+from flipproof.reports.terminal import summary_table
 from flipproof.running.scales import Scale
 
 

@@ -8,7 +8,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from flipproof.errors import ConfigError
-from flipproof.reports.figures import SERIES, empty_figure
+from flipproof.reports.figures import empty_figure
+from flipproof.reports.style import SERIES
 
 
 def profile_figure(profiles: Mapping[str, pd.Series]) -> Figure:

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 from flipproof.errors import ConfigError
 from flipproof.hardening.report import HardeningReport
-from flipproof.reports.figures import SERIES, literal
+from flipproof.reports.figures import literal
+from flipproof.reports.style import SERIES
 
 
 def distribution_figure(table: pd.DataFrame) -> Figure:

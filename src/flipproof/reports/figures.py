@@ -17,6 +17,7 @@ from matplotlib.ticker import PercentFormatter
 
 from flipproof.campaigns.assessment import Assessment
 from flipproof.errors import ConfigError
+from flipproof.reports.style import OUTCOME_STYLE, SERIES, SWEEPS, sweep_of
 from flipproof.reports.tables import number
 from flipproof.running.scales import Scale
 
@@ -26,14 +27,6 @@ COLUMN = (3.5, 2.6)
 LEGEND_INSIDE = 4
 """More lines than these leave no room for a legend between them."""
 
-SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-OUTCOME_STYLE = {
-    "masked": ("masked", "#DDDDDD", ""),
-    "non_critical_sdc": ("non-critical SDC", "#56B4E9", ""),
-    "critical_sdc": ("critical SDC", "#E69F00", "//"),
-    "due": ("DUE", "#882255", "xx"),
-}
-SWEEPS = {"ber": "bit error rate (flips per stored bit)", "count": "flipped bits", "bit": "bit position"}
 _MARKERS = "osD^vPX"
 
 
@@ -70,7 +63,7 @@ def metric_figure(assessments: Mapping[str, Assessment], *, metric: str | None =
             summary[x].astype(float), summary[f"{name}_low"], summary[f"{name}_high"], color=colour, alpha=0.2, lw=0
         )
         axes.axhline(assessment.golden[name], color=colour, lw=0.7, ls="--")
-        _labelsweep_of(axes, summary, x)
+        _label_sweep(axes, summary, x)
     confidence = float(next(iter(assessments.values())).header.plan.confidence)
     scale = next(iter(assessments.values())).scale(name)
     axes.set_ylabel(_with_unit(name.replace("_", " ").replace("auroc", "AUROC"), scale))
@@ -151,14 +144,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def sweep_of(assessment: Assessment) -> str:
-    """The column that names the points of a campaign: "ber", "bit", "count" …; refuses one without trials."""
-    if assessment.summary.empty:
-        raise ConfigError("the campaign has no trial yet; there is nothing to draw")
-    return str(next(iter(assessment.header.points[0].coordinates)))
-
-
-def _labelsweep_of(axes: Axes, summary: pd.DataFrame, x: str) -> None:
+def _label_sweep(axes: Axes, summary: pd.DataFrame, x: str) -> None:
     if x in ("ber", "count") and len(summary) > 1 and float(summary[x].min()) > 0:
         axes.set_xscale("log")
     axes.set_xlabel(SWEEPS.get(x, x))

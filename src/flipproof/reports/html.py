@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from flipproof.campaigns.assessment import Assessment
 from flipproof.errors import ConfigError
-from flipproof.reports.figures import OUTCOME_STYLE, SERIES, SWEEPS, sweep_of
+from flipproof.reports.style import OUTCOME_STYLE, SERIES, SWEEPS, sweep_of
 from flipproof.reports.tables import between, compare, coverage_text, findings, number
 from flipproof.running.scales import OUTCOMES, Scale
 

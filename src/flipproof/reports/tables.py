@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich import box
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from flipproof.campaigns.assessment import Assessment
 from flipproof.campaigns.estimates import gain
 from flipproof.errors import ConfigError
-from flipproof.running.scales import OUTCOMES, Scale
+from flipproof.running.scales import Scale
 
 NEGLIGIBLE = 0.005
 """A drop below half a percentage point is not worth a sentence; of other metrics half a percent of the golden value."""
-
-
-METRICS_A_TABLE = 3
-"""More of them, each with an interval and a drop, do not fit 100 columns."""
-
-
-def summary_table(assessment: Assessment, *, title: str | None = None, rows: list[int] | None = None) -> Group:
-    """One line a point: the metric with its interval over trials, its tail, its drop, and the outcomes in percent.
-
-    Further metrics follow in tables of their own, so that each fits 100 columns.
-
-    Args:
-        assessment: what to show.
-        title: above the table.
-        rows: indices of points to show; all by default.
-    """
-    first, *others = assessment.metrics
-    tables: list[Table | Text] = [_table(assessment, [first], title, rows, outcomes=True)]
-    for start in range(0, len(others), METRICS_A_TABLE):
-        tables.append(_table(assessment, others[start : start + METRICS_A_TABLE], None, rows, outcomes=False))
-    return Group(*tables, Text(f"{basis(assessment)}\n{interval_note(assessment)}", style="dim"))
 
 
 def basis(assessment: Assessment) -> str:
@@ -51,7 +26,7 @@ def basis(assessment: Assessment) -> str:
         >>> basis(fp.assess(torch.nn.Linear(2, 2), data=data, faults=fp.RandomBits(1), trials=4))
         'Fault space: 192 bits, 100 % of what the model stores. Audited: 4 of 4 trials.'
     """
-    of = "what its layers compute for a sample" if _of_neurons(assessment) else "what the model stores"
+    of = "what its layers compute for a sample" if of_neurons(assessment) else "what the model stores"
     audited = sum(record.audited for record in assessment.records)
     itself = assessment.header.audit.on == "the model itself"
     on = ", on the model itself" if itself else ""
@@ -73,7 +48,8 @@ def coverage_text(assessment: Assessment) -> str:
     return "an unknown share" if np.isnan(share) else f"{np.floor(1000 * share + 1e-9) / 10:g} %"
 
 
-def _of_neurons(assessment: Assessment) -> bool:
+def of_neurons(assessment: Assessment) -> bool:
+    """Whether computed values were hit, not stored ones."""
     return any(site.kind == "neuron" for site in assessment.header.stored)
 
 
@@ -85,47 +61,6 @@ def interval_note(assessment: Assessment) -> str:
         f"Intervals: over trials, for these {samples:,} samples; over trials and samples: {name}_both_low, "
         f"{name}_both_high in the summary. Tail: what a rare fatal flip that was not drawn could still do."
     )
-
-
-def _table(
-    assessment: Assessment, metrics: Sequence[str], title: str | None, rows: list[int] | None, *, outcomes: bool
-) -> Table:
-    confidence = float(assessment.header.plan.confidence)
-    table = Table(
-        title=None if title is None else Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )  # fmt: skip
-    coordinates = list(assessment.header.points[0].coordinates)
-    headings = [name.upper() if name == "ber" else name for name in coordinates]
-    headings += ["flips"] if outcomes else []
-    for name in metrics:
-        scale = assessment.scale(name)
-        headings += [f"{name} {scale.unit}\n[{confidence:.0%} over trials]"]
-        headings += ["tail"] if outcomes else []
-        headings += [f"{_change_word(scale)}\n{scale.step.strip()}"]
-    headings += ["masked\n%", "SDC\n%", "critical\n%", "DUE\n%", "trials"] if outcomes else []
-    for heading in headings:
-        table.add_column(Text(heading), justify="right", no_wrap=True)
-    for _, row in assessment.summary.iterrows():
-        if rows is not None and int(row["point"]) not in rows:
-            continue
-        point = assessment.point(int(row["point"]))
-        cells = [number(row[name]) for name in coordinates]
-        cells += [f"{row['flips']:,.0f}"] if outcomes else []
-        for name in metrics:
-            scale = assessment.scale(name)
-            kind = "" if point is None or not point.exact else "no flips" if point.fault_free else "exact"
-            cells += [_with_interval(row, name, scale, kind)]
-            cells += [scale.text(row[f"{name}_tail"])] if outcomes else []
-            cells += [scale.text(_change(row, name, scale)[0]) if np.isfinite(row[name]) else "–"]
-        cells += [*(percent(row[outcome]) for outcome in OUTCOMES), f"{int(row['trials'])}"] if outcomes else []
-        table.add_row(*map(Text, cells))
-    return table
-
-
-def _with_interval(row: pd.Series[Any], name: str, scale: Scale, kind: str) -> str:
-    value = scale.text(row[name])
-    return f"{value} ({kind})" if kind else f"{value} {between(scale, row[f'{name}_low'], row[f'{name}_high'])}"
 
 
 def between(scale: Scale, low: float, high: float) -> str:
@@ -140,14 +75,14 @@ def between(scale: Scale, low: float, high: float) -> str:
     return f"[{scale.text(low)}, {scale.text(high)}]"
 
 
-def _change_word(scale: Scale) -> str:
+def change_word(scale: Scale) -> str:
     """A loss is a drop or a rise by what is worse; where nobody said, the signed difference is shown as such."""
     if scale.higher_is_better is None:
         return "golden\n− mean"
     return "drop" if scale.higher_is_better else "rise"
 
 
-def _change(row: pd.Series[Any], name: str, scale: Scale, of: str = "") -> tuple[float, float, float]:
+def change_of(row: pd.Series[Any], name: str, scale: Scale, of: str = "") -> tuple[float, float, float]:
     """What got worse, with its interval over trials or of another kind: the drop, or its negative if less is better."""
     value, low, high = (float(row[f"{name}_drop{end}"]) for end in ("", f"{of}_low", f"{of}_high"))
     return (-value, -high, -low) if scale.higher_is_better is False else (value, low, high)
@@ -191,7 +126,7 @@ def findings(assessment: Assessment) -> list[str]:
     known = "" if interval == "(unknown)" else f" {interval}"
     said = [f"Without faults {metric} is {scale.with_unit(golden)}{known} over {samples:,} samples."]
     if assessment.coverage < 0.99:
-        what = "bits that layers compute" if _of_neurons(assessment) else "stored bits"
+        what = "bits that layers compute" if of_neurons(assessment) else "stored bits"
         said.append(f"Only {coverage_text(assessment)} of the {what} could be hit; nothing is said about the others.")
     negligible, words = _negligible(scale, golden)
     if "bit" in summary:
@@ -215,7 +150,7 @@ def findings(assessment: Assessment) -> list[str]:
             f"{len(values)} trials; its mean is {scale.text(row[metric])} and no difference can be given."
         )
     summary = summary[finite]
-    changes = [_change(row, metric, scale) for _, row in summary.iterrows()]
+    changes = [change_of(row, metric, scale) for _, row in summary.iterrows()]
     low, high = (np.array([change[end] for change in changes], float) for end in (1, 2))
     still = (high < negligible) & ((scale.higher_is_better is not None) | (low > -negligible))
     harmless = summary[still & (summary["critical_total"].to_numpy() < NEGLIGIBLE)]
@@ -229,7 +164,7 @@ def findings(assessment: Assessment) -> list[str]:
     broken = summary[moved]
     unclear = summary[~moved & ~summary.index.isin(harmless.index)]
     for _, row in unclear.iterrows():
-        value, lower, upper = _change(row, metric, scale)
+        value, lower, upper = change_of(row, metric, scale)
         what = "drop" if scale.higher_is_better else "rise" if scale.higher_is_better is False else "difference"
         said.append(
             f"At {name} {number(row[coordinate])} {_trials(row)} cannot tell: the {what} is {scale.text(value)}"
@@ -237,7 +172,7 @@ def findings(assessment: Assessment) -> list[str]:
         )
     if len(broken):
         first = broken.iloc[0]
-        lowest = broken.iloc[int(np.argmax([abs(_change(row, metric, scale)[0]) for _, row in broken.iterrows()]))]
+        lowest = broken.iloc[int(np.argmax([abs(change_of(row, metric, scale)[0]) for _, row in broken.iterrows()]))]
         verb = {True: "falls", False: "rises", None: "changes"}[scale.higher_is_better]
         said.append(f"From {name} {number(first[coordinate])} it measurably {verb}: {_moved(first, metric, scale)}.")
         if lowest["point"] != first["point"]:
@@ -267,7 +202,7 @@ def _negligible(scale: Scale, golden: float) -> tuple[float, str]:
 
 
 def _about_bits(summary: pd.DataFrame, metric: str, scale: Scale, negligible: float, words: str) -> list[str]:
-    changes = np.array([_change(row, metric, scale)[0] for _, row in summary.iterrows()])
+    changes = np.array([change_of(row, metric, scale)[0] for _, row in summary.iterrows()])
     size = changes if scale.higher_is_better is not None else np.abs(changes)
     size = np.where(np.isnan(size), np.inf, size)
     # several bits can ruin everything; NaN outputs break the tie
@@ -284,9 +219,9 @@ def _about_bits(summary: pd.DataFrame, metric: str, scale: Scale, negligible: fl
 
 
 def _moved(row: pd.Series[Any], metric: str, scale: Scale) -> str:
-    value, low, high = _change(row, metric, scale)
+    value, low, high = change_of(row, metric, scale)
     text = f"by {scale.text(value)}{scale.step} {between(scale, low, high)} over trials"
-    both = between(scale, *_change(row, metric, scale, "_both")[1:])
+    both = between(scale, *change_of(row, metric, scale, "_both")[1:])
     text += "" if both == "(unknown)" else f", {both} over trials and samples,"
     return f"{text} to {scale.with_unit(row[metric])}"
 

@@ -7,7 +7,8 @@ import re
 from matplotlib.figure import Figure
 
 from flipproof.errors import ConfigError
-from flipproof.reports.figures import SERIES, empty_figure, literal
+from flipproof.reports.figures import empty_figure, literal
+from flipproof.reports.style import SERIES
 from flipproof.storage.explore import Exploration, short_name
 
 

@@ -28,7 +28,8 @@ from flipproof.faults import BitErrorRate
 from flipproof.formats import SECDED, Affine, TripleMSB
 from flipproof.models import alexnet_227, inception_v3, lenet5, load_weights, resnet18, resnet20, vgg11
 from flipproof.models.training import cached, seeded, train_classifier
-from flipproof.reports.figures import SERIES, empty_figure, save
+from flipproof.reports.figures import empty_figure, save
+from flipproof.reports.style import SERIES
 from flipproof.reports.tradeoff import tradeoff_figure
 from flipproof.reproduce.fortune_published import BERS, table_1, table_2
 from flipproof.reproduce.published import beside, write_table
