@@ -43,7 +43,7 @@ def _rows(name: str, net: nn.Module, images: Tensor, trials: int, ones: int, rou
     point = fp.RandomBits(1)
 
     def faults(turn: int) -> list[Fault]:
-        drawn = space.draw(point, len(images), TrialGenerator(turn, repr(point), 0))
+        drawn = point.draw(space, TrialGenerator(turn, repr(point), 0))
         return [(i, *place) for i, place in enumerate(space.places(drawn))]
 
     def ours(turn: int) -> float:

@@ -43,15 +43,18 @@ def test_ctrl_c_leaves_nothing_behind(call):
 @pytest.mark.parametrize(
     ("call", "place"),
     [
-        *(("corrupted", place) for place in ("parameters.py:_to_the_end", "parameters.py:_restore", "memory.py:undo")),
-        *(("corrupted", place) for place in ("_interrupts.py:__exit__", "_interrupts.py:__enter__", "memory.py:apply")),
-        *(("stored", place) for place in ("parameters.py:_take_back", "parameters.py:_decoded", "_interrupts.py:_end")),
+        *(("corrupted", place) for place in ("parameters.py:_to_the_end", "parameters.py:_restore", "words.py:undo")),
+        *(("corrupted", place) for place in ("_interrupts.py:__exit__", "_interrupts.py:__enter__", "words.py:apply")),
+        *(
+            ("stored", place)
+            for place in ("parameters.py:_take_back", "cell.py:_decoded", "cell.py:take_back", "_interrupts.py:_end")
+        ),
         *(
             ("assess", place)
             for place in ("parameters.py:_to_the_end", "evaluation.py:eval_mode", "contextlib.py:__exit__")
         ),
         *(("assess", place) for place in ("_symbolic_trace.py:patch", "_symbolic_trace.py:revert")),
-        *(("assess, neurons", place) for place in ("hooks.py:remove", "neurons.py:stored")),
+        *(("assess, neurons", place) for place in ("hooks.py:remove", "_hooks.py:hooked")),
         *(("pack_", place) for place in ("pack.py:_store",)),
     ],
 )

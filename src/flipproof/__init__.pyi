@@ -55,8 +55,8 @@ from .hardening.report import hardening_report as hardening_report
 from .reports.html import report as report
 from .reports.tables import compare as compare
 from .running.metrics import Metric as Metric
-from .spaces.neuron_sites import Neurons as Neurons
 from .spaces.parameters import FaultSpace as FaultSpace
+from .spaces.sites import Neurons as Neurons
 from .spaces.sites import Parameters as Parameters
 from .storage.choose import protected_formats as protected_formats
 from .storage.choose import select as select

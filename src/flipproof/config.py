@@ -18,8 +18,7 @@ from flipproof.errors import ConfigError, FlipproofError
 from flipproof.hardening.files import load_hardened
 from flipproof.models.weights import load_weights
 from flipproof.running.scales import METRIC_NAMES
-from flipproof.spaces.neuron_sites import Neurons
-from flipproof.spaces.sites import Parameters
+from flipproof.spaces.sites import Neurons, Parameters
 from flipproof.spaces.tensors import FormatChoice
 from flipproof.specs import load_object, parse_decision, parse_faults, parse_format, parse_output
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import flipproof as fp
-from flipproof.campaigns import neuron_trial, trial
+from flipproof.campaigns import trial
 from flipproof.errors import AuditError, FlipproofWarning
 from flipproof.formats.base import bit_pattern
+from flipproof.running.faulty import FaultyModel
 from flipproof.running.resume import Suffixes
 from flipproof.running.straight import refers_to_tensors
 
@@ -175,7 +176,7 @@ def test_one_upset_is_one_upset(build, cache_bytes):
 
 
 def test_rows_that_mix_only_under_rare_faults_are_found_by_the_audit(tmp_path, monkeypatch):
-    monkeypatch.setattr(neuron_trial.NeuronTrialRunner, "mixes_rows", lambda self: False)
+    monkeypatch.setattr(FaultyModel, "mixes_rows", lambda self, seed: False)
     setup = {
         "data": zoo.batches(), "faults": fp.RandomBits(1), "where": fp.Neurons(), "trials": 40,
         "journal": tmp_path / "j.jsonl",

@@ -90,7 +90,7 @@ def twin(net: nn.Module, data: Data, fmt: fp.Float32 | None, seed: int, trial: i
     batches = read_batches(data, torch.device("cpu"))
     space = neuron_space(net, batches, fp.Neurons(), fmt)
     point = fp.RandomBits(1)
-    places = space.places(space.draw(point, batches.samples, TrialGenerator(seed, repr(point), trial)))
+    places = space.places(point.draw(space, TrialGenerator(seed, repr(point), trial)))
     counts = [0, 0, 0, 0]
     first = 0
     Decision.from_golden(torch.cat([_forward(net, space, x, None) for x, _ in data]))

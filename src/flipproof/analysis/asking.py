@@ -9,8 +9,7 @@ from torch import nn
 
 from flipproof.errors import ConfigError, ModelError
 from flipproof.formats import Format
-from flipproof.spaces.neuron_sites import Neurons
-from flipproof.spaces.sites import Parameters
+from flipproof.spaces.sites import Neurons, Parameters
 
 
 def check_asked(

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from flipproof._interrupts import check
 from flipproof.running.resume import Suffixes
 from flipproof.running.values import rows_of
-from flipproof.spaces.neuron_sites import NeuronSite
 from flipproof.spaces.neurons import NeuronSpace
+from flipproof.spaces.sites import NeuronSite
 
 _RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_)
 _POOL_FUNCTIONS = (F.max_pool2d, torch.max_pool2d)

@@ -28,8 +28,7 @@ from flipproof.errors import ConfigError
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.running.data import Data, Output
 from flipproof.running.outcomes import DecisionChoice
-from flipproof.spaces.neuron_sites import Neurons, NeuronSite
-from flipproof.spaces.sites import Parameters, Site
+from flipproof.spaces.sites import Neurons, NeuronSite, Parameters, Site
 from flipproof.spaces.tensors import FormatChoice
 
 

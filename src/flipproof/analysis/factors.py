@@ -25,8 +25,7 @@ from flipproof.faults.sampling import TrialGenerator
 from flipproof.running.data import Data, Output, read_batches
 from flipproof.running.device import device_of
 from flipproof.running.outcomes import DecisionChoice
-from flipproof.spaces.neuron_sites import Neurons, NeuronSite
-from flipproof.spaces.sites import Parameters, Site
+from flipproof.spaces.sites import Neurons, NeuronSite, Parameters, Site
 from flipproof.spaces.tensors import FormatChoice
 
 FIRST, INPUTS = 128, 64

@@ -11,8 +11,7 @@ from torch import Tensor
 from flipproof.analysis.audit import ASKED, CRITICAL, HARMLESS, PROVEN, WRONG, counted
 from flipproof.errors import ConfigError
 from flipproof.formats import Format
-from flipproof.spaces.neuron_sites import NeuronSite
-from flipproof.spaces.sites import Site
+from flipproof.spaces.sites import NeuronSite, Site
 
 VERDICTS = ("non_vulnerable", "semi_vulnerable", "vulnerable")
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flipproof.running.data import call
 from flipproof.running.evaluation import eval_mode
-from flipproof.spaces.neuron_sites import NeuronSite
+from flipproof.spaces.sites import NeuronSite
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,8 @@ from flipproof.running.neurons import neuron_space
 from flipproof.running.outcomes import DecisionChoice
 from flipproof.running.snapshots import Snapshot
 from flipproof.running.values import rows_of
-from flipproof.spaces.neuron_sites import Neurons, NeuronSite
 from flipproof.spaces.parameters import FaultSpace
-from flipproof.spaces.sites import Parameters, Site
+from flipproof.spaces.sites import Neurons, NeuronSite, Parameters, Site
 from flipproof.spaces.tensors import FormatChoice
 
 BATCH = 128

@@ -28,9 +28,8 @@ from flipproof.running.evaluation import is_infrastructure
 from flipproof.running.outcomes import Decision
 from flipproof.running.resume import Suffixes
 from flipproof.running.values import rows_of
-from flipproof.spaces.neuron_sites import NeuronSite
 from flipproof.spaces.neurons import NeuronSpace
-from flipproof.spaces.sites import Site
+from flipproof.spaces.sites import NeuronSite, Site
 
 ROWS = 512
 """Most rows of a probing batch: more does not run faster on a CPU."""

@@ -22,7 +22,7 @@ from flipproof.running.data import Data, call, read_batches
 from flipproof.running.evaluation import eval_mode, is_infrastructure
 from flipproof.running.hooks import check_hooks_run
 from flipproof.running.snapshots import Snapshot
-from flipproof.spaces.contract import Faults
+from flipproof.spaces.contract import Draw
 from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Parameters
 from flipproof.spaces.tensors import FormatChoice
@@ -119,7 +119,7 @@ def propagation(
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     batches = read_batches(data, device)
     space = FaultSpace(model, where=where, format=format)
-    jobs: list[tuple[FaultModel, int, Faults]] = []
+    jobs: list[tuple[FaultModel, int, Draw]] = []
     for point in faults.points():
         point.check(space)
         count = 1 if point.repeats(space) else trials

@@ -21,8 +21,7 @@ from flipproof.campaigns.statistics import Interval, sample_size
 from flipproof.errors import ConfigError
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.running.data import Data, Output
-from flipproof.spaces.neuron_sites import Neurons, NeuronSite
-from flipproof.spaces.sites import Parameters, Site
+from flipproof.spaces.sites import Neurons, NeuronSite, Parameters, Site
 
 if TYPE_CHECKING:
     from flipproof.analysis.vulnerability import VulnerabilityMap

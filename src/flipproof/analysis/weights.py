@@ -24,9 +24,8 @@ from flipproof.running.evaluation import is_infrastructure
 from flipproof.running.neurons import neuron_space
 from flipproof.running.outcomes import Decision
 from flipproof.running.values import bytes_of, rows_of
-from flipproof.spaces.neuron_sites import Neurons, NeuronSite
 from flipproof.spaces.parameters import FaultSpace
-from flipproof.spaces.sites import Site
+from flipproof.spaces.sites import Neurons, NeuronSite, Site
 
 CHECKED = 16
 """Injections of an audit that are made in the model's own memory, a parameter."""

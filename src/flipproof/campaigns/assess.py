@@ -23,7 +23,6 @@ from flipproof.campaigns.assessment import CHECK_EVERY, Assessment, answer, narr
 from flipproof.campaigns.audit import Audit, audit_of
 from flipproof.campaigns.fingerprint import attributes_digest, code_digest, digest_of
 from flipproof.campaigns.golden import golden_interval
-from flipproof.campaigns.neuron_trial import NeuronTrialRunner
 from flipproof.campaigns.plan import AuditPlan, FaultPoint, Fingerprint, Header, Plan, Reading, StoredSite
 from flipproof.campaigns.record import Trial
 from flipproof.campaigns.trial import TrialRunner, versions
@@ -35,6 +34,7 @@ from flipproof.running.data import Data, Output, call, check_labels, pick, read_
 from flipproof.running.decision import decide
 from flipproof.running.device import check_device
 from flipproof.running.evaluation import eval_mode, golden_run, one_thread
+from flipproof.running.faulty import FaultyModel
 from flipproof.running.metrics import Metrics, resolve
 from flipproof.running.neurons import neuron_space
 from flipproof.running.outcomes import DecisionChoice, check_choice
@@ -42,10 +42,9 @@ from flipproof.running.resume import Suffixes
 from flipproof.running.snapshots import RandomState, Snapshot, keep_random_state
 from flipproof.running.straight import refers_to_tensors
 from flipproof.running.values import same
-from flipproof.spaces.neuron_sites import Neurons
-from flipproof.spaces.neurons import NeuronSpace
+from flipproof.spaces.contract import Space
 from flipproof.spaces.parameters import FaultSpace
-from flipproof.spaces.sites import Parameters
+from flipproof.spaces.sites import Neurons, Parameters
 from flipproof.spaces.tensors import FormatChoice
 
 
@@ -159,14 +158,15 @@ def assess(
         one_thread(target),
     ):
         points = faults.points()
-        space: FaultSpace | NeuronSpace
+        space: Space
         if isinstance(where, Neurons):
             batches = read_batches(data, target)
             randomness = RandomState(seed, target)
             randomness.pin()
             space = neuron_space(model, batches, where, format, output)
             for point in points:
-                space.check(point)
+                point.fits(space)
+                point.check(space)
         else:
             space = FaultSpace(model, where=where, format=format)
             for point in points:
@@ -175,22 +175,22 @@ def assess(
             randomness = RandomState(seed, target)
         if (missing := space.shortfall()) is not None:
             warnings.warn(missing, FlipproofWarning, stacklevel=2)
-        ceilings = [1 if isinstance(space, FaultSpace) and point.repeats(space) else trials for point in points]
+        ceilings = [1 if space.samples is None and point.repeats(space) else trials for point in points]
         auditing = audit_of(model, audit, ceilings, seed, output)
         pristine = auditing.pristine if auditing is not None else None
         if pristine is not None:
             came.share(pristine)
-        make = NeuronTrialRunner if isinstance(space, NeuronSpace) else TrialRunner
         with space.stored():
             state = Snapshot(model, like=pristine)
             golden = golden_run(model, batches, output, state, randomness)
             rule = decide(model, batches, output, golden, decision)
             state.verify()
             check_labels(batches.targets, rule.classes)
-            runner = make(model, space, points, batches, output, chosen, golden, rule, seed, target, state, randomness)
-            runner.audit = _audit_on_copies(runner, auditing)
+            faulty = FaultyModel(model, space, batches, output, golden, state, randomness)
+            runner = TrialRunner(faulty, points, chosen, rule, seed, target)
+            runner.audit = _audit_on_copies(faulty, auditing)
             found = {metric.name: metric.measure(golden, batches.targets, rule) for metric in chosen}
-            header = _header(runner, space, faults, found, where or Parameters(), Plan(trials, margin, confidence))
+            header = _header(runner, faults, found, where or Parameters(), Plan(trials, margin, confidence))
             file = Journal(journal, Header, Trial) if journal is not None else None
             with written(file, header) as done:
                 off = file.switched_off if file is not None else frozenset()
@@ -229,19 +229,19 @@ class as_it_came:
         self._random.__exit__(*exception)
 
 
-def _audit_on_copies(runner: TrialRunner, audit: Audit | None) -> Audit | None:
+def _audit_on_copies(faulty: FaultyModel, audit: Audit | None) -> Audit | None:
     """The audit, on the model itself if a fresh copy does not give the golden outputs bit by bit."""
     if audit is None or audit.pristine is None:
         return audit
     try:
-        with runner.on_copy(deepcopy(audit.pristine)) as twin:
+        with faulty.on_copy(deepcopy(audit.pristine)) as twin:
             twin.randomness.pin()
             first = pick(call(twin.model, twin.batches.inputs[0]), twin.output).detach().cpu()
             twin.state.restore()
     except Exception as error:  # the copy of a model may fail in any way
         reason = f"a copy of the model fails ({type(error).__name__}: {error})"
     else:
-        if same(first, runner.golden[runner.batches.part(0)]):
+        if same(first, faulty.golden[faulty.batches.part(0)]):
             return audit
         reason = "a copy of the model gives other outputs than the model"
     return replace(audit, pristine=None, reason=reason)
@@ -304,27 +304,28 @@ def _fill(
 
 def _take_shortcuts(runner: TrialRunner, cache_bytes: int | None, off: frozenset[str]) -> None:
     """Use what can be proved for this model and these faults, and was not switched off by an audit."""
-    if isinstance(runner, NeuronTrialRunner):
-        runner.alone = "shared batch" in off or runner.mixes_rows()
-        if runner.alone and max(runner.batches.sizes) > 1:
+    faulty = runner.faulty
+    if faulty.space.samples is not None:
+        faulty.alone = "shared batch" in off or faulty.mixes_rows(runner.seed)
+        if faulty.alone and max(faulty.batches.sizes) > 1:
             warnings.warn(
                 "what a sample answers depends on the other samples of its batch, so each upset gets a forward of its "
-                f"own: {runner.batches.samples} forwards a trial. Smaller batches are as true and cheaper",
+                f"own: {faulty.batches.samples} forwards a trial. Smaller batches are as true and cheaper",
                 FlipproofWarning,
                 stacklevel=3,
             )
     if "suffix" not in off:
-        runner.suffixes = _suffixes_of(runner, cache_bytes)
+        faulty.suffixes = _suffixes_of(runner, cache_bytes)
 
 
 def _suffixes_of(runner: TrialRunner, cache_bytes: int | None) -> Suffixes | None:
     """Cached cuts, if they are proved and this campaign's faults leave enough of a prefix to be worth it."""
-    budget = runner.cache_bytes if cache_bytes is None else cache_bytes
-    if budget <= 0 or runner.state.written or runner.randomness.drawn:  # with state, a forward is more than its graph
+    faulty, budget = runner.faulty, runner.cache_bytes if cache_bytes is None else cache_bytes
+    if budget <= 0 or faulty.state.written or faulty.randomness.drawn:  # with state, a forward is more than its graph
         return None
-    if callable(runner.output) and refers_to_tensors(runner.output):
+    if callable(faulty.output) and refers_to_tensors(faulty.output):
         return None
-    suffixes = Suffixes.trace(runner.model, runner.batches.inputs)
+    suffixes = Suffixes.trace(faulty.model, faulty.batches.inputs)
     if suffixes is None or not runner.prepare(suffixes, budget):
         return None
     return suffixes if runner.faithful(suffixes) else None
@@ -332,7 +333,6 @@ def _suffixes_of(runner: TrialRunner, cache_bytes: int | None) -> Suffixes | Non
 
 def _header(
     runner: TrialRunner,
-    space: FaultSpace | NeuronSpace,
     faults: FaultModel,
     golden: dict[str, float],
     where: Parameters | Neurons,
@@ -342,15 +342,16 @@ def _header(
     for name, value in golden.items():
         if not isfinite(value):
             raise DataError(f"the metric {name} is {value} on the golden run; a drop from that would mean nothing")
-    rule, targets = runner.decision, runner.batches.targets
+    faulty, space, rule = runner.faulty, runner.space, runner.decision
+    model, targets = faulty.model, faulty.batches.targets
     return Header(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         fingerprint=Fingerprint(
-            model=f"{type(runner.model).__module__}.{type(runner.model).__qualname__}",
-            structure=_hash(sub(" at 0x[0-9a-f]+", "", repr(runner.model)).encode()),  # addresses differ every run
-            weights=_weights_digest(runner.model, space),
-            data=runner.batches.digest(),
-            samples=runner.batches.samples,
+            model=f"{type(model).__module__}.{type(model).__qualname__}",
+            structure=_hash(sub(" at 0x[0-9a-f]+", "", repr(model)).encode()),  # addresses differ every run
+            weights=_weights_digest(model, space),
+            data=faulty.batches.digest(),
+            samples=faulty.batches.samples,
             faults=repr(faults),
             where=repr(where),
             format=_hash(repr([(s.name, s.shape, repr(s.format)) for s in space.sites]).encode()),
@@ -359,24 +360,24 @@ def _header(
             metrics_code=digest_of([metric.function for metric in runner.metrics]),
             seed=runner.seed,
             device=runner.device.type,
-            output=_name_of(runner.output),
-            output_code=digest_of(runner.output),
-            attributes=attributes_digest(runner.model),
-            code=code_digest(runner.model),
-            golden_outputs=_hash(tensor_bytes(runner.golden)),
+            output=_name_of(faulty.output),
+            output_code=digest_of(faulty.output),
+            attributes=attributes_digest(model),
+            code=code_digest(model),
+            golden_outputs=_hash(tensor_bytes(faulty.golden)),
             decision=rule.describe(),
         ),
         golden=golden,
-        golden_answers=encode_golden(rule.classes_of(runner.golden) == targets),
+        golden_answers=encode_golden(rule.classes_of(faulty.golden) == targets),
         golden_intervals={
-            metric.name: golden_interval(metric, runner.golden, targets, rule, plan.confidence)
+            metric.name: golden_interval(metric, faulty.golden, targets, rule, plan.confidence)
             for metric in runner.metrics
         },
         metrics={metric.name: metric.scale for metric in runner.metrics},
         decision=Reading(rule.outputs, rule.threshold, rule.assumed),
         points=tuple(FaultPoint(repr(p), p.coordinates(), runner.repeats(p)) for p in runner.points),
         stored=tuple(StoredSite(s.name, s.kind, s.values, repr(s.format), s.bits) for s in space.sites),
-        left_out=space.left_out,
+        left_out=dict(space.left_out),
         left_out_bits=space.left_out_bits,
         coverage=space.coverage,
         audit=_audit_plan(runner.audit),
@@ -392,7 +393,7 @@ def _audit_plan(audit: Audit | None) -> AuditPlan:
     return AuditPlan(audit.share, on, audit.reason)
 
 
-def _weights_digest(model: nn.Module, space: FaultSpace | NeuronSpace) -> str:
+def _weights_digest(model: nn.Module, space: Space) -> str:
     """A hash of every parameter and buffer, as the user gave them (not as a format decodes them)."""
     state = blake2b(digest_size=16)
     originals = space.originals()

@@ -12,15 +12,22 @@ from copy import deepcopy
 from dataclasses import dataclass
 from hashlib import blake2b
 
+import numpy as np
+import torch
 from torch import nn
 
-from flipproof.campaigns.trial import TrialRunner
 from flipproof.errors import AuditError
+from flipproof.faults.sampling import TrialGenerator
 from flipproof.running.data import Output
-from flipproof.running.evaluation import Answers
+from flipproof.running.evaluation import Answers, FaultyRunError
+from flipproof.running.faulty import FaultyModel, same_answers
 from flipproof.running.resume import sharing_memory
 from flipproof.running.straight import refers_to_tensors
-from flipproof.spaces.contract import Faults
+from flipproof.running.values import same
+from flipproof.spaces.contract import Draw
+
+AUDITED_UPSETS = 8
+"""Where each sample has an upset of its own, so many of a trial run again, each in a forward of its own."""
 
 LEAST = 5
 """So many trials of a campaign are audited, however small the share."""
@@ -51,25 +58,56 @@ class Audit:
         digest = blake2b(f"audit {self.seed} {point} {trial}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") < self.share * 2**64
 
-    def check(self, runner: TrialRunner, point: int, trial: int, faults: Faults, answers: Answers) -> None:
-        """Run a trial again and compare.
-
-        Raises:
-            AuditError: if anything differs.
-        """
-        here = f"point {point} ({runner.points[point]!r}), trial {trial}"
-        runner.ask_without_faults(point, trial)
+    def difference(self, faulty: FaultyModel, draw: Draw, answers: Answers) -> str | None:
+        """What differs if the trial runs again, whole, on a fresh copy; None if nothing does."""
         if self.pristine is None:
-            difference = runner.differs(runner, faults, answers)
-        else:
-            with runner.on_copy(deepcopy(self.pristine)) as twin:
-                difference = runner.differs(twin, faults, answers)
-        if difference is None:
-            return
-        runner.ask_without_faults(point, trial)
-        shortcut = runner.blame(faults, answers)
+            return self._differs(faulty, faulty.whole(), draw, answers)
+        with faulty.on_copy(deepcopy(self.pristine)) as twin:
+            return self._differs(faulty, twin, draw, answers)
+
+    def _differs(self, faulty: FaultyModel, twin: FaultyModel, draw: Draw, answers: Answers) -> str | None:
+        if faulty.space.samples is not None:
+            return self._upsets_differ(faulty, twin, draw, answers)
+        again = twin.answers(draw)
+        if same_answers(again, answers):
+            return None
+        if again.outputs is None or answers.outputs is None:
+            return "the model raised in one run and not in the other"
+        if again.flips != answers.flips:
+            return f"{again.flips} bits changed instead of {answers.flips}"
+        return "outputs differ"
+
+    def _upsets_differ(self, faulty: FaultyModel, twin: FaultyModel, draw: Draw, answers: Answers) -> str | None:
+        """The same of some upsets, one by one, each in a forward of its own."""
+        assert answers.outputs is not None
+        batches = faulty.batches
+        choice = TrialGenerator(self.seed, f"audit {draw.digest}", 0)
+        borders = np.cumsum([0, *batches.sizes])
+        with twin.space.corrupted(draw):
+            for sample in np.unique(choice.below(batches.samples, AUDITED_UPSETS)).tolist():
+                batch = int(np.searchsorted(borders, sample, side="right")) - 1
+                row = sample - int(borders[batch])
+                try:
+                    found = twin.alone_answer(batch, row, draw)
+                except FaultyRunError:
+                    if not bool(torch.isnan(answers.outputs[sample]).all()):
+                        return f"the model raised on sample {sample} with its upset alone"
+                    continue
+                if not same(found[row], answers.outputs[sample]):
+                    return f"outputs of sample {sample} differ"
+                others = torch.arange(found.shape[0]) != row
+                if not faulty.alone and not same(found[others], faulty.golden[batches.part(batch)][others]):
+                    return f"the upset of sample {sample} changed other samples of its batch"
+        return None
+
+    def error(
+        self, faulty: FaultyModel, draw: Draw, answers: Answers, difference: str, point: int, trial: int, name: str
+    ) -> AuditError:
+        """What an audit that failed says, once it is known what caused the difference."""
+        here = f"point {point} ({name}), trial {trial}"
+        shortcut = _blame(faulty, draw, answers)
         if shortcut is None:
-            raise AuditError(
+            return AuditError(
                 f"audit of {here}: {difference} on a fresh copy of the model, but the model itself repeats its answer. "
                 f"Either it keeps state that is not watched (global variables, closures, compiled objects), or a copy "
                 f"of it is not the same model (a function that refers to the original). Mend that, or pass audit=0: "
@@ -78,13 +116,22 @@ class Audit:
                 point,
                 trial,
             )
-        raise AuditError(
+        return AuditError(
             f"audit of {here}: {difference} when it ran whole; the shortcut {shortcut!r} had changed it. Run again: "
             f"finished trials are redone without it",
             shortcut,
             point,
             trial,
         )
+
+
+def _blame(faulty: FaultyModel, draw: Draw, answers: Answers) -> str | None:
+    """The shortcut without which the model itself answers otherwise; None if it is none of them."""
+    together = faulty.whole().answers(draw)
+    shared = faulty.space.samples is not None and not faulty.alone
+    if shared and not same_answers(together, faulty.whole(alone=True).answers(draw)):
+        return "shared batch"
+    return "suffix" if faulty.suffixes is not None and not same_answers(together, answers) else None
 
 
 def audit_of(model: nn.Module, share: float, ceilings: Sequence[int], seed: int, output: Output) -> Audit | None:

@@ -23,8 +23,7 @@ from flipproof.reports.vulnerability import (
     validation_table,
     vulnerability_page,
 )
-from flipproof.spaces.neuron_sites import Neurons
-from flipproof.spaces.sites import Parameters
+from flipproof.spaces.sites import Neurons, Parameters
 from flipproof.specs import load_object, parse_decision, parse_format
 from flipproof.storage.choose import protected_formats, select
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import numpy as np
 
 from flipproof.errors import FaultModelError
 from flipproof.faults.sampling import TrialGenerator
-from flipproof.spaces.contract import Faults
-
-if TYPE_CHECKING:
-    from flipproof.spaces.parameters import FaultSpace
+from flipproof.spaces.contract import Draw, Space, Upsets
 
 
 @dataclass(frozen=True)
@@ -26,15 +25,31 @@ class FaultModel(ABC):
     swept: ClassVar[str]
     """The field that may hold several values: each is one point of a campaign and one column of its records."""
 
-    @abstractmethod
-    def draw(self, space: FaultSpace, generator: TrialGenerator) -> Faults:
-        """The faults of one trial. Distinct bits; a function of space and generator alone."""
+    @property
+    def single_upset(self) -> bool:
+        """Whether this point is one upset, so that each sample of a trial can have one of its own."""
+        return False
 
     @abstractmethod
-    def check(self, space: FaultSpace) -> None:
+    def draw(self, space: Space, generator: TrialGenerator) -> Draw:
+        """The faults of one trial: a function of space and generator alone.
+
+        `Faults`, distinct bits; or `Upsets`, a bit for each of `space.samples`, where samples are computed apart.
+        """
+
+    def fits(self, space: Space) -> None:
+        """Raise FaultModelError if samples are computed apart in this space, and this point is no single upset."""
+        if space.samples is not None and not self.single_upset:
+            raise FaultModelError(
+                f"where=fp.Neurons() injects a single upset into each sample's inference: faults= takes "
+                f"fp.RandomBits(1) or fp.BitPosition(bits), got {self!r}"
+            )
+
+    @abstractmethod
+    def check(self, space: Space) -> None:
         """Raise FaultModelError if this point makes no sense for the space; warn if it does nothing."""
 
-    def repeats(self, space: FaultSpace) -> bool:
+    def repeats(self, space: Space) -> bool:
         """True if every trial of this point draws the same faults, so that one trial says everything."""
         return False
 
@@ -76,6 +91,21 @@ class FaultModel(ABC):
         object.__setattr__(self, self.swept, tuple(values) if several else values[0])
 
 
-def parameters_of(model: FaultModel) -> dict[str, Any]:
-    """Field names and values, for messages and records."""
-    return {field.name: getattr(model, field.name) for field in fields(model)}
+def upset_each(space: Space, generator: TrialGenerator, bit: int | None = None) -> Upsets:
+    """One bit for each sample, all in the same site, which is drawn first, in proportion to its bits.
+
+    So every sample's fault is uniform over the space; those of one trial share the site, which lets the trial start
+    there, and are otherwise independent.
+
+    Args:
+        space: where samples are computed apart.
+        generator: what draws.
+        bit: this position of a random value; None for any bit.
+    """
+    assert space.samples is not None
+    sizes = [s.bits if bit is None else s.values if bit < s.width else 0 for s in space.sites]
+    borders = np.cumsum(sizes)
+    chosen = space.sites[int(np.searchsorted(borders, generator.below(int(borders[-1]), 1)[0], side="right"))]
+    if bit is None:
+        return Upsets(chosen.offset + generator.below(chosen.bits, space.samples))
+    return Upsets(chosen.offset + generator.below(chosen.values, space.samples) * chosen.width + int(bit))

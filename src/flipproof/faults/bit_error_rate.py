@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -12,10 +12,7 @@ from flipproof.errors import FaultModelError
 from flipproof.faults.base import FaultModel
 from flipproof.faults.rates import check_rate, draw_at_rate, nothing_to_draw
 from flipproof.faults.sampling import TrialGenerator
-from flipproof.spaces.contract import Faults, Positions
-
-if TYPE_CHECKING:
-    from flipproof.spaces.parameters import FaultSpace
+from flipproof.spaces.contract import Faults, Positions, Space
 
 
 @dataclass(frozen=True)
@@ -51,15 +48,15 @@ class BitErrorRate(FaultModel):
         if self.spread not in ("bits", "layers"):
             raise FaultModelError(f"BitErrorRate: spread must be 'bits' or 'layers', got {self.spread!r}")
 
-    def repeats(self, space: FaultSpace) -> bool:
+    def repeats(self, space: Space) -> bool:
         """Only if the rate comes to no bit, or all of them."""
         return nothing_to_draw(self._single(), self.exact, space)
 
-    def check(self, space: FaultSpace) -> None:
+    def check(self, space: Space) -> None:
         """Warn where the rate rounds to no flip at all."""
         check_rate(self, self._single(), self.exact, space)
 
-    def draw(self, space: FaultSpace, generator: TrialGenerator) -> Faults:
+    def draw(self, space: Space, generator: TrialGenerator) -> Faults:
         """Distinct bits at this rate."""
         ber = self._single()
         if self.spread == "bits":
@@ -68,7 +65,7 @@ class BitErrorRate(FaultModel):
         return Faults(_spread_over_layers(count, space, generator))
 
 
-def _spread_over_layers(count: int, space: FaultSpace, generator: TrialGenerator) -> Positions:
+def _spread_over_layers(count: int, space: Space, generator: TrialGenerator) -> Positions:
     """`count` distinct bits: a layer uniformly, then a bit of it; a layer with every bit taken is passed over."""
     room = np.array([sum(last - first for first, last in spans) for spans in space.layers.values()])
     per_layer = np.zeros(room.size, np.int64)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from flipproof.errors import FaultModelError
-from flipproof.faults.base import FaultModel
+from flipproof.faults.base import FaultModel, upset_each
 from flipproof.faults.sampling import TrialGenerator
-from flipproof.spaces.contract import Faults
-
-if TYPE_CHECKING:
-    from flipproof.spaces.parameters import FaultSpace
+from flipproof.spaces.contract import Draw, Faults, Space
 
 
 @dataclass(frozen=True)
@@ -54,19 +51,26 @@ class BitPosition(FaultModel):
         """The column ``bit``."""
         return {"bit": self._single()}
 
-    def repeats(self, space: FaultSpace) -> bool:
-        """Where every value is hit, nothing is drawn at random."""
-        return self.share == 1.0
+    @property
+    def single_upset(self) -> bool:
+        """Where samples are computed apart, one value of each is hit."""
+        return True
 
-    def check(self, space: FaultSpace) -> None:
+    def repeats(self, space: Space) -> bool:
+        """Where every value is hit, nothing is drawn at random."""
+        return space.samples is None and self.share == 1.0
+
+    def check(self, space: Space) -> None:
         """Raise where no value is that wide."""
         widest = max(site.width for site in space.sites)
         if self._single() >= widest:
             raise FaultModelError(f"{self!r}: the widest stored value has {widest} bits, so bits 0 to {widest - 1}")
 
-    def draw(self, space: FaultSpace, generator: TrialGenerator) -> Faults:
-        """That bit of every value, or of a random share of them."""
+    def draw(self, space: Space, generator: TrialGenerator) -> Draw:
+        """That bit of every value, or of a random share of them; where samples are computed apart, of one for each."""
         bit = self._single()
+        if space.samples is not None:
+            return upset_each(space, generator, bit)
         hit = np.concatenate([s.offset + s.positions(bit) for s in space.sites if bit < s.width])
         if self.share < 1.0:
             hit = hit[generator.distinct(max(1, round(self.share * hit.size)), hit.size)]

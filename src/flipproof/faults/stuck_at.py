@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from flipproof.errors import FaultModelError
 from flipproof.faults.base import FaultModel
 from flipproof.faults.rates import check_rate, draw_at_rate, nothing_to_draw
 from flipproof.faults.sampling import TrialGenerator
-from flipproof.spaces.contract import Faults
-
-if TYPE_CHECKING:
-    from flipproof.spaces.parameters import FaultSpace
+from flipproof.spaces.contract import Faults, Space
 
 
 @dataclass(frozen=True)
@@ -52,14 +49,14 @@ class StuckAt(FaultModel):
         """The columns ``ber`` and ``stuck_at``."""
         return {"ber": self._single(), "stuck_at": self.value}
 
-    def repeats(self, space: FaultSpace) -> bool:
+    def repeats(self, space: Space) -> bool:
         """Only if the rate comes to no cell, or all of them."""
         return nothing_to_draw(self._single(), self.exact, space)
 
-    def check(self, space: FaultSpace) -> None:
+    def check(self, space: Space) -> None:
         """Warn where the rate rounds to no cell at all."""
         check_rate(self, self._single(), self.exact, space)
 
-    def draw(self, space: FaultSpace, generator: TrialGenerator) -> Faults:
+    def draw(self, space: Space, generator: TrialGenerator) -> Faults:
         """Distinct cells at this rate."""
         return Faults(draw_at_rate(self._single(), self.exact, space, generator), stuck=self.value)

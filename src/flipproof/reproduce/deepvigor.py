@@ -25,7 +25,7 @@ from flipproof.reports.figures import save
 from flipproof.reports.vulnerability import bit_layer_figure, loss_figure, neuron_figure, range_figure
 from flipproof.reproduce.deepvigor_use import evidence_table, factors_table
 from flipproof.reproduce.published import beside, write_table
-from flipproof.spaces.neuron_sites import Neurons
+from flipproof.spaces.sites import Neurons
 
 SUMMARY = "DeepVigor: vulnerability ranges held against injection, Tables I and II, Figs. 4 to 6; weights; what it buys"
 

@@ -22,8 +22,7 @@ from flipproof.faults import BitErrorRate
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.formats import Format
 from flipproof.reports.tables import compare
-from flipproof.spaces.neuron_sites import Neurons, NeuronSite
-from flipproof.spaces.sites import Parameters, Site
+from flipproof.spaces.sites import Neurons, NeuronSite, Parameters, Site
 from flipproof.storage.choose import protected_formats, select
 
 Batches = list[tuple[Tensor, Tensor]]

@@ -14,8 +14,8 @@ from flipproof.errors import DataError
 from flipproof.running.data import Batches, Output, call, pick
 from flipproof.running.hooks import check_hooks_run
 from flipproof.running.snapshots import Snapshot
-from flipproof.spaces.neuron_sites import Neurons
 from flipproof.spaces.neurons import NeuronSpace
+from flipproof.spaces.sites import Neurons
 from flipproof.spaces.tensors import FormatChoice
 
 

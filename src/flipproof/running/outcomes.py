@@ -250,6 +250,7 @@ def classify(golden: Tensor, faulty: Tensor, decision: Decision) -> Tensor:
     """The outcome of each sample as an index into `OUTCOMES`, int64 (N,).
 
     Example:
+        >>> from flipproof.running.scales import OUTCOMES
         >>> golden = torch.tensor([[1.0, 0.0]] * 4)
         >>> faulty = torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 2.0], [1.0, float("nan")]])
         >>> [OUTCOMES[i] for i in classify(golden, faulty, Decision.from_golden(golden * 2))]

@@ -15,15 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flipproof.errors import FaultModelError, FaultSpaceError, FormatError
-from flipproof.faults.base import FaultModel
-from flipproof.faults.bit_position import BitPosition
-from flipproof.faults.random_bits import RandomBits
-from flipproof.faults.sampling import TrialGenerator
-from flipproof.spaces.contract import Draw, Positions, Upsets
-from flipproof.spaces.neuron_sites import Neurons, NeuronSite, choose_neuron_format
+from flipproof._hooks import hooked
+from flipproof.errors import FaultSpaceError, FormatError
+from flipproof.spaces.contract import Draw, Positions, Start, Upsets
 from flipproof.spaces.observing import Observer
-from flipproof.spaces.outputs import Outputs
+from flipproof.spaces.sites import Neurons, NeuronSite, choose_neuron_format
 from flipproof.spaces.tensors import FormatChoice, check_format, check_model
 
 Change = Callable[[NeuronSite, Tensor], Tensor | None]
@@ -65,8 +61,7 @@ class NeuronSpace:
         """Layers that are not in the space, and why."""
         seen = Observer(model, where, self.left_out)
         seen.grow(grown)
-        with Outputs(model) as outputs:
-            seen.watch(forwards)
+        seen.watch(forwards)
         sites: list[NeuronSite] = []
         offset = 0
         for (layer, call), (shape, axis, dtype, low, high) in seen.found.items():
@@ -89,8 +84,7 @@ class NeuronSpace:
         self.sites: tuple[NeuronSite, ...] = tuple(sites)
         self.bits = offset
         hit = {site.layer for site in sites}
-        seen_bits = outputs.bits_a_sample(samples=sum(size for _, size in forwards))
-        outside = {name: bits for name, bits in seen_bits.items() if name not in hit}
+        outside = {name: bits for name, bits in seen.bits_a_sample.items() if name not in hit}
         for name in outside:
             self.left_out.setdefault(name, "fp.Neurons() takes Conv, Linear, LSTM and GRU layers")
         self.left_out_bits = sum(outside.values())
@@ -101,9 +95,23 @@ class NeuronSpace:
         self._by_call = {(s.layer, s.call): s for s in sites}
         self._counts: dict[str, int] = {}
         self._change: Change | None = None
-        self._faults: tuple[Positions, Positions, Positions, Positions] | None = None
+        self._faults: tuple[Positions, Positions, Positions] | None = None
         self._batch = 0
         self._only: list[int] | None = None
+        self._batches = np.cumsum([0, *(size for _, size in forwards)])
+
+    @property
+    def samples(self) -> int:
+        """Samples of all batches: a draw has an upset for each."""
+        return int(self._batches[-1])
+
+    @property
+    def layers(self) -> dict[str, list[tuple[int, int]]]:
+        """Each layer, with the ranges of bits [first, last) of its calls."""
+        spans: dict[str, list[tuple[int, int]]] = {}
+        for site in self.sites:
+            spans.setdefault(site.layer, []).append((site.offset, site.offset + site.bits))
+        return spans
 
     def again(self, model: nn.Module) -> NeuronSpace:
         """The same space of a copy of the model."""
@@ -144,37 +152,29 @@ class NeuronSpace:
             f"this is not said"
         )
 
-    @property
-    def repeated(self) -> bool:
-        """Whether some layer is called more than once in a forward."""
-        return any(count > 1 for count in self.calls.values())
+    def site_of(self, draw: Draw) -> NeuronSite:
+        """The site that a trial's upsets share."""
+        return self.sites[int(self._located(draw.positions[:1])[0][0])]
 
-    def check(self, point: FaultModel) -> None:
-        """Raise FaultModelError unless this point is a single upset."""
-        if not (isinstance(point, BitPosition) or point == RandomBits(1)):
-            raise FaultModelError(
-                f"where=fp.Neurons() injects a single upset into each sample's inference: faults= takes "
-                f"fp.RandomBits(1) or fp.BitPosition(bits), got {point!r}"
-            )
-        point.check(self)  # type: ignore[arg-type]
+    def layer_of(self, draw: Draw) -> str:
+        """Its name."""
+        return self.site_of(draw).name
 
-    def draw(self, point: FaultModel, samples: int, generator: TrialGenerator) -> Upsets:
-        """One bit a sample, all in the output of one layer, which is drawn first, in proportion to its bits.
+    def start(self, draw: Draw) -> Start:
+        """Right behind the layer that the upsets share."""
+        site = self.site_of(draw)
 
-        So every sample's fault is uniform over the space; those of one trial share the layer, which lets the trial
-        start there, and are otherwise independent.
+        def change(output: Any) -> Any:
+            return (self.hit(site, output[0]), *output[1:]) if isinstance(output, tuple) else self.hit(site, output)
+
+        return Start(layer=site.layer, change=change)
+
+    def starts(self) -> dict[str, int]:
+        """Every layer whose output counts samples first; none where a layer is called again, since calls are counted
+        from the start of a forward.
         """
-        bit = point.coordinates()["bit"] if isinstance(point, BitPosition) else None
-        sizes = [s.bits if bit is None else s.values if bit < s.width else 0 for s in self.sites]
-        borders = np.cumsum(sizes)
-        chosen = self.sites[int(np.searchsorted(borders, generator.below(int(borders[-1]), 1)[0], side="right"))]
-        if bit is None:
-            return Upsets(chosen.offset + generator.below(chosen.bits, samples))
-        return Upsets(chosen.offset + generator.below(chosen.values, samples) * chosen.width + int(bit))
-
-    def layer_of(self, faults: Draw) -> NeuronSite:
-        """The site that a trial's faults share."""
-        return self.sites[int(self._located(faults.positions[:1])[0][0])]
+        repeated = any(count > 1 for count in self.calls.values())
+        return {} if repeated else {site.layer: site.bits for site in self.sites if site.axis == 0}
 
     def places(self, faults: Draw) -> list[tuple[str, int, int]]:
         """The faults as (layer, neuron, bit), one a sample."""
@@ -198,12 +198,8 @@ class NeuronSpace:
         """While active, layer outputs are what their format can represent, and `corrupted` and `changed` work."""
         modules = dict(self.model.named_modules(remove_duplicate=False))
         self._counts = {}
-        handles = [modules[layer].register_forward_hook(self._hook(layer)) for layer in self.calls]
-        try:
+        with hooked({layer: modules[layer] for layer in self.calls}, self._pass):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def begin(self, batch: int, made: Mapping[str, int] | None = None) -> None:
         """A run of this batch starts; `made` says how often each layer was called before the place it starts at."""
@@ -220,22 +216,22 @@ class NeuronSpace:
             self._change = None
 
     @contextmanager
-    def corrupted(self, faults: Draw, sizes: Sequence[int]) -> Iterator[int]:
-        """While active, sample i's inference has the i-th of these faults; `begin` tells which batch runs.
+    def corrupted(self, draw: Draw) -> Iterator[int]:
+        """While active, sample i's inference has the i-th of these upsets; `begin` tells which batch runs.
 
         Yields:
             How many bits change: one a sample.
         """
-        if not isinstance(faults, Upsets):
-            raise FaultSpaceError(f"a neuron space takes Upsets, one a sample, got {type(faults).__name__}")
-        if len(faults) != sum(sizes):
-            raise FaultSpaceError(f"{len(faults)} upsets for {sum(sizes)} samples: there must be one for each")
-        if len(faults) and int(faults.positions.max()) >= self.bits:
-            raise FaultSpaceError(f"upsets lie outside the space of {self.bits:,} bits: {faults.positions.max()}")
-        self._faults = (*self._located(faults.positions), np.cumsum([0, *sizes]))
+        if not isinstance(draw, Upsets):
+            raise FaultSpaceError(f"a neuron space takes Upsets, one a sample, got {type(draw).__name__}")
+        if len(draw) != self.samples:
+            raise FaultSpaceError(f"{len(draw)} upsets for {self.samples} samples: there must be one for each")
+        if len(draw) and int(draw.positions.max()) >= self.bits:
+            raise FaultSpaceError(f"upsets lie outside the space of {self.bits:,} bits: {draw.positions.max()}")
+        self._faults = self._located(draw.positions)
         try:
             with self.changed(self._hit):
-                yield len(faults)
+                yield len(draw)
         finally:
             self._faults = None
 
@@ -255,8 +251,8 @@ class NeuronSpace:
 
     def _hit(self, site: NeuronSite, output: Tensor) -> Tensor | None:
         assert self._faults is not None
-        which, neuron, bit, borders = self._faults
-        part = slice(int(borders[self._batch]), int(borders[self._batch + 1]))
+        which, neuron, bit = self._faults
+        part = slice(int(self._batches[self._batch]), int(self._batches[self._batch + 1]))
         rows = np.flatnonzero(which[part] == self.sites.index(site))
         if self._only is not None:
             rows = np.intersect1d(rows, self._only)
@@ -268,20 +264,17 @@ class NeuronSpace:
         faulty[index] = site.flipped(output[index], which_bit)
         return faulty
 
-    def _hook(self, layer: str) -> Callable[[nn.Module, Any, Any], Any]:
-        def hook(module: nn.Module, args: Any, result: Any) -> Any:
-            call = self._counts.get(layer, 0) % self.calls[layer]
-            self._counts[layer] = call + 1
-            site = self._by_call.get((layer, call))
-            if site is None:
-                return None
-            output = result[0] if isinstance(result, tuple) else result
-            found = site.stored(output)
-            if self._change is not None:
-                replaced = self._change(site, found)
-                found = found if replaced is None else replaced
-            if found is output:
-                return None
-            return (found, *result[1:]) if isinstance(result, tuple) else found
-
-        return hook
+    def _pass(self, layer: str, module: nn.Module, result: Any) -> Any:
+        call = self._counts.get(layer, 0) % self.calls[layer]
+        self._counts[layer] = call + 1
+        site = self._by_call.get((layer, call))
+        if site is None:
+            return None
+        output = result[0] if isinstance(result, tuple) else result
+        found = site.stored(output)
+        if self._change is not None:
+            replaced = self._change(site, found)
+            found = found if replaced is None else replaced
+        if found is output:
+            return None
+        return (found, *result[1:]) if isinstance(result, tuple) else found

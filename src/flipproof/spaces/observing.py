@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.rnn import PackedSequence
 
-from flipproof.spaces.neuron_sites import Neurons
+from flipproof._hooks import hooked
+from flipproof.spaces.sites import Neurons
 
 _LAYERS = (_ConvNd, nn.Linear, nn.LSTM, nn.GRU)
+_MULTIPLYING = (_ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
 
 class Observer:
@@ -31,6 +33,9 @@ class Observer:
         self._grown: list[dict[tuple[str, int], tuple[int, ...]]] = []
         """Shapes with one sample more, for each way to add one that made the model answer once more."""
         self._layers = {}
+        self._multiplying = {name: m for name, m in model.named_modules() if isinstance(m, _MULTIPLYING)}
+        self._bits: dict[str, int] = {}
+        self._samples = 0
         for name, module in model.named_modules():
             if isinstance(getattr(module, "_packed_params", None), nn.Module):
                 left_out[name] = "its weight is quantised and packed (torch.ao): analyse the floating-point model"
@@ -58,39 +63,40 @@ class Observer:
         Args:
             forwards: one function a batch that runs the model, and the samples of that batch.
         """
-        handles = [module.register_forward_hook(self._hook(name)) for name, module in self._layers.items()]
-        try:
+        with hooked(self._multiplying, self._weigh), hooked(self._layers, self._note):
             for forward, self._size in forwards:
                 self._counts = {}
+                self._samples += self._size
                 forward()
-        finally:
-            for handle in handles:
-                handle.remove()
         for name in self._layers:
             if (name, 0) not in self.found and name not in self._left_out:
                 self._left_out[name] = "the forward never calls it as a module"
         self.found = {key: value for key, value in self.found.items() if key[0] not in self._left_out}
+
+    @property
+    def bits_a_sample(self) -> dict[str, int]:
+        """Bits of the outputs of all modules with weights that multiply, in their own type, for one sample."""
+        return {name: round(bits / max(self._samples, 1)) for name, bits in self._bits.items()}
+
+    def _weigh(self, name: str, module: nn.Module, result: Any) -> None:
+        output = result[0] if isinstance(result, tuple) and not isinstance(result, PackedSequence) else result
+        output = output.data if isinstance(output, PackedSequence) else output
+        if isinstance(output, Tensor):
+            self._bits[name] = self._bits.get(name, 0) + 8 * output.nbytes
 
     def _shapes(self, forward: Callable[[], bool]) -> tuple[bool, dict[tuple[str, int], tuple[int, ...]]]:
         """What a run gives, and the shape of what every call of every layer gave."""
         shapes: dict[tuple[str, int], tuple[int, ...]] = {}
         counts: dict[str, int] = {}
 
-        def noting(name: str) -> Callable[[nn.Module, Any, Any], None]:
-            def hook(module: nn.Module, args: Any, result: Any) -> None:
-                output = result[0] if isinstance(result, tuple) else result
-                number = counts[name] = counts.get(name, -1) + 1
-                if isinstance(output, Tensor):
-                    shapes[name, number] = tuple(output.shape)
+        def note(name: str, module: nn.Module, result: Any) -> None:
+            output = result[0] if isinstance(result, tuple) else result
+            number = counts[name] = counts.get(name, -1) + 1
+            if isinstance(output, Tensor):
+                shapes[name, number] = tuple(output.shape)
 
-            return hook
-
-        handles = [module.register_forward_hook(noting(name)) for name, module in self._layers.items()]
-        try:
+        with hooked(self._layers, note):
             return forward(), shapes
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _axis(self, name: str, call: int, module: nn.Module, shape: tuple[int, ...]) -> int | str:
         """Where a layer's output of this shape counts samples, or why that cannot be said."""
@@ -112,33 +118,30 @@ class Observer:
             return fitting[0] if fitting else 0
         return 0
 
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, result: Any) -> None:
-            output = result[0] if isinstance(result, tuple) else result
-            call = self._counts.get(name, 0)
-            self._counts[name] = call + 1
-            if not isinstance(output, Tensor) or isinstance(output, PackedSequence):
-                self._left_out[name] = f"its output is a {type(output).__name__}"
-                return
-            before = self.found.get((name, call))
-            axis = before[1] if before is not None else self._axis(name, call, module, tuple(output.shape))
-            if isinstance(axis, str):
-                self._left_out[name] = axis
-                return
-            if output.dim() <= axis or output.shape[axis] != self._size:
-                self._left_out[name] = (
-                    f"its output {tuple(output.shape)} does not count {self._size} samples along axis {axis}"
-                )
-                return
-            shape = tuple(size for i, size in enumerate(output.shape) if i != axis)
-            low, high = output.min(), output.max()
-            if before is not None:
-                if before[0] != shape:
-                    self._left_out[name] = f"its output changes shape between batches: {before[0]}, {shape}"
-                low, high = torch.minimum(low, before[3]), torch.maximum(high, before[4])
-            self.found[name, call] = (shape, axis, output.dtype, low, high)
-
-        return hook
+    def _note(self, name: str, module: nn.Module, result: Any) -> None:
+        output = result[0] if isinstance(result, tuple) else result
+        call = self._counts.get(name, 0)
+        self._counts[name] = call + 1
+        if not isinstance(output, Tensor) or isinstance(output, PackedSequence):
+            self._left_out[name] = f"its output is a {type(output).__name__}"
+            return
+        before = self.found.get((name, call))
+        axis = before[1] if before is not None else self._axis(name, call, module, tuple(output.shape))
+        if isinstance(axis, str):
+            self._left_out[name] = axis
+            return
+        if output.dim() <= axis or output.shape[axis] != self._size:
+            self._left_out[name] = (
+                f"its output {tuple(output.shape)} does not count {self._size} samples along axis {axis}"
+            )
+            return
+        shape = tuple(size for i, size in enumerate(output.shape) if i != axis)
+        low, high = output.min(), output.max()
+        if before is not None:
+            if before[0] != shape:
+                self._left_out[name] = f"its output changes shape between batches: {before[0]}, {shape}"
+            low, high = torch.minimum(low, before[3]), torch.maximum(high, before[4])
+        self.found[name, call] = (shape, axis, output.dtype, low, high)
 
 
 def _grown_axis(before: tuple[int, ...], after: tuple[int, ...]) -> int | None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
 from flipproof._interrupts import whole
-from flipproof.errors import FaultSpaceError, FlipproofWarning, FormatError
-from flipproof.formats.base import Coding, dense
-from flipproof.spaces.contract import Faults, Positions
-from flipproof.spaces.memory import CLEAR, FLIP, SET, DirectMemory, UndoLog
+from flipproof.errors import FaultSpaceError, FlipproofWarning
+from flipproof.spaces.cell import Cell
+from flipproof.spaces.contract import Draw, Faults, Positions, Start
 from flipproof.spaces.sites import Parameters, Site, check_where
 from flipproof.spaces.tensors import (
     Candidate,
@@ -25,7 +24,7 @@ from flipproof.spaces.tensors import (
     inventory,
     unmatched,
 )
-from flipproof.spaces.words import Undo, corrupt_words, scatter
+from flipproof.spaces.words import CLEAR, FLIP, SET, DirectMemory, Undo, UndoLog, scatter
 
 
 class FaultSpace:
@@ -74,14 +73,14 @@ class FaultSpace:
         (16, {'bias': 'not selected by where='}, 32, 0.333)
     """
 
+    samples: None = None
+    """Faults in memory are the same for all samples."""
+
     def __init__(self, model: nn.Module, *, where: Parameters | None = None, format: FormatChoice = None) -> None:
         where = check_where(where)
         check_format(format)
         self._asked = (where, format)
-        sites: list[Site] = []
-        tensors: list[Tensor] = []
-        held: list[bool] = []
-        packed: list[bool] = []
+        cells: list[Cell] = []
         self.left_out: dict[str, str] = {}
         """What the model stores and is not in the space, and why."""
         self.left_out_bits = 0
@@ -100,12 +99,9 @@ class FaultSpace:
             like = candidate.packed or t
             names, shape = candidate.names, tuple(like.shape)
             site = Site(names[0], names[1:], candidate.owner, candidate.kind, shape, like.dtype, chosen, offset)
-            held.append(candidate.packed is not None or chosen.is_native(t.dtype))
-            packed.append(candidate.packed is not None)
             offset += site.bits
-            sites.append(site)
-            tensors.append(t)
-        if not sites:
+            cells.append(Cell(site, t, packed=candidate.packed is not None))
+        if not cells:
             known = "\n  ".join(f"{c.name} ({c.kind}){f': {c.problem}' if c.problem else ''}" for c in found[:20])
             raise FaultSpaceError(
                 f"no parameter is left to hit with {where!r} and format={format!r}; "
@@ -118,19 +114,17 @@ class FaultSpace:
                 FlipproofWarning,
                 stacklevel=2,
             )
-        self.sites: tuple[Site, ...] = tuple(sites)
+        self.cells = tuple(cells)
+        """What is stored, tensor by tensor."""
+        self.sites: tuple[Site, ...] = tuple(cell.site for cell in cells)
         self.bits = offset
-        self._tensors = tensors
-        self._held = held  # memory holds exactly these words; every other site is stored by decoding
-        self._packed = packed
-        self._index = {name: i for i, site in enumerate(sites) for name in (site.name, *site.aliases)}
-        self._borders = np.array([*(site.offset for site in sites), offset], np.int64)
+        self._index = {name: i for i, site in enumerate(self.sites) for name in (site.name, *site.aliases)}
+        self._borders = np.array([*(site.offset for site in self.sites), offset], np.int64)
         self._firsts = self._borders[:-1]
-        self._widths = np.array([site.width for site in sites], np.int64)
-        self._uneven = [i for i, site in enumerate(sites) if not site.is_even]
-        self._originals: dict[int, Tensor] | None = None
-        self._codings: dict[int, Coding] = {}
-        self._direct: tuple[tuple[tuple[int, int], ...], DirectMemory | None, list[int]] | None = None
+        self._widths = np.array([site.width for site in self.sites], np.int64)
+        self._uneven = [i for i, site in enumerate(self.sites) if not site.is_even]
+        self._is_stored = False
+        self._paths_at: tuple[tuple[tuple[int, int], ...], DirectMemory | None, list[Cell]] | None = None
 
     def _leave_out(self, candidate: Candidate, reason: str, *, asked: bool) -> None:
         self.left_out[candidate.name] = reason
@@ -166,7 +160,7 @@ class FaultSpace:
 
     def __getstate__(self) -> dict[str, object]:
         """Addresses mean nothing in another process: they are looked up again there."""
-        return {**self.__dict__, "_direct": None}
+        return {**self.__dict__, "_paths_at": None}
 
     def again(self, model: nn.Module) -> FaultSpace:
         """The same space of a copy of the model."""
@@ -176,7 +170,7 @@ class FaultSpace:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The live tensor of each site, by its name."""
-        return {site.name: tensor for site, tensor in zip(self.sites, self._tensors, strict=True)}
+        return {cell.site.name: cell.tensor for cell in self.cells}
 
     @property
     def layers(self) -> dict[str, list[tuple[int, int]]]:
@@ -226,18 +220,18 @@ class FaultSpace:
             raise FaultSpaceError(f"stuck must be None, 0 or 1, got {stuck!r}")
         return Faults(unique, stuck)  # type: ignore[arg-type]
 
-    def locate(self, faults: Faults) -> pd.DataFrame:
+    def locate(self, faults: Draw) -> pd.DataFrame:
         """Where faults lie: one row a bit with its `site`, `value` (flat index) and `bit`."""
         which, value, bit = self._located(faults)
         names = np.array([site.name for site in self.sites], dtype=object)[which]
         return pd.DataFrame({"site": names, "value": value, "bit": bit})
 
-    def places(self, faults: Faults) -> list[tuple[str, int, int]]:
+    def places(self, faults: Draw) -> list[tuple[str, int, int]]:
         """The same as plain (name, value, bit), which `faults` takes: for a few faults far quicker than a table."""
         which, value, bit = (column.tolist() for column in self._located(faults))
         return [(self.sites[i].name, v, b) for i, v, b in zip(which, value, bit, strict=True)]
 
-    def _located(self, faults: Faults) -> tuple[Positions, Positions, Positions]:
+    def _located(self, faults: Draw) -> tuple[Positions, Positions, Positions]:
         which = np.searchsorted(self._firsts, faults.positions, side="right") - 1
         inside = faults.positions - self._firsts[which]
         value, bit = np.divmod(inside, self._widths[which])
@@ -246,7 +240,7 @@ class FaultSpace:
             value[here], bit[here] = self.sites[i].locate(inside[here])
         return which, value, bit
 
-    def touched_names(self, faults: Faults) -> list[str]:
+    def touched_names(self, faults: Draw) -> list[str]:
         """Every name of every tensor that these faults touch."""
         touched = np.flatnonzero(np.diff(np.searchsorted(faults.positions, self._borders)))
         return [name for i in touched.tolist() for name in (self.sites[i].name, *self.sites[i].aliases)]
@@ -258,118 +252,101 @@ class FaultSpace:
         Raises:
             FormatError: naming the tensor whose values the format cannot hold.
         """
-        if self._originals is not None:
+        if self._is_stored:
             raise FaultSpaceError("the model is already stored in this space")
-        originals: dict[int, Tensor] = {}
-        self._codings = {}
         try:
-            for i, (site, tensor) in enumerate(zip(self.sites, self._tensors, strict=True)):
-                if self._held[i]:
-                    continue
-                original = tensor.data.clone(memory_format=torch.contiguous_format)
-                decoded = self._decoded(i, site, original)
-                originals[i] = original
-                tensor.data.copy_(decoded)
-            self._originals = originals
+            for cell in self.cells:
+                if not cell.held:
+                    cell.store()
+            self._is_stored = True
             yield
         finally:
-            _to_the_end(lambda: self._take_back(originals))
+            _to_the_end(self._take_back)
 
-    def _take_back(self, originals: dict[int, Tensor]) -> None:
-        for i, original in originals.items():
-            self._tensors[i].data.copy_(original)
-        self._originals = None
-
-    def _decoded(self, i: int, site: Site, original: Tensor) -> Tensor:
-        try:
-            self._codings[i] = site.format.fit(original)
-            words = site.format.encode_values(original, dense(self._codings[i], original.shape))
-        except FormatError as error:
-            raise FormatError(f"{site.name}: {error}") from None
-        decoded = site.format.decode_words(words, dense(self._codings[i], original.shape), site.dtype)
-        lost = torch.isfinite(original) & ~torch.isfinite(decoded)
-        if bool(lost.any()):
-            raise FormatError(
-                f"{site.name}: {int(lost.sum())} finite values become NaN or infinite in {site.format!r} "
-                f"(largest magnitude {float(original[lost].abs().max()):g}); choose a format with more range"
-            )
-        return decoded
+    def _take_back(self) -> None:
+        for cell in self.cells:
+            cell.take_back()
+        for cell in self.cells:
+            cell.forget()
+        self._is_stored = False
 
     def originals(self) -> dict[str, Tensor]:
         """While `stored()`: the values that its formats replaced, by qualified name."""
-        return {self.sites[i].name: original for i, original in (self._originals or {}).items()}
+        return {cell.site.name: cell.original for cell in self.cells if cell.original is not None}
 
     @whole
-    def corrupted(self, faults: Faults) -> Iterator[int]:
+    def corrupted(self, draw: Draw) -> Iterator[int]:
         """The model with these faults in its memory; afterwards bit-identical to before, whatever happens inside.
 
         Yields:
-            How many stored bits changed (fewer than `len(faults)` for stuck cells that already held the value).
+            How many stored bits changed (fewer than `len(draw)` for stuck cells that already held the value).
 
         Raises:
             FaultSpaceError: if a fault lies outside the space.
         """
-        if not isinstance(faults, Faults):
-            raise FaultSpaceError(f"a space of stored bits takes Faults, got {type(faults).__name__}")
-        positions = faults.positions
+        if not isinstance(draw, Faults):
+            raise FaultSpaceError(f"a space of stored bits takes Faults, got {type(draw).__name__}")
+        positions = draw.positions
         if positions.size and (positions[0] < 0 or positions[-1] >= self.bits):
             raise FaultSpaceError(
                 f"faults lie outside the space of {self.bits:,} bits: {positions[0]} … {positions[-1]}"
             )
-        if self._originals is None and not all(self._held):
-            with self.stored(), self.corrupted(faults) as changed:
+        if not self._is_stored and not all(cell.held for cell in self.cells):
+            with self.stored(), self.corrupted(draw) as changed:
                 yield changed
             return
-        operation = FLIP if faults.stuck is None else SET if faults.stuck else CLEAR
+        operation = FLIP if draw.stuck is None else SET if draw.stuck else CLEAR
         direct, coded = self._paths()
         log = UndoLog()
         undo: Undo = []
         try:
             changed = direct.apply(positions, operation, log) if direct is not None and positions.size else 0
-            for i in coded:
-                site = self.sites[i]
-                first, last = np.searchsorted(positions, (site.offset, site.offset + site.bits))
+            for cell in coded:
+                first_bit = cell.site.offset
+                first, last = np.searchsorted(positions, (first_bit, first_bit + cell.site.bits))
                 if first < last:
-                    changed += corrupt_words(
-                        site,
-                        self._tensors[i].data,
-                        positions[first:last] - site.offset,
-                        operation,
-                        undo,
-                        source=self._originals.get(i) if self._originals else None,
-                        coding=self._codings.get(i, ()),
-                        packed=self._packed[i],
-                    )
+                    changed += cell.corrupt(positions[first:last] - first_bit, operation, undo)
             yield changed
         finally:
             _to_the_end(lambda: _restore(log, undo))
 
-    def _paths(self) -> tuple[DirectMemory | None, list[int]]:
-        """Which sites are changed in memory and which through their format; found anew if the tensors moved."""
-        where = tuple((t.data_ptr(), t.element_size()) for t in self._tensors)
-        if self._direct is None or self._direct[0] != where:
-            direct = [
-                i
-                for i, (s, t) in enumerate(zip(self.sites, self._tensors, strict=True))
-                if t.device.type == "cpu"
-                and t.is_contiguous()
-                and (self._packed[i] or (s.format.is_native(t.dtype) and t.dtype == s.dtype))
-            ]
+    def _paths(self) -> tuple[DirectMemory | None, list[Cell]]:
+        """What is changed in memory, and what through its format; found anew if the tensors moved."""
+        where = tuple(cell.place for cell in self.cells)
+        if self._paths_at is None or self._paths_at[0] != where:
+            direct = [cell for cell in self.cells if cell.direct]
             memory = DirectMemory(
-                [self._tensors[i].data for i in direct],
-                [self.sites[i].offset for i in direct],
-                [self.sites[i].bits for i in direct],
+                [cell.tensor.data for cell in direct],
+                [cell.site.offset for cell in direct],
+                [cell.site.bits for cell in direct],
             )
-            coded = [i for i in range(len(self.sites)) if i not in set(direct)]
-            moved = [
-                self.sites[i].name
-                for i in coded
-                if not self._packed[i] and self._tensors[i].dtype != self.sites[i].dtype
-            ]
+            coded = [cell for cell in self.cells if not cell.direct]
+            moved = [cell.site.name for cell in coded if not cell.packed and cell.tensor.dtype != cell.site.dtype]
             if moved:
                 raise FaultSpaceError(f"{moved[0]} changed its dtype since the fault space was made; make a new space")
-            self._direct = (where, memory if direct else None, coded)
-        return self._direct[1], self._direct[2]
+            self._paths_at = (where, memory if direct else None, coded)
+        return self._paths_at[1], self._paths_at[2]
+
+    def begin(self, batch: int, made: Mapping[str, int] | None = None) -> None:
+        """Nothing: faults in memory are the same for every batch."""
+
+    def only(self, rows: Sequence[int]) -> AbstractContextManager[None]:
+        """Refused: all samples of a batch share the faults.
+
+        Raises:
+            FaultSpaceError: always.
+        """
+        raise FaultSpaceError("faults in memory hit every sample of a batch")
+
+    def layer_of(self, draw: Draw) -> None:
+        """None: a draw may hit any."""
+
+    def start(self, draw: Draw) -> Start:
+        """Nothing changes before the first use of a tensor that is hit."""
+        return Start(names=self.touched_names(draw))
+
+    def starts(self) -> None:
+        """None: it depends on the draw."""
 
 
 def _restore(log: UndoLog, undo: Undo) -> None:

@@ -1,19 +1,18 @@
-"""Which stored tensors a fault space takes, and what it knows of each."""
+"""What a user asks for: parameters, neurons; and what a space knows of each tensor that it takes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from flipproof.errors import FaultSpaceError
+from flipproof.errors import FaultSpaceError, FormatError
 from flipproof.formats import Format
-from flipproof.formats.layout import Layout
-from flipproof.spaces.contract import Positions
-from flipproof.spaces.tensors import KINDS, Candidate, Kind
+from flipproof.formats.base import Coding, word_dtype
+from flipproof.spaces.contract import Sized
+from flipproof.spaces.tensors import KINDS, Candidate, FormatChoice, Kind, matches, own_format
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,36 @@ class Parameters:
         return ""
 
 
+@dataclass(frozen=True)
+class Neurons:
+    """Fault space over neurons: elements of a Conv, Linear, LSTM or GRU output, before any activation function.
+
+    Args:
+        include: glob patterns over qualified names; a module's name takes all it holds. "*" is everything.
+        exclude: the same; it wins over `include`.
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> data = [(torch.randn(5, 4), torch.tensor([0, 1, 1, 0, 1]))]
+        >>> found = fp.assess(net, data=data, faults=fp.RandomBits(1), where=fp.Neurons(), trials=3)
+        >>> found.bits, found.trials["flips"].tolist()  # (3 + 2) neurons of 32 bits; one upset a sample
+        (160, [5, 5, 5])
+    """
+
+    include: str | Sequence[str] = "*"
+    exclude: str | Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("include", "exclude"):
+            value = getattr(self, field)
+            object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
+
+    def selects(self, name: str) -> bool:
+        """Whether this layer belongs to the space."""
+        return matches([name], self.include) and not matches([name], self.exclude)
+
+
 def check_where(where: object) -> Parameters:
     """The parameters that were asked for, all of them by default.
 
@@ -78,60 +107,13 @@ def check_where(where: object) -> Parameters:
         return Parameters()
     if isinstance(where, Parameters):
         return where
-    if type(where).__name__ == "Neurons":
+    if isinstance(where, Neurons):
         raise FaultSpaceError(
             f"{where!r} are computed values, not stored ones: pass them to fp.assess(…, where=fp.Neurons()) or "
             f"fp.analyze; what is asked for here takes fp.Parameters"
         )
     patterns = f"include={where!r}" if isinstance(where, (str, list, tuple)) else "…"
     raise FaultSpaceError(f"where= takes fp.Parameters({patterns}), got {where!r}")
-
-
-class Sized:
-    """What is stored in one format: how much of it there is."""
-
-    shape: tuple[int, ...]
-    format: Format
-
-    @property
-    def values(self) -> int:
-        """Number of values stored here."""
-        return int(np.prod(self.shape, dtype=np.int64))
-
-    @property
-    def width(self) -> int:
-        """Stored bits a value; of the widest word, where check bits of a block make words differ."""
-        return self.format.width
-
-    @property
-    def bits(self) -> int:
-        """Stored bits in all."""
-        return self.values * self.width if self.is_even else self.layout.bits
-
-    @property
-    def is_even(self) -> bool:
-        """Whether every word is `width` bits wide."""
-        return self.format.together == 1
-
-    @cached_property
-    def layout(self) -> Layout:
-        """Which of the words' bits are stored, one behind the other."""
-        return Layout.even(self.values, self.width) if self.is_even else self.format.layout(self.values)
-
-    def locate(self, bits: Positions) -> tuple[Positions, Positions]:
-        """(value, bit of its word) of bits of this site, counted from its first."""
-        if self.is_even:
-            value, bit = np.divmod(bits, self.width)
-            return value, bit
-        return self.layout.locate(bits)
-
-    def positions(self, bit: int) -> Positions:
-        """Bit `bit` of every value that has one, counted from the site's first, ascending."""
-        values = np.arange(self.values, dtype=np.int64)
-        if self.is_even:
-            return values * self.width + bit if bit < self.width else values[:0]
-        wide = values[self.layout.width(values) > bit]
-        return self.layout.first(wide) + bit
 
 
 @dataclass(frozen=True)
@@ -154,3 +136,59 @@ class Site(Sized):
     dtype: torch.dtype
     format: Format
     offset: int
+
+
+@dataclass(frozen=True)
+class NeuronSite(Sized):
+    """The output of one call of one layer, for one sample.
+
+    Attributes:
+        layer: the module's qualified name; `name` is the same, with `[k]` for its second and later calls.
+        call: which call of the module in a forward.
+        shape: of one sample's output; neurons are its flat (channel-major) indices.
+        axis: where samples are counted in the layer's output.
+        offset: number of its first bit in the space. Bit b of neuron n is `offset + n · width + b`.
+    """
+
+    name: str
+    layer: str
+    call: int
+    shape: tuple[int, ...]
+    axis: int
+    dtype: torch.dtype
+    format: Format
+    coding: Coding
+    offset: int
+    kind: str = "neuron"
+
+    def stored(self, values: Tensor) -> Tensor:
+        """Values as they read after being stored in the site's format."""
+        if self.format.is_native(values.dtype):
+            return values
+        words = self.format.encode_values(values, self.coding)
+        return self.format.decode_words(words, self.coding, values.dtype)
+
+    def flipped(self, values: Tensor, bits: Tensor) -> Tensor:
+        """Each value with the given bit of its word flipped; `bits` (int64) broadcasts against `values`."""
+        words = self.format.encode_values(values, self.coding)
+        masks = torch.ones_like(bits).bitwise_left_shift(bits).to(word_dtype(self.width))
+        return self.format.decode_words(words ^ masks, self.coding, values.dtype)
+
+    def index(self, rows: Tensor, neurons: Tensor) -> tuple[Tensor, ...]:
+        """Index of these neurons of these samples into the layer's output."""
+        inside = list(torch.unravel_index(neurons, self.shape))
+        return (*inside[: self.axis], rows, *inside[self.axis :])
+
+
+def choose_neuron_format(layer: str, dtype: torch.dtype, choice: FormatChoice) -> Format:
+    """The format of a layer's output; its own type if no pattern fits it."""
+    patterns = isinstance(choice, Mapping)
+    if isinstance(choice, Mapping):
+        choice = next((fmt for pattern, fmt in choice.items() if matches([layer], [pattern])), None)
+    if choice is not None:
+        if choice.together > 1:
+            raise FormatError(f"{layer}: {choice!r} codes blocks of words; a neuron's output is a word by itself")
+        return choice
+    if not dtype.is_floating_point or (dtype == torch.float64 and not patterns):
+        raise FaultSpaceError(f"{layer} gives {dtype}: pass format= to say how it is stored")
+    return own_format(dtype)

@@ -84,10 +84,17 @@ class Candidate:
 
         ``"fc"`` fits ``fc.weight``, ``"layer1.*"`` fits ``layer1.0.conv1.weight``; ``*`` also crosses dots.
         """
-        reachable = {
-            ".".join(parts[:n]) for parts in (name.split(".") for name in self.names) for n in range(1, len(parts) + 1)
-        }
-        return any(fnmatch.fnmatchcase(name, pattern) for name in reachable for pattern in patterns)
+        return matches(self.names, patterns)
+
+
+def matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    """Whether a glob pattern fits one of these qualified names, or a module that holds it.
+
+    >>> matches(["fc.weight"], ["fc"]), matches(["layer1.0.conv1"], ["layer1.*"]), matches(["fc.bias"], ["*.weight"])
+    (True, True, False)
+    """
+    held_by = {".".join(parts[:n]) for parts in (name.split(".") for name in names) for n in range(1, len(parts) + 1)}
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in held_by)
 
 
 def inventory(model: nn.Module) -> list[Candidate]:

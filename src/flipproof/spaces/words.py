@@ -1,70 +1,163 @@
-"""Hitting values through their format: encode what is touched, change its words, decode them into the model."""
+"""Words changed and put back: where the values live, in one compiled pass over bytes, or by their flat positions.
+
+For a format that equals the tensor's own type (float32 weights stored as binary32), bit b of a site *is* bit b of the
+tensor's memory on a little-endian machine, so a fault is one byte changed in place and the undo is that byte written
+back. This is what keeps injection at a few microseconds a trial; all else is encoded, changed and decoded (`cell`).
+"""
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import numpy as np
 import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flipproof.formats.base import Coding, blocks, sparse, word_dtype
+from flipproof._kernels import kernel
+from flipproof.formats.base import word_dtype
 from flipproof.spaces.contract import Positions
-from flipproof.spaces.memory import FLIP, SET
-from flipproof.spaces.sites import Site
+
+FLIP, CLEAR, SET = 0, 1, 2
+
+_AHEAD = 64
+"""Bytes fetched ahead of the one being changed: a fault is a cache miss, and they can be waited for together."""
+
+
+def _load(typing_context, address):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.load(builder.inttoptr(args[0], ir.IntType(8).as_pointer()))
+
+    return types.uint8(types.uint64), codegen
+
+
+def _store(typing_context, address, value):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        builder.store(args[1], builder.inttoptr(args[0], ir.IntType(8).as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint8), codegen
+
+
+def _fetch(typing_context, address):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer, number = builder.inttoptr(args[0], ir.IntType(8).as_pointer()), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
+        builder.call(prefetch, [pointer, number(1), number(3), number(1)])  # to write, keep in cache, data
+        return context.get_dummy_value()
+
+    return types.void(types.uint64), codegen
+
+
+_load_byte: Any = intrinsic(_load)
+_store_byte: Any = intrinsic(_store)
+_fetch_byte: Any = intrinsic(_fetch)
+
+
+@kernel()
+def _apply(addresses, firsts, lasts, positions, operation, touched, saved, count):  # type: ignore[no-untyped-def]
+    """Change every position that lies in a direct site; count[0] becomes the saved bytes, returns bits changed.
+
+    Site i covers bits [firsts[i], lasts[i]) of the space and starts at byte addresses[i]; both lists ascend. The first
+    pass only finds addresses (`saved` holds the masks meanwhile), so that the second can fetch ahead of itself.
+    """
+    site = 0
+    found = 0
+    for position in positions:
+        while site < firsts.size and position >= lasts[site]:
+            site += 1
+        if site == firsts.size:
+            break
+        if position < firsts[site]:
+            continue
+        local = position - firsts[site]
+        touched[found] = addresses[site] + np.uint64(local >> 3)
+        saved[found] = np.uint8(1 << (local & 7))
+        found += 1
+    for i in range(min(_AHEAD, found)):
+        _fetch_byte(touched[i])
+    changed = 0
+    for i in range(found):
+        if i + _AHEAD < found:
+            _fetch_byte(touched[i + _AHEAD])
+        address = touched[i]
+        mask = saved[i]
+        before = _load_byte(address)
+        if operation == FLIP:
+            after = before ^ mask
+        elif operation == SET:
+            after = before | mask
+        else:
+            after = before & ~mask
+        saved[i] = before
+        if after != before:
+            changed += 1
+            _store_byte(address, np.uint8(after))
+    count[0] = found
+    return changed
+
+
+@kernel()
+def _undo(touched, saved, count):  # type: ignore[no-untyped-def]
+    """Write the saved bytes back, newest first: a byte hit twice ends as it was before the first hit."""
+    for i in range(count[0] - 1, -1, -1):
+        _store_byte(touched[i], saved[i])
+    count[0] = 0
+
+
+class DirectMemory:
+    """The tensors whose memory is the fault space itself, as one list of addresses.
+
+    Args:
+        tensors: contiguous CPU tensors whose dtype their format calls native.
+        firsts: first bit of each in the space, ascending.
+        bits: number of bits of each.
+    """
+
+    def __init__(self, tensors: list[Tensor], firsts: list[int], bits: list[int]) -> None:
+        if sys.byteorder != "little":
+            raise NotImplementedError("flipproof injects into memory byte by byte and needs a little-endian machine")
+        self._tensors = tensors  # kept alive: the undo may run after the model has let go of them
+        self._addresses = np.array([t.data_ptr() for t in tensors], np.uint64)
+        self._firsts = np.array(firsts, np.int64)
+        self._lasts = self._firsts + np.array(bits, np.int64)
+
+    def apply(self, positions: Positions, operation: int, log: UndoLog) -> int:
+        """Flip, clear or set bits and return how many changed; `log` can undo it at any moment.
+
+        Python handles signals between bytecodes: the kernel runs through, and it keeps the log's count itself, so a
+        Ctrl-C right after it finds the log complete.
+        """
+        log.touched = np.empty(positions.size, np.uint64)
+        log.saved = np.empty(positions.size, np.uint8)
+        addresses, firsts, lasts = self._addresses, self._firsts, self._lasts
+        return int(_apply(addresses, firsts, lasts, positions, operation, log.touched, log.saved, log.count))
+
+
+class UndoLog:
+    """Bytes as they were before the faults."""
+
+    def __init__(self) -> None:
+        self.count: NDArray[np.int64] = np.zeros(1, np.int64)
+        self.touched: NDArray[np.uint64] = np.empty(0, np.uint64)
+        self.saved: NDArray[np.uint8] = np.empty(0, np.uint8)
+
+    def undo(self) -> None:
+        """Restore every byte. Safe to call twice."""
+        _undo(self.touched, self.saved, self.count)
+
 
 Undo = list[tuple[Tensor, Tensor, Tensor]]
 """(tensor, flat indices, values that were there), in the order of the changes."""
 
 
-def corrupt_words(
-    site: Site,
-    tensor: Tensor,
-    bits: Positions,
-    operation: int,
-    undo: Undo,
-    *,
-    source: Tensor | None,
-    coding: Coding,
-    packed: bool,
-) -> int:
-    """Change bits of one site and return how many changed; `undo` learns what was there.
-
-    Args:
-        site: what is hit.
-        tensor: its live values.
-        bits: within the site, ascending.
-        operation: FLIP, SET or CLEAR.
-        undo: gets an entry before anything is written.
-        source: values as they were before they were stored in the format, where the tensor holds decoded ones.
-        coding: the format's constants for the whole tensor.
-        packed: memory holds packed words: its bytes are the words, and stand for themselves.
-    """
-    width = 8 if packed else site.width
-    values, places = np.divmod(bits, width) if packed else site.locate(bits)
-    starts = np.flatnonzero(np.diff(values, prepend=-1))
-    masks = np.bitwise_or.reduceat(np.uint64(1) << places.astype(np.uint64), starts)
-    index = torch.from_numpy(values[starts]).to(tensor.device)
-    mask = _as_words(masks, width).to(tensor.device)
-    if not packed and site.format.together > 1:
-        every = blocks(index, site.format.together, site.values)
-        mask = torch.zeros_like(every, dtype=mask.dtype).index_put_((torch.searchsorted(every, index),), mask)
-        index = every
-    golden = gather(tensor, index)
-    if packed:
-        before = golden
-    else:
-        here = sparse(coding, tensor.shape, index)
-        before = site.format.encode_values(golden if source is None else gather(source, index), here)
-    after = before ^ mask if operation == FLIP else before | mask if operation == SET else before & ~mask
-    undo.append((tensor, index, golden))
-    scatter(tensor, index, after if packed else site.format.decode_words(after, here, site.dtype))
-    if operation == FLIP:
-        return int(bits.size)
-    differing = (before ^ after).cpu().numpy().view(f"u{word_dtype(width).itemsize}")
-    return int(sum(int(word).bit_count() for word in differing))
-
-
-def _as_words(masks: NDArray[np.uint64], width: int) -> Tensor:
+def as_words(masks: NDArray[np.uint64], width: int) -> Tensor:
+    """Masks as words of this width."""
     dtype = word_dtype(width)
     words = masks.astype(f"u{dtype.itemsize}")
     return torch.from_numpy(words if dtype == torch.uint8 else words.view(f"i{dtype.itemsize}"))

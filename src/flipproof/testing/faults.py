@@ -16,7 +16,7 @@ import flipproof
 from flipproof.errors import FaultModelError
 from flipproof.faults import FaultModel, TrialGenerator
 from flipproof.formats.base import bit_pattern
-from flipproof.spaces.contract import Faults
+from flipproof.spaces.contract import Draw, Faults
 from flipproof.spaces.parameters import FaultSpace
 
 
@@ -48,7 +48,7 @@ class FaultModelContract:
         """The fault space that is drawn from: 3,520 bits unless overridden."""
         return FaultSpace(self.network())
 
-    def draw(self, point: FaultModel, trial: int, seed: int = 0) -> Faults:
+    def draw(self, point: FaultModel, trial: int, seed: int = 0) -> Draw:
         """The faults of one trial, as a campaign draws them."""
         return point.draw(self.space(), TrialGenerator(seed, repr(point), trial))
 
@@ -91,6 +91,7 @@ class FaultModelContract:
         for point in self.model.points():
             for trial in range(20):
                 faults = self.draw(point, trial)
+                assert isinstance(faults, Faults)
                 positions = faults.positions
                 assert positions.dtype == np.int64
                 assert positions.ndim == 1
