@@ -116,6 +116,20 @@ def test_it_resumes(network, tmp_path):
     pd.testing.assert_frame_equal(first.rates, again.rates)
 
 
+def test_a_form_that_was_too_inaccurate_is_injected_when_it_is_asked_for(network):
+    protected = fp.TripleMSB(fp.Affine(bits=3))
+    found = run(network, accuracy=1.0, bits=(3, 3), formats=[protected])
+    assert found.candidates["format"].tolist() == [repr(fp.Affine(bits=8)), repr(protected)]
+    assert found.candidates["drop"].notna().all()
+
+
+def test_names_that_look_alike_have_journals_of_their_own():
+    names = ["a b/Affine(bits=8)", "a-b/Affine(bits=8)", "A b/Affine(bits=8)", "x" * 300, "x" * 301, "é", "è"]
+    files = [fortune.file_name(name) for name in names]
+    assert len(set(files)) == len(names)
+    assert all(len(file) < 120 and file.isascii() and "/" not in file for file in files)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -32,11 +32,10 @@ from flipproof.reports.figures import empty_figure, save
 from flipproof.reports.style import SERIES
 from flipproof.reports.tradeoff import tradeoff_figure
 from flipproof.reproduce.fortune_published import BERS, table_1, table_2
-from flipproof.reproduce.published import beside, write_table
+from flipproof.reproduce.published import beside, slug, write_table
 from flipproof.spaces.parameters import FaultSpace
-from flipproof.storage.explore import Exploration, explore, short_name
+from flipproof.storage.explore import WEIGHTS, Exploration, explore, short_name
 from flipproof.storage.mixed import doubt, explore_mixed
-from flipproof.storage.study import WEIGHTS, slug
 
 SUMMARY = "FORTUNE: quantised weights with a tripled MSB, memory, time, P_drop and RAP, Tables I and II, figures 5-7"
 RATES = {"smoke": (*BERS, 1e-3), "paper": BERS}
@@ -104,7 +103,14 @@ def _mixed(net: nn.Module, subject: Subject, scale: str, out: Path, workers: int
     memory = FaultSpace(net, format=uniform, where=WEIGHTS).bits
     journals = out / "journals" / f"{slug(subject.name)}-mixed"
     chosen = explore_mixed(
-        net, subject.calibration, memory=memory, ber=max(RATES[scale]), trials=10, journal=journals, progress=False
+        net,
+        subject.calibration,
+        memory=memory,
+        ber=max(RATES[scale]),
+        trials=10,
+        journal=journals,
+        workers=workers,
+        progress=False,
     )
     write_table(
         chosen.table, out / f"mixed-{slug(subject.name)}", title=f"{subject.name}: cost of each layer and option"

@@ -94,13 +94,12 @@ class Selection:
 
 
 def select_bits(found: VulnerabilityMap, *, budget: float | None, unit: str = "bits") -> Selection:
-    """What to protect first: places in order of vulnerability an added bit, until a memory budget is spent.
+    """What to protect first: places in order of critical flips for each added bit, until a memory budget is spent.
 
     A place is a bit position of a layer ("bits"), a neuron ("neurons") or a layer ("layers"); protecting it covers all
     of its bits. What that adds to the memory is what `Selection.formats` stores: two copies of each bit (`TripleMSB`),
-    or the check bits of `SECDED` for whole layers. Taking places by critical flips an added bit is optimal for the
-    share of critical flips covered, up to the last place that does not fit whole; places that do not fit are passed
-    over.
+    or the check bits of `SECDED` for whole layers. This order is optimal for the share of critical flips covered, up
+    to the first place that does not fit; such places are skipped.
 
     Args:
         found: all neurons analysed, or the factors of those that were stand for their layer ("bits", "layers").

@@ -3,30 +3,47 @@
 from __future__ import annotations
 
 import os
+import re
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
+from statistics import median
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from flipproof._interrupts import gives_back
+from flipproof.campaigns.assess import assess
 from flipproof.campaigns.assessment import Assessment
-from flipproof.errors import ConfigError
+from flipproof.errors import ConfigError, FormatError
 from flipproof.faults import BitErrorRate
 from flipproof.formats import Affine, Format, TripleMSB
 from flipproof.hardening.harden import harden
 from flipproof.hardening.methods.base import Hardening
-from flipproof.running.data import Data, Output
+from flipproof.hardening.overhead import devices_of, wait_for
+from flipproof.running.data import Data, Output, call, read_batches
+from flipproof.running.evaluation import eval_mode, one_thread
 from flipproof.running.outcomes import DecisionChoice
+from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Parameters
-from flipproof.storage.indicators import rap
-from flipproof.storage.study import BASELINE, WEIGHTS, Study
+from flipproof.storage.indicators import p_drop, rap
+from flipproof.storage.pack import pack_
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4)
 """Bit error rates of the paper's sweep."""
+
+BASELINE = Affine(bits=8)
+"""What memory and time are relative to, as in the paper: unprotected 8 bits."""
+
+WEIGHTS = Parameters(kinds=("weight",))
+"""FORTUNE's view of memory: the weights and nothing else. Biases, norms and the bounds of hardenings are not in it."""
 
 
 @dataclass(frozen=True)
@@ -152,26 +169,239 @@ def explore(
         raise ConfigError(f"search is 'bisection' or 'exhaustive', got {search!r}")
     if hardenings and calibration is None:
         raise ConfigError("explore hardens on calibration= data, which must not be the data that is judged on")
-    study = Study(
-        *(model, list(data), faults or BitErrorRate(RATES), accuracy, drop, trials, margin, seed),
-        *(Path(journal) if journal is not None else None, workers, output, device, progress, where, decision),
+    exploring = _Exploring(
+        plain=model,
+        data=list(data),
+        faults=faults or BitErrorRate(RATES),
+        accuracy=accuracy,
+        drop=drop,
+        where=where,
+        trials=trials,
+        margin=margin,
+        seed=seed,
+        folder=Path(journal) if journal is not None else None,
+        workers=workers,
+        output=output,
+        decision=decision,
+        device=device,
+        progress=progress,
     )
-    study.try_(BASELINE, full=True)
+
+    def stored(width: int) -> Format:
+        return protect(Affine(bits=width, axis=axis))
+
     feasible: dict[int, bool] = {}
+    exploring.judge(model, BASELINE, full=True)
     while (width := _next_width(low, high, feasible, search)) is not None:
-        feasible[width] = study.try_(protect(Affine(bits=width, axis=axis)))
-    narrowest = min((width for width, good in feasible.items() if good), default=None)
-    chosen = None if narrowest is None else protect(Affine(bits=narrowest, axis=axis))
+        feasible[width] = exploring.judge(model, stored(width)).feasible
     for extra in formats:
-        study.try_(extra, full=True)
-    tried = [BASELINE, *(protect(Affine(bits=width, axis=axis)) for width in feasible), *formats]
+        exploring.judge(model, extra, full=True)
+    tried = [BASELINE, *(stored(width) for width in feasible), *formats]
     for name, method in (hardenings or {}).items():
         assert calibration is not None
         safe = harden(model, method, data=calibration, output=output, decision=decision, progress=progress)
         for format in tried:
-            study.try_(format, hardening=name, model=safe, full=True)
-    candidates = _finish(pd.DataFrame(study.rows))
-    return Exploration(candidates, pd.concat(study.rates, ignore_index=True), chosen, study.assessments)
+            exploring.judge(safe, format, hardening=name, full=True)
+    narrowest = min((width for width, good in feasible.items() if good), default=None)
+    judged = list(exploring.judged.values())
+    return Exploration(
+        candidates=_candidates(judged),
+        rates=pd.concat([_rates(one.form, one.found) for one in judged if one.found is not None], ignore_index=True),
+        chosen=None if narrowest is None else stored(narrowest),
+        assessments={one.form.name: one.found for one in judged if one.found is not None},
+    )
+
+
+@dataclass(frozen=True)
+class _Form:
+    """One stored form of a network, and what it is without faults."""
+
+    name: str
+    hardening: str
+    format: str
+    width: int
+    weights: int
+    memory: int
+    coverage: float
+    accuracy: float
+    time_ratio: float
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A stored form and its campaign; None where it is not accurate enough to be injected."""
+
+    form: _Form
+    found: Assessment | None
+    feasible: bool
+
+
+@dataclass
+class _Exploring:
+    """What all forms share: data, rates, seed and therefore, where their spaces are equal, draws."""
+
+    plain: nn.Module
+    data: list[Any]
+    faults: BitErrorRate
+    accuracy: float
+    drop: float
+    where: Parameters
+    trials: int
+    margin: float | None
+    seed: int
+    folder: Path | None
+    workers: int
+    output: Output
+    decision: DecisionChoice
+    device: str | torch.device | None
+    progress: bool | None
+    judged: dict[str, _Judged] = field(default_factory=dict)
+
+    def judge(self, model: nn.Module, format: Format, *, hardening: str = "none", full: bool = False) -> _Judged:
+        """One stored form of a model, injected if it is accurate enough without faults; `full` injects in any case."""
+        name = repr(format) if hardening == "none" else f"{hardening}/{format!r}"
+        before = self.judged.get(name)
+        if before is not None and (before.found is not None or not full):
+            return before
+        form = before.form if before is not None else self._measured(model, format, name, hardening)
+        enough = form.accuracy >= self.accuracy
+        found = self._injected(model, format, name) if enough or full else None
+        feasible = enough and found is not None and float(found.summary["accuracy_drop"].max()) <= self.drop
+        self.judged[name] = _Judged(form, found, feasible)
+        return self.judged[name]
+
+    def _measured(self, model: nn.Module, format: Format, name: str, hardening: str) -> _Form:
+        space = FaultSpace(model, format=format, where=self.where)
+        return _Form(
+            name=name,
+            hardening=hardening,
+            format=repr(format),
+            width=format.width,
+            weights=sum(site.values for site in space.sites),
+            memory=space.bits,
+            coverage=space.coverage,
+            accuracy=self._fault_free(model, format).golden["accuracy"],
+            time_ratio=self._time_ratio(model, format),
+        )
+
+    def _fault_free(self, model: nn.Module, format: Format) -> Assessment:
+        return assess(
+            model,
+            data=self.data,
+            faults=BitErrorRate(0.0),
+            format=format,
+            where=self.where,
+            trials=self.trials,
+            seed=self.seed,
+            output=self.output,
+            decision=self.decision,
+            device=self.device,
+            progress=False,
+        )
+
+    def _injected(self, model: nn.Module, format: Format, name: str) -> Assessment:
+        return assess(
+            model,
+            data=self.data,
+            faults=self.faults,
+            format=format,
+            where=self.where,
+            trials=self.trials,
+            margin=self.margin,
+            seed=self.seed,
+            journal=self.folder / file_name(name) if self.folder is not None else None,
+            workers=self.workers,
+            output=self.output,
+            decision=self.decision,
+            device=self.device,
+            progress=self.progress,
+        )
+
+    def _time_ratio(self, model: nn.Module, format: Format) -> float:
+        """A forward of the model in packed words, decoded at use ÷ the same with unprotected 8 bits, in turn.
+
+        NaN where `pack_` cannot pack the model (tied parameters).
+        """
+        device = next((t.device for t in model.parameters()), torch.device("cpu"))
+        inputs = read_batches(self.data[:1], device).inputs[0]
+        try:
+            ours = pack_(deepcopy(model), format, where=self.where)
+            theirs = pack_(deepcopy(self.plain), BASELINE, where=self.where)
+        except FormatError:
+            return float("nan")
+        seconds: tuple[list[float], list[float]] = ([], [])
+        devices = devices_of(ours, theirs, inputs)
+        with one_thread(device), torch.no_grad():
+            for _ in range(9):
+                for packed, taken in zip((ours, theirs), seconds, strict=True):
+                    with eval_mode(packed):
+                        wait_for(devices)
+                        began = time.perf_counter()
+                        call(packed, inputs)
+                        wait_for(devices)
+                        taken.append(time.perf_counter() - began)
+        return median(seconds[0]) / median(seconds[1])
+
+
+def _candidates(judged: Sequence[_Judged]) -> pd.DataFrame:
+    """One row a stored form; memory and time relative to the first, the baseline."""
+    table = pd.DataFrame([asdict(one.form) for one in judged])
+    table[["drop", "drop_low", "drop_high"]] = [_worst(one.found) for one in judged]
+    table["feasible"] = [one.feasible for one in judged]
+    table["memory_ratio"] = table["memory"] / table["memory"].iloc[0]
+    table["rap"] = [
+        rap(accuracy_drop=100 * drop, memory=memory, time=seconds)
+        if drop == drop and seconds == seconds
+        else float("nan")
+        for drop, memory, seconds in table[["drop", "memory_ratio", "time_ratio"]].to_numpy(float).tolist()
+    ]
+    table["front"] = _front(table.assign(loss=-table["accuracy"])[["loss", "drop", "memory"]].to_numpy(float))
+    return table
+
+
+def _worst(found: Assessment | None) -> list[float]:
+    """The largest mean drop over the rates with its interval, NaN where nothing was injected."""
+    if found is None:
+        return [float("nan")] * 3
+    worst = int(found.summary["accuracy_drop"].to_numpy().argmax())
+    return [float(found.summary[f"accuracy_drop{end}"].iloc[worst]) for end in ("", "_low", "_high")]
+
+
+def _front(points: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """True where no other row is as small in all columns and smaller in one; never with a NaN.
+
+    >>> _front(np.array([[1.0, 2.0], [2.0, 1.0], [2.0, 2.0], [0.0, np.nan]]))
+    array([ True,  True, False, False])
+    """
+    as_small = (points[:, None] <= points).all(axis=2)
+    smaller = (points[:, None] < points).any(axis=2)
+    return np.asarray(~(as_small & smaller).any(axis=0) & ~np.isnan(points).any(axis=1))
+
+
+def _rates(form: _Form, found: Assessment) -> pd.DataFrame:
+    """One row a rate: the drop with its interval, P_drop and outcome rates."""
+    columns = ["ber", "accuracy_drop", "accuracy_drop_low", "accuracy_drop_high", "critical_total", "due", "trials"]
+    table = found.summary[[column for column in columns if column in found.summary]].copy()
+    drops = (100 * table["accuracy_drop"]).tolist()
+    for column, used in (("p_drop", drops), ("p_drop_published", [drops[-1]] * len(drops))):
+        table[column] = [
+            p_drop(parameters=form.memory, width=1, ber=float(ber), accuracy_drop=float(value))
+            for ber, value in zip(table["ber"], used, strict=True)
+        ]
+    table.insert(0, "name", form.name)
+    table.insert(1, "hardening", form.hardening)
+    table.insert(2, "format", form.format)
+    return table
+
+
+def file_name(name: str) -> str:
+    """A file for each name: its letters and digits for people, a digest of all of it for those that look alike.
+
+    >>> file_name("Guard/Affine(bits=8)")
+    'guard-affine-bits-8-84504bf6.jsonl'
+    """
+    readable = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")[:80]
+    return f"{readable}-{blake2b(name.encode(), digest_size=4).hexdigest()}.jsonl"
 
 
 def short_name(format: str) -> str:
@@ -196,24 +426,3 @@ def _next_width(low: int, high: int, feasible: Mapping[int, bool], search: str) 
     low = max((width + 1 for width, good in feasible.items() if not good), default=low)
     high = min((width - 1 for width, good in feasible.items() if good), default=high)
     return (low + high) // 2 if low <= high else None
-
-
-def _finish(table: pd.DataFrame) -> pd.DataFrame:
-    base = table.iloc[0]
-    table["memory_ratio"] = table["memory"] / base["memory"]
-    table["rap"] = [
-        rap(accuracy_drop=100 * drop, memory=memory, time=seconds)
-        if drop == drop and seconds == seconds
-        else float("nan")
-        for drop, memory, seconds in table[["drop", "memory_ratio", "time_ratio"]].to_numpy(float).tolist()
-    ]
-    table["front"] = _front(table)
-    return table
-
-
-def _front(table: pd.DataFrame) -> list[bool]:
-    """True where no other row is as good in accuracy, drop and memory and better in one; never without a drop."""
-    rows = table[["accuracy", "drop", "memory"]].to_numpy(float).tolist()
-    points = [(-accuracy, drop, bits) for accuracy, drop, bits in rows]
-    beaten = [any(q != p and all(x <= y for x, y in zip(q, p, strict=True)) for q in points) for p in points]
-    return [p[1] == p[1] and not lost for p, lost in zip(points, beaten, strict=True)]
