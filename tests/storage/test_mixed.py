@@ -1,3 +1,6 @@
+import subprocess
+import sys
+import time
 from itertools import product
 
 import numpy as np
@@ -7,7 +10,7 @@ import torch
 from torch import nn
 
 import flipproof as fp
-from flipproof.errors import ConfigError
+from flipproof.errors import ConfigError, JournalError, JournalMismatch
 from flipproof.storage.mixed import _cheapest, doubt
 
 OPTIONS = (fp.Affine(bits=3), fp.Affine(bits=5), fp.TripleMSB(fp.Affine(bits=3)))
@@ -84,16 +87,18 @@ def test_costs_are_what_assess_measures_and_the_budget_is_kept(tmp_path):
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     x = torch.randn(60, 8)
     data = [(x, net(x).argmax(dim=1))]
-    setup = {"memory": 5 * 192, "ber": 1e-2, "options": OPTIONS, "trials": 3, "journal": tmp_path}
+    setup = {"memory": 5 * 192, "ber": 1e-2, "options": OPTIONS, "trials": 3, "journal": tmp_path / "costs.jsonl"}
     setup["progress"] = False
     chosen = fp.explore_mixed(net, data, **setup)
     assert chosen.bits <= 960
     assert chosen.bits == fp.FaultSpace(net, format=chosen.formats, where=fp.Parameters(kinds=("weight",))).bits
     assert chosen.table["chosen"].sum() == 2
     assert len(chosen.table) == 2 * 3
+    written = (tmp_path / "costs.jsonl").read_bytes()
     again = fp.explore_mixed(net, data, **setup)
     assert again.formats == chosen.formats
     pd.testing.assert_frame_equal(again.table, chosen.table)
+    assert (tmp_path / "costs.jsonl").read_bytes() == written
     probability = torch.softmax(net(x).double(), 1).gather(1, data[0][1][:, None]).mean()
     row = chosen.table.iloc[2]
     found = fp.assess(
@@ -103,3 +108,59 @@ def test_costs_are_what_assess_measures_and_the_budget_is_kept(tmp_path):
     assert row["cost"] == pytest.approx(float(found.summary["doubt"][0]) - float(1 - probability.detach()), abs=1e-6)
     with pytest.raises(ConfigError, match="narrowest options take 576 bits"):
         fp.explore_mixed(net, data, **{**setup, "memory": 100})
+
+
+def test_resumed_or_with_workers_or_elsewhere_the_costs_are_the_same(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.randn(60, 8)
+    data = [(x, net(x).argmax(dim=1))]
+    setup = {"memory": 5 * 192, "ber": 1e-2, "options": OPTIONS, "trials": 3, "progress": False}
+    alone = fp.explore_mixed(net, data, **setup, device="cpu", decision="logits")
+    journal = tmp_path / "costs.jsonl"
+    both = fp.explore_mixed(net, data, **setup, workers=2, journal=journal)
+    pd.testing.assert_frame_equal(both.table, alone.table)
+    lines = journal.read_text().splitlines(keepends=True)
+    assert len(lines) == 1 + 2 * 3
+    journal.write_text("".join(lines[:4]))
+    resumed = fp.explore_mixed(net, data, **setup, journal=journal)
+    pd.testing.assert_frame_equal(resumed.table, alone.table)
+    assert len(journal.read_text().splitlines()) == len(lines)
+    smaller = fp.explore_mixed(net, data, **{**setup, "memory": 600}, journal=journal)  # what was measured still holds
+    assert smaller.bits <= 600 < resumed.bits
+    assert len(journal.read_text().splitlines()) == len(lines)
+    for changes in ({"ber": 1e-3}, {"trials": 4}, {"seed": 1}, {"options": OPTIONS[:2]}):
+        with pytest.raises(JournalMismatch):
+            fp.explore_mixed(net, data, **{**setup, **changes}, journal=journal)
+    with torch.no_grad():
+        net[0].weight[0, 0] += 1
+    with pytest.raises(JournalMismatch):
+        fp.explore_mixed(net, data, **setup, journal=journal)
+
+
+def test_a_killed_exploration_goes_on_where_it_was(tmp_path):
+    journal = tmp_path / "costs.jsonl"
+    script = f"""
+import torch, flipproof as fp
+from torch import nn
+torch.manual_seed(0)
+net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+x = torch.randn(60, 8)
+fp.explore_mixed(net, [(x, net(x).argmax(dim=1))], memory=960, ber=1e-2, trials=3, workers=2, journal={str(journal)!r})
+"""
+    child = subprocess.Popen([sys.executable, "-c", script])
+    while child.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 4):
+        time.sleep(0.01)
+    assert child.poll() is None, "it ended before it could be killed"
+    child.kill()
+    child.wait()
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.randn(60, 8)
+    setup = {"memory": 960, "ber": 1e-2, "trials": 3, "progress": False}
+    kept = journal.read_bytes().rpartition(b"\n")[0].splitlines()
+    resumed = fp.explore_mixed(net, [(x, net(x).argmax(dim=1))], journal=journal, **setup)
+    assert journal.read_bytes().splitlines()[: len(kept)] == kept
+    pd.testing.assert_frame_equal(resumed.table, fp.explore_mixed(net, [(x, net(x).argmax(dim=1))], **setup).table)
+    with pytest.raises(JournalError, match="is the journal of a mixed-width exploration, expected that of a campaign"):
+        fp.assess(net, [(x, net(x).argmax(dim=1))], faults=fp.BitErrorRate(1e-2), trials=3, journal=journal)

@@ -1,4 +1,4 @@
-"""FORTUNE (Nazari et al. 2024): quantise, protect the MSB with the bits saved; Tables I, II, figures 5–7.
+"""FORTUNE (Nazari et al., 2024): quantise, protect the MSB with the bits saved; Tables I, II, figures 5–7 (PAPERS).
 
 The paper's networks (VGG-11, ResNet-18, AlexNet at 227 × 227, Inception-v3) are `paper`; `smoke` is three that two
 cores train or load in minutes: a quarter-width VGG-11 on CIFAR-10, ResNet-20 from a public checkpoint if there is one,
@@ -108,7 +108,7 @@ def _mixed(net: nn.Module, subject: Subject, scale: str, out: Path, workers: int
         memory=memory,
         ber=max(RATES[scale]),
         trials=10,
-        journal=journals,
+        journal=journals / "costs.jsonl",
         workers=workers,
         progress=False,
     )

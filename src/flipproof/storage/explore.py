@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
@@ -22,6 +23,9 @@ from torch import nn
 from flipproof._interrupts import gives_back
 from flipproof.campaigns.assess import assess
 from flipproof.campaigns.assessment import Assessment
+from flipproof.campaigns.fingerprint import digest_of
+from flipproof.campaigns.plan import Fingerprint
+from flipproof.engine.journal import Journal
 from flipproof.errors import ConfigError, FormatError
 from flipproof.faults import BitErrorRate
 from flipproof.formats import Affine, Format, TripleMSB
@@ -191,17 +195,18 @@ def explore(
         return protect(Affine(bits=width, axis=axis))
 
     feasible: dict[int, bool] = {}
-    exploring.judge(model, BASELINE, full=True)
-    while (width := _next_width(low, high, feasible, search)) is not None:
-        feasible[width] = exploring.judge(model, stored(width)).feasible
-    for extra in formats:
-        exploring.judge(model, extra, full=True)
-    tried = [BASELINE, *(stored(width) for width in feasible), *formats]
-    for name, method in (hardenings or {}).items():
-        assert calibration is not None
-        safe = harden(model, method, data=calibration, output=output, decision=decision, progress=progress)
-        for format in tried:
-            exploring.judge(safe, format, hardening=name, full=True)
+    with exploring.resumed():
+        exploring.judge(model, BASELINE, full=True)
+        while (width := _next_width(low, high, feasible, search)) is not None:
+            feasible[width] = exploring.judge(model, stored(width)).feasible
+        for extra in formats:
+            exploring.judge(model, extra, full=True)
+        tried = [BASELINE, *(stored(width) for width in feasible), *formats]
+        for name, method in (hardenings or {}).items():
+            assert calibration is not None
+            safe = harden(model, method, data=calibration, output=output, decision=decision, progress=progress)
+            for format in tried:
+                exploring.judge(safe, format, hardening=name, full=True)
     narrowest = min((width for width, good in feasible.items() if good), default=None)
     judged = list(exploring.judged.values())
     return Exploration(
@@ -213,9 +218,45 @@ def explore(
 
 
 @dataclass(frozen=True)
-class _Form:
-    """One stored form of a network, and what it is without faults."""
+class Question:
+    """What an exploration asks: the first line of its journal. A journal of another question is not resumed.
 
+    Attributes:
+        network: fingerprint of a fault-free campaign: weights, data, code and outputs.
+        asked: the settings that change an answer, as JSON.
+    """
+
+    network: Fingerprint
+    asked: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> tuple[Mapping[str, Any], ...]:
+        """All of it must be the same to resume."""
+        return asdict(self.network), self.asked
+
+    @property
+    def plan(self) -> None:
+        """There is none: which forms are judged, or what fits the budget, may change when it is resumed."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, header: dict[str, Any]) -> Question:
+        """The inverse of `to_json`."""
+        network = header["network"] | {"metrics": tuple(header["network"]["metrics"])}
+        return cls(Fingerprint(**network), dict(header["asked"]))
+
+
+@dataclass(frozen=True)
+class _Form:
+    """One stored form of a network, and what it is without faults: one line of the journal.
+
+    `network` is a digest of what is stored, so that a hardened copy that came out otherwise is measured again.
+    """
+
+    network: str
     name: str
     hardening: str
     format: str
@@ -225,6 +266,19 @@ class _Form:
     coverage: float
     accuracy: float
     time_ratio: float
+
+    @property
+    def key(self) -> tuple[str]:
+        return (self.name,)
+
+    def to_json(self) -> dict[str, Any]:
+        untimed = self.time_ratio != self.time_ratio  # JSON has no NaN
+        return asdict(self) | {"time_ratio": None if untimed else self.time_ratio}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> _Form:
+        untimed = record["time_ratio"] is None
+        return cls(**record | {"time_ratio": float("nan") if untimed else record["time_ratio"]})
 
 
 @dataclass(frozen=True)
@@ -256,6 +310,20 @@ class _Exploring:
     device: str | torch.device | None
     progress: bool | None
     judged: dict[str, _Judged] = field(default_factory=dict)
+    _known: dict[str, _Form] = field(default_factory=dict)
+    _journal: Journal[Question, _Form] | None = None
+
+    @contextmanager
+    def resumed(self) -> Iterator[None]:
+        """While forms are judged: those that are in the journal are not measured again."""
+        if self.folder is None:
+            yield
+            return
+        question = Question(self._fault_free(self.plain, BASELINE).header.fingerprint)
+        self._journal = Journal(self.folder / "forms.jsonl", Question, _Form, kind="width exploration")
+        with self._journal.writing(question) as known:
+            self._known = {form.name: form for form in known}
+            yield
 
     def judge(self, model: nn.Module, format: Format, *, hardening: str = "none", full: bool = False) -> _Judged:
         """One stored form of a model, injected if it is accurate enough without faults; `full` injects in any case."""
@@ -263,16 +331,22 @@ class _Exploring:
         before = self.judged.get(name)
         if before is not None and (before.found is not None or not full):
             return before
-        form = before.form if before is not None else self._measured(model, format, name, hardening)
+        network = digest_of(model.state_dict())
+        form = before.form if before is not None else self._known.get(name)
+        if form is None or form.network != network:
+            form = self._measured(model, format, network, name, hardening)
+            if self._journal is not None:
+                self._journal.append(form)
         enough = form.accuracy >= self.accuracy
         found = self._injected(model, format, name) if enough or full else None
         feasible = enough and found is not None and float(found.summary["accuracy_drop"].max()) <= self.drop
         self.judged[name] = _Judged(form, found, feasible)
         return self.judged[name]
 
-    def _measured(self, model: nn.Module, format: Format, name: str, hardening: str) -> _Form:
+    def _measured(self, model: nn.Module, format: Format, network: str, name: str, hardening: str) -> _Form:
         space = FaultSpace(model, format=format, where=self.where)
         return _Form(
+            network=network,
             name=name,
             hardening=hardening,
             format=repr(format),
@@ -309,7 +383,7 @@ class _Exploring:
             trials=self.trials,
             margin=self.margin,
             seed=self.seed,
-            journal=self.folder / file_name(name) if self.folder is not None else None,
+            journal=self.folder / _file_name(name) if self.folder is not None else None,
             workers=self.workers,
             output=self.output,
             decision=self.decision,
@@ -345,7 +419,7 @@ class _Exploring:
 
 def _candidates(judged: Sequence[_Judged]) -> pd.DataFrame:
     """One row a stored form; memory and time relative to the first, the baseline."""
-    table = pd.DataFrame([asdict(one.form) for one in judged])
+    table = pd.DataFrame([asdict(one.form) for one in judged]).drop(columns="network")
     table[["drop", "drop_low", "drop_high"]] = [_worst(one.found) for one in judged]
     table["feasible"] = [one.feasible for one in judged]
     table["memory_ratio"] = table["memory"] / table["memory"].iloc[0]
@@ -394,10 +468,10 @@ def _rates(form: _Form, found: Assessment) -> pd.DataFrame:
     return table
 
 
-def file_name(name: str) -> str:
+def _file_name(name: str) -> str:
     """A file for each name: its letters and digits for people, a digest of all of it for those that look alike.
 
-    >>> file_name("Guard/Affine(bits=8)")
+    >>> _file_name("Guard/Affine(bits=8)")
     'guard-affine-bits-8-84504bf6.jsonl'
     """
     readable = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")[:80]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,14 +17,17 @@ from torch import Tensor, nn
 from flipproof._interrupts import gives_back
 from flipproof.campaigns.assess import assess
 from flipproof.campaigns.assessment import Assessment
+from flipproof.engine.jobs import do_all
+from flipproof.engine.journal import Journal, Key
 from flipproof.errors import ConfigError, InfrastructureError
 from flipproof.faults import BitErrorRate
 from flipproof.formats import Affine, Format, TripleMSB
 from flipproof.running.data import Data, Output
+from flipproof.running.device import check_device
 from flipproof.running.outcomes import DecisionChoice
 from flipproof.spaces.parameters import FaultSpace
-from flipproof.spaces.sites import Parameters
-from flipproof.storage.explore import WEIGHTS, file_name
+from flipproof.spaces.sites import Parameters, Site
+from flipproof.storage.explore import WEIGHTS, Question
 
 OPTIONS: tuple[Format, ...] = (
     *(Affine(bits=bits) for bits in range(3, 9)),
@@ -90,8 +93,9 @@ def explore_mixed(
         options: stored forms to choose from.
         trials: repetitions a tensor and option.
         seed: of all draws.
-        journal: folder of the journals; run again after an interruption and it resumes.
-        workers: see `assess`.
+        journal: file with one line a tensor and option; run again after an interruption and it resumes. The budget is
+            not part of it: another `memory` reads the same measurements.
+        workers: processes; each measures one tensor in one option at a time.
         output: see `assess`.
         decision: see `assess`.
         device: see `assess`.
@@ -110,44 +114,35 @@ def explore_mixed(
         (['0.weight', '2.weight'], True)
     """
     sites = [site for site in FaultSpace(model, format=Affine(), where=WEIGHTS).sites if site.format == Affine()]
-    batches = list(data)
-
-    def campaign(faults: BitErrorRate, *, trials: int, file: str | None = None, **stored: Any) -> Assessment:
-        return assess(
-            model,
-            data=batches,
-            faults=faults,
-            metrics={"doubt": doubt},
-            trials=trials,
-            seed=seed,
-            journal=None if journal is None or file is None else Path(journal) / file,
-            workers=workers if file else 1,
-            output=output,
-            decision=decision,
-            device=device,
-            progress=progress if file else False,
-            **stored,
-        )
-
-    whole = campaign(BitErrorRate(0.0), trials=1)
-    doubts = {
-        (i, k): float(
-            campaign(
-                BitErrorRate(ber, exact=False),
-                trials=trials,
-                file=file_name(f"{site.name} {option!r}"),
-                format={site.name: option},
-                where=Parameters(include=site.name),
-            )
-            .summary["doubt"]
-            .iloc[0]
-        )
-        for i, site in enumerate(sites)
-        for k, option in enumerate(options)
-    }
+    measuring = _Measuring(
+        model=model,
+        batches=list(data),
+        sites=sites,
+        options=tuple(options),
+        ber=ber,
+        trials=trials,
+        seed=seed,
+        output=output,
+        decision=decision,
+        device=device,
+    )
+    whole = measuring.campaign(BitErrorRate(0.0), trials=1)
+    question = Question(
+        whole.header.fingerprint,
+        {
+            "tensors": [[site.name, list(site.shape)] for site in sites],
+            "options": [repr(option) for option in options],
+            "ber": ber,
+            "trials": trials,
+            "seed": seed,
+        },
+    )
+    keys = [(i, k) for i in range(len(sites)) for k in range(len(options))]
+    file = None if journal is None else Journal(journal, Question, _Measurement, kind="mixed-width exploration")
+    found = do_all(measuring, keys, question, file, workers=workers, progress=progress)
     table = pd.DataFrame(
         [
-            (site.name, repr(option), option.layout(site.values).bits, doubts[i, k] - whole.golden["doubt"])
+            (site.name, repr(option), option.layout(site.values).bits, found[i, k].doubt - whole.golden["doubt"])
             for i, site in enumerate(sites)
             for k, option in enumerate(options)
         ],
@@ -158,6 +153,90 @@ def explore_mixed(
     taken = table[table["chosen"]]
     formats = {str(layer): by_name[str(format)] for layer, format in zip(taken["layer"], taken["format"], strict=True)}
     return Choice(formats, table, int(taken["bits"].sum()))
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """The mean doubt with one tensor stored in one option and hit: one line of the journal."""
+
+    tensor: int
+    option: int
+    doubt: float
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.tensor, self.option
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> _Measurement:
+        return cls(int(record["tensor"]), int(record["option"]), float(record["doubt"]))
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    """Measures one tensor in one option: a campaign in which nothing else is stored or hit."""
+
+    model: nn.Module
+    batches: Data
+    sites: Sequence[Site]
+    options: tuple[Format, ...]
+    ber: float
+    trials: int
+    seed: int
+    output: Output
+    decision: DecisionChoice
+    device: str | torch.device | None
+
+    def __call__(self, tensor: int, option: int) -> _Measurement:
+        name = self.sites[tensor].name
+        found = self.campaign(
+            BitErrorRate(self.ber, exact=False),
+            trials=self.trials,
+            format={name: self.options[option]},
+            where=Parameters(include=name),
+        )
+        return _Measurement(tensor, option, float(found.summary["doubt"].iloc[0]))
+
+    def campaign(
+        self,
+        faults: BitErrorRate,
+        *,
+        trials: int,
+        format: Mapping[str, Format] | None = None,
+        where: Parameters | None = None,
+    ) -> Assessment:
+        return assess(
+            self.model,
+            data=self.batches,
+            faults=faults,
+            format=format,
+            where=where,
+            metrics={"doubt": doubt},
+            trials=trials,
+            seed=self.seed,
+            output=self.output,
+            decision=self.decision,
+            device=self.device,
+            progress=False,
+        )
+
+    @property
+    def serial_only(self) -> str:
+        device = check_device(self.model, self.device)
+        return "" if device.type == "cpu" else f"one process already fills {device}"
+
+    def describe(self, key: Key) -> str:
+        tensor, option = map(int, key)
+        return f"{self.sites[tensor].name} as {self.options[option]!r}"
+
+    def wake(self) -> None:
+        """Nothing to prepare in a worker: each campaign sets up what it needs."""
+
+    def recover(self) -> None:
+        """Nothing to give back: each campaign recovers by itself."""
 
 
 def _cheapest(table: pd.DataFrame, memory: int) -> NDArray[np.bool_]:
