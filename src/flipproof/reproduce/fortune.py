@@ -7,7 +7,6 @@ and LeNet-5 on Fashion-MNIST.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +33,7 @@ from flipproof.reports.tradeoff import tradeoff_figure
 from flipproof.reproduce.fortune_published import BERS, table_1, table_2
 from flipproof.reproduce.published import beside, slug, write_table
 from flipproof.spaces.parameters import FaultSpace
-from flipproof.storage.explore import WEIGHTS, Exploration, explore, short_name
+from flipproof.storage.explore import WEIGHTS, Exploration, explore, paper_name, short_name
 from flipproof.storage.mixed import doubt, explore_mixed
 
 SUMMARY = "FORTUNE: quantised weights with a tripled MSB, memory, time, P_drop and RAP, Tables I and II, figures 5-7"
@@ -184,9 +183,8 @@ def _trained(name: str, build: Callable[[], nn.Module], train: Batches, epochs: 
 
 def _type(format: str) -> str:
     """What the paper calls it, "8-bit" or "P-3-bit", or the format without its defaults."""
-    short = short_name(format)
-    found = re.fullmatch(r"(TripleMSB\()?Affine\(bits=(\d)\)\)?", short)
-    return short if found is None else f"{'P-' if found[1] else ''}{found[2]}-bit"
+    name = paper_name(format)
+    return f"{name}-bit" if name else short_name(format)
 
 
 def _tables(found: dict[str, Exploration], out: Path, console: Console) -> pd.DataFrame:

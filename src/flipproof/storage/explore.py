@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from statistics import median
@@ -173,22 +174,28 @@ def explore(
         raise ConfigError(f"search is 'bisection' or 'exhaustive', got {search!r}")
     if hardenings and calibration is None:
         raise ConfigError("explore hardens on calibration= data, which must not be the data that is judged on")
-    exploring = _Exploring(
-        plain=model,
-        data=list(data),
-        faults=faults or BitErrorRate(RATES),
-        accuracy=accuracy,
-        drop=drop,
+    batches = list(data)
+    campaign = partial(
+        assess,
+        data=batches,
         where=where,
         trials=trials,
-        margin=margin,
         seed=seed,
-        folder=Path(journal) if journal is not None else None,
-        workers=workers,
         output=output,
         decision=decision,
         device=device,
-        progress=progress,
+    )
+    exploring = _Exploring(
+        plain=model,
+        first=batches[:1],
+        where=where,
+        fault_free=partial(campaign, faults=BitErrorRate(0.0), progress=False),
+        injected=partial(
+            campaign, faults=faults or BitErrorRate(RATES), margin=margin, workers=workers, progress=progress
+        ),
+        accuracy=accuracy,
+        drop=drop,
+        folder=None if journal is None else Path(journal),
     )
 
     def stored(width: int) -> Format:
@@ -292,23 +299,16 @@ class _Judged:
 
 @dataclass
 class _Exploring:
-    """What all forms share: data, rates, seed and therefore, where their spaces are equal, draws."""
+    """Judges stored forms by campaigns that share data, rates and seed, and so, where spaces are equal, draws."""
 
     plain: nn.Module
-    data: list[Any]
-    faults: BitErrorRate
+    first: list[Any]
+    where: Parameters
+    fault_free: Callable[..., Assessment]
+    injected: Callable[..., Assessment]
     accuracy: float
     drop: float
-    where: Parameters
-    trials: int
-    margin: float | None
-    seed: int
     folder: Path | None
-    workers: int
-    output: Output
-    decision: DecisionChoice
-    device: str | torch.device | None
-    progress: bool | None
     judged: dict[str, _Judged] = field(default_factory=dict)
     _known: dict[str, _Form] = field(default_factory=dict)
     _journal: Journal[Question, _Form] | None = None
@@ -319,7 +319,7 @@ class _Exploring:
         if self.folder is None:
             yield
             return
-        question = Question(self._fault_free(self.plain, BASELINE).header.fingerprint)
+        question = Question(self.fault_free(self.plain, format=BASELINE).header.fingerprint)
         self._journal = Journal(self.folder / "forms.jsonl", Question, _Form, kind="width exploration")
         with self._journal.writing(question) as known:
             self._known = {form.name: form for form in known}
@@ -338,7 +338,8 @@ class _Exploring:
             if self._journal is not None:
                 self._journal.append(form)
         enough = form.accuracy >= self.accuracy
-        found = self._injected(model, format, name) if enough or full else None
+        journal = None if self.folder is None else self.folder / _file_name(name)
+        found = self.injected(model, format=format, journal=journal) if enough or full else None
         feasible = enough and found is not None and float(found.summary["accuracy_drop"].max()) <= self.drop
         self.judged[name] = _Judged(form, found, feasible)
         return self.judged[name]
@@ -354,41 +355,8 @@ class _Exploring:
             weights=sum(site.values for site in space.sites),
             memory=space.bits,
             coverage=space.coverage,
-            accuracy=self._fault_free(model, format).golden["accuracy"],
+            accuracy=self.fault_free(model, format=format).golden["accuracy"],
             time_ratio=self._time_ratio(model, format),
-        )
-
-    def _fault_free(self, model: nn.Module, format: Format) -> Assessment:
-        return assess(
-            model,
-            data=self.data,
-            faults=BitErrorRate(0.0),
-            format=format,
-            where=self.where,
-            trials=self.trials,
-            seed=self.seed,
-            output=self.output,
-            decision=self.decision,
-            device=self.device,
-            progress=False,
-        )
-
-    def _injected(self, model: nn.Module, format: Format, name: str) -> Assessment:
-        return assess(
-            model,
-            data=self.data,
-            faults=self.faults,
-            format=format,
-            where=self.where,
-            trials=self.trials,
-            margin=self.margin,
-            seed=self.seed,
-            journal=self.folder / _file_name(name) if self.folder is not None else None,
-            workers=self.workers,
-            output=self.output,
-            decision=self.decision,
-            device=self.device,
-            progress=self.progress,
         )
 
     def _time_ratio(self, model: nn.Module, format: Format) -> float:
@@ -397,7 +365,7 @@ class _Exploring:
         NaN where `pack_` cannot pack the model (tied parameters).
         """
         device = next((t.device for t in model.parameters()), torch.device("cpu"))
-        inputs = read_batches(self.data[:1], device).inputs[0]
+        inputs = read_batches(self.first, device).inputs[0]
         try:
             ours = pack_(deepcopy(model), format, where=self.where)
             theirs = pack_(deepcopy(self.plain), BASELINE, where=self.where)
@@ -487,6 +455,16 @@ def short_name(format: str) -> str:
     for default in ("inner=", ", axis=None", ", block=None", ", copies=2", ", protect=1)"):
         format = format.replace(default, ")" if default.endswith(")") else "")
     return format
+
+
+def paper_name(format: str) -> str | None:
+    """What the paper calls a format, given its repr: "8" for plain widths, "P-3" for protected ones; else None.
+
+    >>> paper_name("TripleMSB(inner=Affine(bits=3, axis=None), copies=2, protect=1)"), paper_name("Float16()")
+    ('P-3', None)
+    """
+    found = re.fullmatch(r"(TripleMSB\()?Affine\(bits=(\d)\)\)?", short_name(format))
+    return f"{'P-' if found[1] else ''}{found[2]}" if found else None
 
 
 def _next_width(low: int, high: int, feasible: Mapping[int, bool], search: str) -> int | None:

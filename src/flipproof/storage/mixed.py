@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ from flipproof.running.data import Data, Output
 from flipproof.running.device import check_device
 from flipproof.running.outcomes import DecisionChoice
 from flipproof.spaces.parameters import FaultSpace
-from flipproof.spaces.sites import Parameters, Site
+from flipproof.spaces.sites import Parameters
 from flipproof.storage.explore import WEIGHTS, Question
 
 OPTIONS: tuple[Format, ...] = (
@@ -114,19 +115,24 @@ def explore_mixed(
         (['0.weight', '2.weight'], True)
     """
     sites = [site for site in FaultSpace(model, format=Affine(), where=WEIGHTS).sites if site.format == Affine()]
-    measuring = _Measuring(
-        model=model,
-        batches=list(data),
-        sites=sites,
-        options=tuple(options),
-        ber=ber,
-        trials=trials,
+    campaign = partial(
+        assess,
+        model,
+        data=list(data),
+        metrics={"doubt": doubt},
         seed=seed,
         output=output,
         decision=decision,
         device=device,
+        progress=False,
     )
-    whole = measuring.campaign(BitErrorRate(0.0), trials=1)
+    measuring = _Measuring(
+        campaign=partial(campaign, faults=BitErrorRate(ber, exact=False), trials=trials),
+        names=[site.name for site in sites],
+        options=options,
+        device=check_device(model, device),
+    )
+    whole = campaign(faults=BitErrorRate(0.0), trials=1)
     question = Question(
         whole.header.fingerprint,
         {
@@ -179,58 +185,23 @@ class _Measurement:
 class _Measuring:
     """Measures one tensor in one option: a campaign in which nothing else is stored or hit."""
 
-    model: nn.Module
-    batches: Data
-    sites: Sequence[Site]
-    options: tuple[Format, ...]
-    ber: float
-    trials: int
-    seed: int
-    output: Output
-    decision: DecisionChoice
-    device: str | torch.device | None
+    campaign: Callable[..., Assessment]
+    names: Sequence[str]
+    options: Sequence[Format]
+    device: torch.device
 
     def __call__(self, tensor: int, option: int) -> _Measurement:
-        name = self.sites[tensor].name
-        found = self.campaign(
-            BitErrorRate(self.ber, exact=False),
-            trials=self.trials,
-            format={name: self.options[option]},
-            where=Parameters(include=name),
-        )
+        name = self.names[tensor]
+        found = self.campaign(format={name: self.options[option]}, where=Parameters(include=name))
         return _Measurement(tensor, option, float(found.summary["doubt"].iloc[0]))
-
-    def campaign(
-        self,
-        faults: BitErrorRate,
-        *,
-        trials: int,
-        format: Mapping[str, Format] | None = None,
-        where: Parameters | None = None,
-    ) -> Assessment:
-        return assess(
-            self.model,
-            data=self.batches,
-            faults=faults,
-            format=format,
-            where=where,
-            metrics={"doubt": doubt},
-            trials=trials,
-            seed=self.seed,
-            output=self.output,
-            decision=self.decision,
-            device=self.device,
-            progress=False,
-        )
 
     @property
     def serial_only(self) -> str:
-        device = check_device(self.model, self.device)
-        return "" if device.type == "cpu" else f"one process already fills {device}"
+        return "" if self.device.type == "cpu" else f"one process already fills {self.device}"
 
     def describe(self, key: Key) -> str:
         tensor, option = map(int, key)
-        return f"{self.sites[tensor].name} as {self.options[option]!r}"
+        return f"{self.names[tensor]} as {self.options[option]!r}"
 
     def wake(self) -> None:
         """Nothing to prepare in a worker: each campaign sets up what it needs."""
