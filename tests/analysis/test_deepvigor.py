@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import flipproof as fp
-from flipproof.storage.measure import protection
 
 Data = list[tuple[Tensor, Tensor]]
 
@@ -338,30 +337,30 @@ def test_the_model_comes_back_as_it_was():
 def test_select_covers_what_it_says(unit):
     net, data = Residual(), inputs((1, 4, 4))
     found = fp.analyze(net, data, fp.DeepVigor(factors="exhaustive", ranges=False))
-    chosen = fp.select(found, budget=0.5, unit=unit)
+    chosen = fp.select_bits(found, budget=0.5, unit=unit)
     everything = sum(layer.total * layer.width for layer in found.layers_found)
-    assert 0 < chosen["added"].sum() <= 0.5 * everything  # a budget is the memory that protection adds
+    assert 0 < chosen.table["added"].sum() <= 0.5 * everything  # a budget is the memory that protection adds
     counts_of = {layer.name: layer.critical for layer in found.layers_found}
     covered = 0
-    for _, row in chosen.iterrows():
+    for _, row in chosen.table.iterrows():
         table = counts_of[row["layer"]]
         part = table if unit == "layers" else table[:, row["bit"]] if unit == "bits" else table[row["neuron"]]
         covered += int(part.sum())
-    assert chosen["covered"].iloc[-1] == pytest.approx(covered / sum(int(t.sum()) for t in counts_of.values()))
+    assert chosen.table["covered"].iloc[-1] == pytest.approx(covered / sum(int(t.sum()) for t in counts_of.values()))
     with pytest.raises(fp.FlipproofError, match="budget"):
-        fp.select(found, budget=-1)
+        fp.select_bits(found, budget=-1)
 
 
 def test_protection_pays_where_the_map_says_so():
     """The share of critical injections that a selection corrects is the share it covers; all schemes are paired."""
     net, data = Residual(), inputs((1, 4, 4), 9)
     found = fp.analyze(net, data, fp.DeepVigor(factors="exhaustive", ranges=False))
-    chosen = fp.select(found, budget=0.05)
-    table = protection(found, chosen, data, injections=4000).set_index("protected")
+    chosen = fp.select_bits(found, budget=0.05)
+    table = fp.measure_protection(found, chosen, data, injections=4000).set_index("protected")
     total = sum(layer.total * layer.width for layer in found.layers_found)
     rate = sum(int(layer.critical.sum()) for layer in found.layers_found) / (total * found.samples)
     assert table.loc["nothing", "critical_low"] <= rate <= table.loc["nothing", "critical_high"]
-    expected = rate * (1 - chosen["covered"].iloc[-1])
+    expected = rate * (1 - chosen.table["covered"].iloc[-1])
     assert table.loc["selected", "critical"] == pytest.approx(expected, abs=0.01)
     assert table.loc["everything", "critical"] == 0
     assert table.loc["selected", "gain_over_random_low"] > 0

@@ -199,8 +199,8 @@ def test_a_selection_of_bits_becomes_formats_and_a_campaign_shows_what_it_buys()
     x = torch.randn(100, 2, 8, 8)
     test = [(x, net(x).argmax(dim=1))]
     found = fp.analyze(net, data, where=fp.Parameters())
-    chosen = fp.select(found, budget=0.1)
-    formats = fp.protected_formats(found, chosen)
+    chosen = fp.select_bits(found, budget=0.1)
+    formats = chosen.formats()
     assert set(formats) == {layer.name for layer in found.layers_found}
     assert formats["a.weight"].protect[0] == 30
     setup = {"data": test, "faults": fp.BitErrorRate(1e-3), "trials": 60}
@@ -210,13 +210,15 @@ def test_a_selection_of_bits_becomes_formats_and_a_campaign_shows_what_it_buys()
     assert safe.summary["critical_total"][0] < 0.3 * plain.summary["critical_total"][0]
     stored = fp.pack_(copy.deepcopy(net), formats)
     assert (stored(x).argmax(dim=1) == test[0][1]).all()
-    layers = fp.protected_formats(found, fp.select(found, budget=0.5, unit="layers"))
+    layers = fp.select_bits(found, budget=0.5, unit="layers").formats()
     assert {repr(type(format)) for format in layers.values()} == {repr(fp.SECDED), repr(fp.Float32)}
-    assert all(isinstance(format, fp.SECDED) for format in fp.protected_formats(found).values())
-    bought = fp.protection(found, chosen, test, injections=600).set_index("protected")
+    assert all(
+        isinstance(format, fp.SECDED) for format in fp.select_bits(found, budget=None, unit="layers").formats().values()
+    )
+    bought = fp.measure_protection(found, chosen, test, injections=600).set_index("protected")
     assert bought.loc["selected", "gain_over_random_low"] > 0
     with pytest.raises(fp.FlipproofError, match="a format stores a whole layer"):
-        fp.protected_formats(found, fp.select(found, budget=0.1, unit="neurons"))
+        fp.select_bits(found, budget=0.1, unit="neurons").formats()
 
 
 @pytest.mark.parametrize(("unit", "budget"), [("bits", 0.05), ("bits", 0.5), ("layers", 0.17)])
@@ -226,7 +228,7 @@ def test_the_budget_is_the_memory_that_is_really_added(unit, budget, format):
     net, data = made(Convs, seed=1)
     where = fp.Parameters("*.weight", exclude="bn.*")
     found = fp.analyze(net, data, fp.DeepVigor(ranges=False, neurons=20), where=where, format=format)
-    chosen = fp.select(found, budget=budget, unit=unit)
+    chosen = fp.select_bits(found, budget=budget, unit=unit)
 
     def packed(formats: dict[str, fp.Format]) -> int:
         stored = fp.pack_(copy.deepcopy(net), formats)
@@ -234,12 +236,12 @@ def test_the_budget_is_the_memory_that_is_really_added(unit, budget, format):
 
     padding = 8 * len(found.layers_found)  # each tensor ends with up to 7 bits that hold nothing
     plain = sum(layer.total * layer.width for layer in found.layers_found)
-    everything = fp.protected_formats(found)
-    grown = packed(fp.protected_formats(found, chosen))
-    assert abs(grown - plain - chosen["added"].sum()) <= padding
+    everything = fp.select_bits(found, budget=None, unit="layers").formats()
+    grown = packed(chosen.formats())
+    assert abs(grown - plain - chosen.table["added"].sum()) <= padding
     assert grown / plain - 1 <= budget + padding / plain
-    assert chosen["memory"].to_list() == pytest.approx((chosen["added"].cumsum() / plain).to_list())
-    bought = fp.protection(found, chosen, data, injections=20).set_index("protected")
+    assert chosen.table["memory"].to_list() == pytest.approx((chosen.table["added"].cumsum() / plain).to_list())
+    bought = fp.measure_protection(found, chosen, data, injections=20).set_index("protected")
     assert bought.loc["selected", "memory"] == pytest.approx(grown / plain - 1, abs=padding / plain)
     assert bought.loc["everything", "memory"] == pytest.approx(packed(everything) / plain - 1, abs=padding / plain)
 
@@ -247,7 +249,7 @@ def test_the_budget_is_the_memory_that_is_really_added(unit, budget, format):
 def test_a_selection_of_neuron_bits_becomes_formats_too():
     net, data = made(Convs, seed=1)
     found = fp.analyze(net, data)
-    formats = fp.protected_formats(found, fp.select(found, budget=0.05))
+    formats = fp.select_bits(found, budget=0.05).formats()
     setup = {"data": data, "faults": fp.RandomBits(1), "trials": 40, "where": fp.Neurons()}
     plain, safe = fp.assess(net, **setup), fp.assess(net, format=formats, **setup)
     assert safe.summary["critical_total"][0] < plain.summary["critical_total"][0]

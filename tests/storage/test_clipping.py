@@ -78,9 +78,9 @@ def test_criticality_is_what_flipping_by_hand_does():
     assert table["accuracy_drop"].idxmax() == 30 or table.loc[30, "critical_total"] == table["critical_total"].max()
 
 
-def test_clip_bits_takes_the_critical_constant_bit_and_leaves_outputs_as_they_are():
+def test_clipping_the_model_takes_the_critical_constant_bit_and_leaves_outputs_as_they_are():
     net, data = small()
-    chosen = fp.clip_bits(net, data)
+    chosen = fp.choose_clipping(net, data)
     assert chosen == fp.BitClipped(fp.Float32(), zeros=(30,))
     faults = fp.BitErrorRate([1e-2])
     plain = fp.assess(net, data=data, faults=faults, trials=40, format=fp.Float32())
@@ -90,20 +90,20 @@ def test_clip_bits_takes_the_critical_constant_bit_and_leaves_outputs_as_they_ar
     assert clipped.summary["critical_total"][0] < plain.summary["critical_total"][0]
 
 
-def test_clip_bits_of_bfloat16_and_several():
+def test_clipping_the_model_of_bfloat16_and_several():
     net, data = small()
-    assert fp.clip_bits(net, data, fp.BFloat16()).zeros == (14,)
-    several = fp.clip_bits(net, data, most=None)
+    assert fp.choose_clipping(net, data, format=fp.BFloat16()).zeros == (14,)
+    several = fp.choose_clipping(net, data, most=None)
     table = fp.bit_criticality(net, data)
     wanted = table[table["constant"] & (table["critical_total"] > 0)]["bit"].tolist()
     assert sorted((*several.zeros, *several.ones)) == wanted
     assert len(wanted) > 1
 
 
-def test_clip_bits_warns_of_a_critical_bit_that_varies_and_refuses_where_nothing_is_left():
+def test_clipping_the_model_warns_of_a_critical_bit_that_varies_and_refuses_where_nothing_is_left():
     net, data = small()
     with pytest.raises(FormatError, match="both constant over the weights and critical; constant are none"):
-        fp.clip_bits(net, data, fp.FixedPoint())
+        fp.choose_clipping(net, data, format=fp.FixedPoint())
     with torch.no_grad():  # exponents 127 and, once, 129: they differ in bit 30 and agree in bit 23
         for p in net.parameters():
             p.copy_(p.sign() * (1 + p.abs()))
@@ -111,13 +111,13 @@ def test_clip_bits_warns_of_a_critical_bit_that_varies_and_refuses_where_nothing
     net[1] = nn.Tanh()  # a ReLU network would only be scaled: a constant exponent bit multiplies all alike
     data = [(data[0][0], net(data[0][0]).argmax(dim=1))]
     with pytest.warns(FlipproofWarning, match=r"bit 30 is the most critical .* clipping \[23\] instead"):
-        chosen = fp.clip_bits(net, data)
+        chosen = fp.choose_clipping(net, data)
     assert chosen == fp.BitClipped(fp.Float32(), ones=(23,))
     with pytest.raises(FormatError, match="most"):
-        fp.clip_bits(net, data, most=0)
+        fp.choose_clipping(net, data, most=0)
 
 
-def test_clip_tensors_clips_wherever_the_critical_bit_is_constant():
+def test_clipping_tensors_clips_wherever_the_critical_bit_is_constant():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_clip_tensors_clips_wherever_the_critical_bit_is_constant():
     net.eval()
     x = torch.randn(64, 5)
     data = [(x, net(x).argmax(dim=1))]
-    formats = fp.clip_tensors(net, data, share=0.2)
+    formats = fp.choose_clipping(net, data, per="tensor", share=0.2)
     clipped = fp.BitClipped(fp.Float32(), zeros=(30,))
     assert formats == {
         **dict.fromkeys(("0.weight", "0.bias", "1.bias", "3.weight", "3.bias"), clipped),
@@ -140,6 +140,10 @@ def test_clip_tensors_clips_wherever_the_critical_bit_is_constant():
         for p in net.parameters():
             p[..., 0] = 3.0
     with pytest.raises(FormatError, match="vary in every tensor"):
-        fp.clip_tensors(net, [(x, net(x).argmax(dim=1))], where=fp.Parameters(include="*.weight"), share=0.5)
+        fp.choose_clipping(
+            net, [(x, net(x).argmax(dim=1))], per="tensor", where=fp.Parameters(include="*.weight"), share=0.5
+        )
     with pytest.raises(FormatError, match="most"):
-        fp.clip_tensors(net, data, most=True)
+        fp.choose_clipping(net, data, per="tensor", most=True)
+    with pytest.raises(FormatError, match="per='model' or per='tensor', got 'layer'"):
+        fp.choose_clipping(net, data, per="layer")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import flipproof as fp
-from flipproof.errors import ConfigError
+from flipproof.errors import ConfigError, JournalMismatch
 from flipproof.reports.tradeoff import tradeoff_figure
 from flipproof.storage import explore as fortune
 
@@ -108,12 +108,48 @@ def test_memory_may_be_all_that_is_stored(network):
     assert weights["coverage"].tolist() == [384 * width / (384 * width + 36 * 32) for width in (8, 5, 32)]
 
 
-def test_it_resumes(network, tmp_path):
-    first = run(network, journal=tmp_path)
+def test_it_resumes_with_the_same_table_times_included(network, tmp_path):
+    first = run(network, journal=tmp_path, hardenings={"ranger": fp.Ranger()}, calibration=network[1])
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
-    again = run(network, journal=tmp_path)
+    assert len(before) == len(first.assessments) + 1
+    again = run(network, journal=tmp_path, hardenings={"ranger": fp.Ranger()}, calibration=network[1])
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.jsonl")} == before
+    pd.testing.assert_frame_equal(first.candidates, again.candidates)
     pd.testing.assert_frame_equal(first.rates, again.rates)
+    assert first.candidates["time_ratio"].notna().all()
+    lines = (tmp_path / "forms.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "forms.jsonl").write_text("".join(lines[:3]))  # killed while it judged the third form
+    third = run(network, journal=tmp_path, hardenings={"ranger": fp.Ranger()}, calibration=network[1])
+    timed = ["time_ratio", "rap"]
+    pd.testing.assert_frame_equal(third.candidates.iloc[:2], first.candidates.iloc[:2])
+    pd.testing.assert_frame_equal(third.candidates.drop(columns=timed), first.candidates.drop(columns=timed))
+    assert len((tmp_path / "forms.jsonl").read_text().splitlines()) == len(lines)
+
+
+def test_another_network_or_other_data_is_not_resumed(network, tmp_path):
+    net, data = network
+    run(network, journal=tmp_path, bits=(3, 3))
+    inputs, labels = data[0]
+    with pytest.raises(JournalMismatch):
+        run((net, [(inputs + 1, labels)]), journal=tmp_path, bits=(3, 3))
+    with torch.no_grad():
+        net[0].weight[0, 0] += 1
+    with pytest.raises(JournalMismatch):
+        run(network, journal=tmp_path, bits=(3, 3))
+
+
+def test_a_form_that_was_too_inaccurate_is_injected_when_it_is_asked_for(network):
+    protected = fp.TripleMSB(fp.Affine(bits=3))
+    found = run(network, accuracy=1.0, bits=(3, 3), formats=[protected])
+    assert found.candidates["format"].tolist() == [repr(fp.Affine(bits=8)), repr(protected)]
+    assert found.candidates["drop"].notna().all()
+
+
+def test_names_that_look_alike_have_journals_of_their_own():
+    names = ["a b/Affine(bits=8)", "a-b/Affine(bits=8)", "A b/Affine(bits=8)", "x" * 300, "x" * 301, "é", "è"]
+    files = [fortune._file_name(name) for name in names]
+    assert len(set(files)) == len(names)
+    assert all(len(file) < 120 and file.isascii() and "/" not in file for file in files)
 
 
 @pytest.mark.parametrize(

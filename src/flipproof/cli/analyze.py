@@ -25,7 +25,7 @@ from flipproof.reports.vulnerability import (
 )
 from flipproof.spaces.sites import Neurons, Parameters
 from flipproof.specs import load_object, parse_decision, parse_format
-from flipproof.storage.choose import protected_formats, select
+from flipproof.storage.choose import select_bits
 
 
 def analyze(
@@ -93,13 +93,13 @@ def analyze(
     _show(layer_table(found).to_string(index=False))
     for line in coverage_lines(found):
         _show(line)
-    chosen = select(found, budget=budget)
-    chosen.to_csv(folder / "selected.csv", index=False)
-    formats = {name: repr(format) for name, format in protected_formats(found, chosen).items()}
+    chosen = select_bits(found, budget=budget)
+    chosen.table.to_csv(folder / "selected.csv", index=False)
+    formats = {name: repr(format) for name, format in chosen.formats().items()}
     (folder / "formats.json").write_text(json.dumps(formats, indent=2) + "\n")
-    if len(chosen):
-        share = chosen["bits"].sum() / sum(x.total * x.width for x in found.layers_found)
-        last = chosen.iloc[-1]
+    if len(chosen.table):
+        share = chosen.table["bits"].sum() / sum(x.total * x.width for x in found.layers_found)
+        last = chosen.table.iloc[-1]
         whose = "critical flips" if found.coverage == 1 else "the critical flips of the analysed layers"
         _show(
             f"{100 * share:.2g} % of the bits of {of} hold {100 * last['covered']:.1f} % of {whose}; to protect them "

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 from matplotlib.figure import Figure
 
 from flipproof.errors import ConfigError
 from flipproof.reports.figures import empty_figure, literal
 from flipproof.reports.style import SERIES
-from flipproof.storage.explore import Exploration, short_name
+from flipproof.storage.explore import Exploration, paper_name, short_name
 
 
 def tradeoff_figure(exploration: Exploration) -> Figure:
@@ -42,17 +40,10 @@ def tradeoff_figure(exploration: Exploration) -> Figure:
             container[0].set_markerfacecolor(SERIES[i % len(SERIES)] if front else "white")
     for row in table.itertuples():
         place = (float(str(row.memory)) / 8192, 100 * float(str(row.drop)))
-        axes.annotate(literal(_label(str(row.format))), place, fontsize=5, xytext=(2, 2), textcoords="offset points")
+        name = paper_name(str(row.format)) or short_name(str(row.format)).replace("Affine(bits=8)", "8")
+        axes.annotate(literal(name), place, fontsize=5, xytext=(2, 2), textcoords="offset points")
     axes.set_xlabel("memory of the weights, KiB")
     axes.set_ylabel("largest drop of accuracy, points")
     axes.set_title("bars: interval over trials", fontsize=6, loc="left")
     axes.legend(fontsize=6, frameon=False)
     return figure
-
-
-def _label(format: str) -> str:
-    """As the paper names them: "8" for plain widths, "P-3" for protected ones; else the format without its defaults."""
-    short = short_name(format)
-    if found := re.fullmatch(r"(TripleMSB\()?Affine\(bits=(\d)\)\)?", short):
-        return f"P-{found[2]}" if found[1] else found[2]
-    return short.replace("Affine(bits=8)", "8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from flipproof.faults.sampling import TrialGenerator
 from flipproof.formats import Format
 from flipproof.reports.tables import compare
 from flipproof.spaces.sites import Neurons, NeuronSite, Parameters, Site
-from flipproof.storage.choose import protected_formats, select
+from flipproof.storage.choose import select_bits
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -78,14 +79,14 @@ def evidence_table(
     and for the selection over "random".
     """
     found = analyze(net, seen, DeepVigor(neurons=weights, ranges=False, holes=0), where=Parameters())
-    chosen = select(found, budget=budget)
+    chosen = select_bits(found, budget=budget)
     everything = [(layer.name, bit) for layer in found.layers_found for bit in range(layer.width)]
     sizes = {layer.name: layer.total for layer in found.layers_found}
     formats: dict[str, dict[str, Format]] = {
-        "nothing": protected_formats(found, chosen.iloc[:0]),
-        "selected": protected_formats(found, chosen),
-        "random": protected_formats(found, _at_random(everything, sizes, int(chosen["bits"].sum()))),
-        "everything": protected_formats(found),
+        "nothing": dict(chosen.plain),
+        "selected": chosen.formats(),
+        "random": replace(chosen, table=_at_random(everything, sizes, int(chosen.table["bits"].sum()))).formats(),
+        "everything": select_bits(found, budget=None, unit="layers").formats(),
     }
     campaigns = {
         name: assess(

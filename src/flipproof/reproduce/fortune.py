@@ -1,4 +1,4 @@
-"""FORTUNE (Nazari et al. 2024): quantise, protect the MSB with the bits saved; Tables I, II, figures 5–7.
+"""FORTUNE (Nazari et al., 2024): quantise, protect the MSB with the bits saved; Tables I, II, figures 5–7 (PAPERS).
 
 The paper's networks (VGG-11, ResNet-18, AlexNet at 227 × 227, Inception-v3) are `paper`; `smoke` is three that two
 cores train or load in minutes: a quarter-width VGG-11 on CIFAR-10, ResNet-20 from a public checkpoint if there is one,
@@ -7,7 +7,6 @@ and LeNet-5 on Fashion-MNIST.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -32,11 +31,10 @@ from flipproof.reports.figures import empty_figure, save
 from flipproof.reports.style import SERIES
 from flipproof.reports.tradeoff import tradeoff_figure
 from flipproof.reproduce.fortune_published import BERS, table_1, table_2
-from flipproof.reproduce.published import beside, write_table
+from flipproof.reproduce.published import beside, slug, write_table
 from flipproof.spaces.parameters import FaultSpace
-from flipproof.storage.explore import Exploration, explore, short_name
+from flipproof.storage.explore import WEIGHTS, Exploration, explore, paper_name, short_name
 from flipproof.storage.mixed import doubt, explore_mixed
-from flipproof.storage.study import WEIGHTS, slug
 
 SUMMARY = "FORTUNE: quantised weights with a tripled MSB, memory, time, P_drop and RAP, Tables I and II, figures 5-7"
 RATES = {"smoke": (*BERS, 1e-3), "paper": BERS}
@@ -104,7 +102,14 @@ def _mixed(net: nn.Module, subject: Subject, scale: str, out: Path, workers: int
     memory = FaultSpace(net, format=uniform, where=WEIGHTS).bits
     journals = out / "journals" / f"{slug(subject.name)}-mixed"
     chosen = explore_mixed(
-        net, subject.calibration, memory=memory, ber=max(RATES[scale]), trials=10, journal=journals, progress=False
+        net,
+        subject.calibration,
+        memory=memory,
+        ber=max(RATES[scale]),
+        trials=10,
+        journal=journals / "costs.jsonl",
+        workers=workers,
+        progress=False,
     )
     write_table(
         chosen.table, out / f"mixed-{slug(subject.name)}", title=f"{subject.name}: cost of each layer and option"
@@ -178,9 +183,8 @@ def _trained(name: str, build: Callable[[], nn.Module], train: Batches, epochs: 
 
 def _type(format: str) -> str:
     """What the paper calls it, "8-bit" or "P-3-bit", or the format without its defaults."""
-    short = short_name(format)
-    found = re.fullmatch(r"(TripleMSB\()?Affine\(bits=(\d)\)\)?", short)
-    return short if found is None else f"{'P-' if found[1] else ''}{found[2]}-bit"
+    name = paper_name(format)
+    return f"{name}-bit" if name else short_name(format)
 
 
 def _tables(found: dict[str, Exploration], out: Path, console: Console) -> pd.DataFrame:

@@ -31,7 +31,7 @@ from flipproof.reports.figures import metric_figure, save
 from flipproof.reports.tables import compare
 from flipproof.reproduce.lstm_clipping import METHODS, clinical
 from flipproof.reproduce.published import write_table
-from flipproof.storage.clipping import bit_profile, clip_tensors
+from flipproof.storage.clipping import bit_profile, choose_clipping
 
 SUMMARY = "WBC and AVC beyond LSTMs: GRU on clinical timelines, ResNet-18 on CIFAR-10, Transformer on SST-2"
 RATES = (1e-6, 1e-5, 1e-4, 1e-3)
@@ -110,8 +110,9 @@ def reproduce(
         net = _trained(subject)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FlipproofWarning)  # what stays unprotected goes into a table
-            wbc = clip_tensors(net, subject.calibration[:1], metrics=(subject.metric,), trials=8)
+            wbc = choose_clipping(net, subject.calibration[:1], per="tensor", metrics=(subject.metric,), trials=8)
             safe = harden(net, AVC(), data=subject.calibration)
+        assert isinstance(wbc, dict)  # per="tensor"
         profiles[subject.name] = bit_profile(net, Float32())
         bits.append({"network": subject.name, **_protection(net, safe, wbc, profiles[subject.name])})
         found: dict[str, Assessment] = {}

@@ -24,7 +24,7 @@ from flipproof.campaigns.statistics import difference_interval
 from flipproof.datasets.ehr import EHRData, EHRSet, mimic3, physionet2012, synthetic_ehr
 from flipproof.errors import ConfigError, FlipproofWarning
 from flipproof.faults import BitErrorRate, BitPosition
-from flipproof.formats import Float32, Format
+from flipproof.formats import BitClipped, Float32, Format
 from flipproof.hardening.harden import harden
 from flipproof.hardening.methods.avc import AVC
 from flipproof.models import stage_72, stage_384, stage_conv_72, stage_conv_384
@@ -36,7 +36,7 @@ from flipproof.reports.tables import compare
 from flipproof.reproduce.lstm_published import NETWORKS, REDUCTION, WBC_OVER_AVC, critical_totals, table_1
 from flipproof.reproduce.published import beside, write_table
 from flipproof.spaces.sites import Parameters
-from flipproof.storage.clipping import bit_profile, clip_bits
+from flipproof.storage.clipping import bit_profile, choose_clipping
 
 SUMMARY = "WBC and AVC for LSTM networks: StageNet on clinical timelines, Table I and figures 2–8"
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -79,8 +79,9 @@ def reproduce(
         sizes.append({"network": name, **whole.golden, **net.weight_counts()})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FlipproofWarning)  # which bit is worse and not constant goes into a table
-            wbc = clip_bits(net, few, where=WEIGHTS, metrics=("auroc",), trials=8)
+            wbc = choose_clipping(net, few, where=WEIGHTS, metrics=("auroc",), trials=8)
             safe = harden(net, AVC(slack=1.0), data=calibration)  # as published; what it costs is in the tables
+        assert isinstance(wbc, BitClipped)  # per="model"
         profiles[name], chosen[name] = bit_profile(net, Float32(), where=WEIGHTS), repr(wbc)
         console.print(f"[bold]{name}[/]: AUROC {whole.golden['auroc']:.3f}, clips {wbc!r}", highlight=False)
         found[name] = {}

@@ -42,9 +42,8 @@ from flipproof.reports.tables import compare
 from flipproof.reproduce.proact_distances import distances
 from flipproof.reproduce.proact_memory import memory_table
 from flipproof.reproduce.proact_published import table_1, table_2, table_4
-from flipproof.reproduce.published import beside, write_table
+from flipproof.reproduce.published import beside, slug, write_table
 from flipproof.spaces.sites import Parameters
-from flipproof.storage.study import slug
 
 SUMMARY = "ProAct: Ranger, FT-ClipAct, FitAct, ProAct and Guard under faults, Q15.16, tables I–V and figures 2–7"
 FORMAT = FixedPoint(15, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,3 +57,12 @@ def write_table(table: pd.DataFrame, path: str | Path, *, title: str, digits: in
         cells = [f"{cell:.{digits}g}" if isinstance(cell, float) else str(cell) for cell in row]
         lines.append("| " + " | ".join("–" if cell in ("nan", "None", "<NA>") else cell for cell in cells) + " |")
     path.with_suffix(".md").write_text(f"# {title}\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+def slug(name: str) -> str:
+    """A name as part of a file name.
+
+    >>> slug("VGG-11 (width ¼)")
+    'vgg-11-width'
+    """
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -49,7 +49,7 @@ def bit_profile(model: nn.Module, format: FormatChoice = None, *, where: Paramet
     """
     total = 0
     ones: np.ndarray | None = None
-    for _, format_, words in stored_words(model, format, where):
+    for _, format_, words in _stored_words(model, format, where):
         counts = _ones(words, format_.width)
         if ones is not None and ones.size != counts.size:
             raise FormatError(
@@ -62,7 +62,7 @@ def bit_profile(model: nn.Module, format: FormatChoice = None, *, where: Paramet
     return pd.Series(ones / total, index=pd.RangeIndex(ones.size, name="bit"), name="mean")
 
 
-def stored_words(
+def _stored_words(
     model: nn.Module, format: FormatChoice = None, where: Parameters | None = None
 ) -> Iterator[tuple[str, Format, Tensor]]:
     """Every stored tensor of a model: its qualified name, its format and its words."""
@@ -144,11 +144,12 @@ def bit_criticality(
     return table
 
 
-def clip_bits(
+def choose_clipping(
     model: nn.Module,
     data: Data,
-    format: Format | None = None,
     *,
+    per: Literal["model", "tensor"] = "model",
+    format: Format | None = None,
     most: int | None = 1,
     share: float = 0.01,
     trials: int = 20,
@@ -158,129 +159,106 @@ def clip_bits(
     output: Output = None,
     device: str | torch.device | None = None,
     progress: bool | None = None,
-) -> BitClipped:
+) -> BitClipped | dict[str, Format]:
     """Weight bit clipping (WBC): the format that forces the bits which are constant *and* critical.
 
     `bit_profile` says which bits have one value in all weights: forcing them changes no fault-free output and costs no
-    memory. `bit_criticality` says what flipping each one does; the worst of the constant ones are clipped. The paper
-    flips the bit in every weight (``share=1.0``); here it is one weight in a hundred, see `bit_criticality`.
+    memory. `bit_criticality` says what flipping each one does. The paper flips the bit in every weight
+    (``share=1.0``); here it is one weight in a hundred, see `bit_criticality`.
+
+    With ``per="model"`` the most critical bits that are constant over the whole model are clipped, in every tensor.
+    One weight of 2.0 or more anywhere (a BatchNorm scale, a clipping bound) makes bit 30 vary over the model; then
+    ``per="tensor"`` helps: the most critical bits are chosen first, and each tensor clips those that are constant
+    within it. The other tensors stay as they are.
 
     Args:
         model: any module that `assess` takes.
         data: batches `(inputs, targets)` to measure criticality on; not the data that the result is judged on.
+        per: where a bit must be constant to be clipped: in the whole "model", or in one "tensor" at a time.
         format: how parameters are stored; None for `Float32()`.
-        most: how many bits to clip at most, the most critical first; None for every constant bit whose flip changes a
-            decision. The paper clips one.
+        most: how many bits to clip at most, the most critical first; None for every bit whose flip changes a decision.
+            The paper clips one.
         share: of the words that are hit when criticality is measured.
         trials: repetitions a bit.
         seed: of the draws.
-        where: which parameters, all by default.
+        where: which parameters, all by default; what it leaves out is not in the mapping of ``per="tensor"``.
         metrics: the first one ranks the bits by its drop; ties go to the higher `critical_total`, then the higher bit.
         output: see `assess`.
         device: see `assess`.
         progress: see `assess`.
 
     Returns:
-        The format, e.g. ``BitClipped(inner=Float32(), zeros=(30,), ones=())``.
+        What `format=` of `assess` takes: one format, e.g. ``BitClipped(inner=Float32(), zeros=(30,), ones=())``, or
+        with ``per="tensor"`` a mapping {qualified name: format}.
 
     Raises:
-        FormatError: if no bit is both constant and critical, with what the profile says.
+        FormatError: if no critical bit is constant, with what the profile says.
 
     Warns:
-        FlipproofWarning: if another bit is more critical but not constant, so that clipping cannot protect it.
+        FlipproofWarning: with ``per="model"``, if another bit is more critical but not constant, so that clipping
+            cannot protect it.
 
     Example:
         >>> import flipproof as fp, torch
         >>> _ = torch.manual_seed(0)
         >>> net, x = torch.nn.Linear(4, 3), torch.randn(50, 4)
-        >>> fp.clip_bits(net, [(x, net(x).argmax(dim=1))])
+        >>> data = [(x, net(x).argmax(dim=1))]
+        >>> fp.choose_clipping(net, data)
         BitClipped(inner=Float32(), zeros=(30,), ones=())
+        >>> _ = torch.nn.init.constant_(net.bias, 2.0)  # its bit 30 is 1
+        >>> formats = fp.choose_clipping(net, data, per="tensor", share=0.2)
+        >>> formats["weight"].zeros, formats["bias"].ones
+        ((30,), (30,))
     """
+    if per not in ("model", "tensor"):
+        raise FormatError(f"choose_clipping takes per='model' or per='tensor', got {per!r}")
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
-        raise FormatError(f"clip_bits takes most ≥ 1 bits, or None for all that qualify, got {most!r}")
+        raise FormatError(f"choose_clipping takes most ≥ 1 bits, or None for all that qualify, got {most!r}")
     inner = format or Float32()
-    measure = {"metrics": metrics, "output": output, "device": device, "progress": progress}
-    ranked, critical, drop = _ranked(model, data, inner, share=share, trials=trials, seed=seed, where=where, **measure)
-    chosen = critical[critical["constant"]].head(len(ranked) if most is None else most)
+    table = bit_criticality(
+        model,
+        data,
+        inner,
+        share=share,
+        trials=trials,
+        seed=seed,
+        where=where,
+        metrics=metrics,
+        output=output,
+        device=device,
+        progress=progress,
+    )
+    drop = next(column for column in map(str, table) if column.endswith("_drop"))
+    ranked = table.sort_values([drop, "critical_total", "bit"], ascending=False)
+    critical = ranked[(ranked["critical_total"] > 0) | (ranked[drop] > 0)]
+    most = len(ranked) if most is None else most
+    if per == "tensor":
+        return _clipped_tensors(model, inner, where, critical["bit"].head(most).tolist())
+    chosen = critical[critical["constant"]].head(most)
+    worst, mean = int(ranked["bit"].iloc[0]), float(ranked["mean"].iloc[0])
     if chosen.empty:
         constant = sorted(ranked.loc[ranked["constant"], "bit"].tolist())
         raise FormatError(
             f"no bit of {inner!r} is both constant over the weights and critical; constant are {constant or 'none'}, "
-            f"the most critical is bit {int(ranked['bit'].iloc[0])}. A few large weights can be what varies: "
-            f"fp.clip_tensors clips tensor by tensor"
+            f"the most critical is bit {worst}. A few large weights may be all that varies: per='tensor' clips tensor "
+            f"by tensor"
         )
-    worst, mean = int(ranked["bit"].iloc[0]), float(ranked["mean"].iloc[0])
-    if not 0 < mean < 1:
-        return _clipping(inner, chosen)
-    warnings.warn(
-        f"bit {worst} is the most critical ({drop} {float(ranked[drop].iloc[0]):.3f}) but not constant: "
-        f"{min(mean, 1 - mean):.2g} of the words differ from the rest, so it cannot be clipped; clipping "
-        f"{chosen['bit'].tolist()} instead",
-        FlipproofWarning,
-        stacklevel=2,
-    )
-    return _clipping(inner, chosen)
+    if 0 < mean < 1:
+        warnings.warn(
+            f"bit {worst} is the most critical ({drop} {float(ranked[drop].iloc[0]):.3f}) but not constant: "
+            f"{min(mean, 1 - mean):.2g} of the words differ from the rest, so it cannot be clipped; clipping "
+            f"{chosen['bit'].tolist()} instead",
+            FlipproofWarning,
+            stacklevel=2,
+        )
+    zeros, ones = (tuple(chosen.loc[chosen["mean"] == value, "bit"].tolist()) for value in (0.0, 1.0))
+    return BitClipped(inner, zeros=zeros, ones=ones)
 
 
-def clip_tensors(
-    model: nn.Module,
-    data: Data,
-    format: Format | None = None,
-    *,
-    most: int | None = 1,
-    share: float = 0.01,
-    trials: int = 20,
-    seed: int = 0,
-    where: Parameters | None = None,
-    metrics: Metrics = "accuracy",
-    output: Output = None,
-    device: str | torch.device | None = None,
-    progress: bool | None = None,
-) -> dict[str, Format]:
-    """Weight bit clipping tensor by tensor: critical bits are clipped wherever *they* are constant.
-
-    One weight of 2.0 or more anywhere (a BatchNorm scale, a clipping bound) makes bit 30 vary over the model, and
-    `clip_bits` can then do nothing. Here the most critical bits are chosen first, and each tensor in which one of them
-    is constant clips it; the others stay as they are.
-
-    Args:
-        model: see `clip_bits`.
-        data: see `clip_bits`.
-        format: how parameters are stored; None for `Float32()`.
-        most: how many critical bits to look at; None for all whose flip changes a decision.
-        share: see `clip_bits`.
-        trials: see `clip_bits`.
-        seed: see `clip_bits`.
-        where: see `clip_bits`; what it leaves out is not in the mapping.
-        metrics: see `clip_bits`.
-        output: see `clip_bits`.
-        device: see `clip_bits`.
-        progress: see `clip_bits`.
-
-    Returns:
-        A mapping {qualified name: format} for `assess`.
-
-    Raises:
-        FormatError: if no critical bit is constant in any tensor.
-
-    Example:
-        >>> import flipproof as fp, torch
-        >>> _ = torch.manual_seed(0)
-        >>> net = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
-        >>> _ = torch.nn.init.constant_(net[2].bias, 2.0)  # its bit 30 is 1
-        >>> x = torch.randn(50, 5)
-        >>> formats = fp.clip_tensors(net, [(x, net(x).argmax(dim=1))], most=None, share=0.2)
-        >>> 30 in formats["0.weight"].zeros, 30 in formats["2.bias"].ones
-        (True, True)
-    """
-    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
-        raise FormatError(f"clip_tensors takes most ≥ 1 bits, or None for all that qualify, got {most!r}")
-    inner = format or Float32()
-    measure = {"metrics": metrics, "output": output, "device": device, "progress": progress}
-    ranked, critical, _ = _ranked(model, data, inner, share=share, trials=trials, seed=seed, where=where, **measure)
-    bits = critical["bit"].head(len(ranked) if most is None else most).tolist()
+def _clipped_tensors(model: nn.Module, inner: Format, where: Parameters | None, bits: list[int]) -> dict[str, Format]:
+    """Each tensor with those of the bits clipped that are constant in it."""
     formats: dict[str, Format] = {}
-    for name, _, words in stored_words(model, {"*": inner}, where):
+    for name, _, words in _stored_words(model, {"*": inner}, where):
         counts = _ones(words, inner.width)
         zeros = tuple(bit for bit in bits if counts[bit] == 0)
         ones = tuple(bit for bit in bits if counts[bit] == words.numel())
@@ -288,16 +266,3 @@ def clip_tensors(
     if not any(isinstance(format, BitClipped) for format in formats.values()):
         raise FormatError(f"the critical bits {bits} of {inner!r} vary in every tensor; there is nothing to clip")
     return formats
-
-
-def _ranked(model: nn.Module, data: Data, inner: Format, **how: Any) -> tuple[pd.DataFrame, pd.DataFrame, str]:
-    """All bits from the most to the least critical, those that are critical at all, and the column that says so."""
-    table = bit_criticality(model, data, inner, **how)
-    drop = next(column for column in map(str, table) if column.endswith("_drop"))
-    ranked = table.sort_values([drop, "critical_total", "bit"], ascending=False)
-    return ranked, ranked[(ranked["critical_total"] > 0) | (ranked[drop] > 0)], drop
-
-
-def _clipping(inner: Format, chosen: pd.DataFrame) -> BitClipped:
-    zeros, ones = (tuple(chosen.loc[chosen["mean"] == value, "bit"].tolist()) for value in (0.0, 1.0))
-    return BitClipped(inner, zeros=zeros, ones=ones)

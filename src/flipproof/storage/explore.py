@@ -3,30 +3,52 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
+from statistics import median
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from flipproof._interrupts import gives_back
+from flipproof.campaigns.assess import assess
 from flipproof.campaigns.assessment import Assessment
-from flipproof.errors import ConfigError
+from flipproof.campaigns.fingerprint import digest_of
+from flipproof.campaigns.plan import Fingerprint
+from flipproof.engine.journal import Journal
+from flipproof.errors import ConfigError, FormatError
 from flipproof.faults import BitErrorRate
 from flipproof.formats import Affine, Format, TripleMSB
 from flipproof.hardening.harden import harden
 from flipproof.hardening.methods.base import Hardening
-from flipproof.running.data import Data, Output
+from flipproof.hardening.overhead import devices_of, wait_for
+from flipproof.running.data import Data, Output, call, read_batches
+from flipproof.running.evaluation import eval_mode, one_thread
 from flipproof.running.outcomes import DecisionChoice
+from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Parameters
-from flipproof.storage.indicators import rap
-from flipproof.storage.study import BASELINE, WEIGHTS, Study
+from flipproof.storage.indicators import p_drop, rap
+from flipproof.storage.pack import pack_
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4)
 """Bit error rates of the paper's sweep."""
+
+BASELINE = Affine(bits=8)
+"""What memory and time are relative to, as in the paper: unprotected 8 bits."""
+
+WEIGHTS = Parameters(kinds=("weight",))
+"""FORTUNE's view of memory: the weights and nothing else. Biases, norms and the bounds of hardenings are not in it."""
 
 
 @dataclass(frozen=True)
@@ -152,26 +174,276 @@ def explore(
         raise ConfigError(f"search is 'bisection' or 'exhaustive', got {search!r}")
     if hardenings and calibration is None:
         raise ConfigError("explore hardens on calibration= data, which must not be the data that is judged on")
-    study = Study(
-        *(model, list(data), faults or BitErrorRate(RATES), accuracy, drop, trials, margin, seed),
-        *(Path(journal) if journal is not None else None, workers, output, device, progress, where, decision),
+    batches = list(data)
+    campaign = partial(
+        assess,
+        data=batches,
+        where=where,
+        trials=trials,
+        seed=seed,
+        output=output,
+        decision=decision,
+        device=device,
     )
-    study.try_(BASELINE, full=True)
+    exploring = _Exploring(
+        plain=model,
+        first=batches[:1],
+        where=where,
+        fault_free=partial(campaign, faults=BitErrorRate(0.0), progress=False),
+        injected=partial(
+            campaign, faults=faults or BitErrorRate(RATES), margin=margin, workers=workers, progress=progress
+        ),
+        accuracy=accuracy,
+        drop=drop,
+        folder=None if journal is None else Path(journal),
+    )
+
+    def stored(width: int) -> Format:
+        return protect(Affine(bits=width, axis=axis))
+
     feasible: dict[int, bool] = {}
-    while (width := _next_width(low, high, feasible, search)) is not None:
-        feasible[width] = study.try_(protect(Affine(bits=width, axis=axis)))
+    with exploring.resumed():
+        exploring.judge(model, BASELINE, full=True)
+        while (width := _next_width(low, high, feasible, search)) is not None:
+            feasible[width] = exploring.judge(model, stored(width)).feasible
+        for extra in formats:
+            exploring.judge(model, extra, full=True)
+        tried = [BASELINE, *(stored(width) for width in feasible), *formats]
+        for name, method in (hardenings or {}).items():
+            assert calibration is not None
+            safe = harden(model, method, data=calibration, output=output, decision=decision, progress=progress)
+            for format in tried:
+                exploring.judge(safe, format, hardening=name, full=True)
     narrowest = min((width for width, good in feasible.items() if good), default=None)
-    chosen = None if narrowest is None else protect(Affine(bits=narrowest, axis=axis))
-    for extra in formats:
-        study.try_(extra, full=True)
-    tried = [BASELINE, *(protect(Affine(bits=width, axis=axis)) for width in feasible), *formats]
-    for name, method in (hardenings or {}).items():
-        assert calibration is not None
-        safe = harden(model, method, data=calibration, output=output, decision=decision, progress=progress)
-        for format in tried:
-            study.try_(format, hardening=name, model=safe, full=True)
-    candidates = _finish(pd.DataFrame(study.rows))
-    return Exploration(candidates, pd.concat(study.rates, ignore_index=True), chosen, study.assessments)
+    judged = list(exploring.judged.values())
+    return Exploration(
+        candidates=_candidates(judged),
+        rates=pd.concat([_rates(one.form, one.found) for one in judged if one.found is not None], ignore_index=True),
+        chosen=None if narrowest is None else stored(narrowest),
+        assessments={one.form.name: one.found for one in judged if one.found is not None},
+    )
+
+
+@dataclass(frozen=True)
+class Question:
+    """What an exploration asks: the first line of its journal. A journal of another question is not resumed.
+
+    Attributes:
+        network: fingerprint of a fault-free campaign: weights, data, code and outputs.
+        asked: the settings that change an answer, as JSON.
+    """
+
+    network: Fingerprint
+    asked: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> tuple[Mapping[str, Any], ...]:
+        """All of it must be the same to resume."""
+        return asdict(self.network), self.asked
+
+    @property
+    def plan(self) -> None:
+        """There is none: which forms are judged, or what fits the budget, may change when it is resumed."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, header: dict[str, Any]) -> Question:
+        """The inverse of `to_json`."""
+        network = header["network"] | {"metrics": tuple(header["network"]["metrics"])}
+        return cls(Fingerprint(**network), dict(header["asked"]))
+
+
+@dataclass(frozen=True)
+class _Form:
+    """One stored form of a network, and what it is without faults: one line of the journal.
+
+    `network` is a digest of what is stored, so that a hardened copy that came out otherwise is measured again.
+    """
+
+    network: str
+    name: str
+    hardening: str
+    format: str
+    width: int
+    weights: int
+    memory: int
+    coverage: float
+    accuracy: float
+    time_ratio: float
+
+    @property
+    def key(self) -> tuple[str]:
+        return (self.name,)
+
+    def to_json(self) -> dict[str, Any]:
+        untimed = self.time_ratio != self.time_ratio  # JSON has no NaN
+        return asdict(self) | {"time_ratio": None if untimed else self.time_ratio}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> _Form:
+        untimed = record["time_ratio"] is None
+        return cls(**record | {"time_ratio": float("nan") if untimed else record["time_ratio"]})
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A stored form and its campaign; None where it is not accurate enough to be injected."""
+
+    form: _Form
+    found: Assessment | None
+    feasible: bool
+
+
+@dataclass
+class _Exploring:
+    """Judges stored forms by campaigns that share data, rates and seed, and so, where spaces are equal, draws."""
+
+    plain: nn.Module
+    first: list[Any]
+    where: Parameters
+    fault_free: Callable[..., Assessment]
+    injected: Callable[..., Assessment]
+    accuracy: float
+    drop: float
+    folder: Path | None
+    judged: dict[str, _Judged] = field(default_factory=dict)
+    _known: dict[str, _Form] = field(default_factory=dict)
+    _journal: Journal[Question, _Form] | None = None
+
+    @contextmanager
+    def resumed(self) -> Iterator[None]:
+        """While forms are judged: those that are in the journal are not measured again."""
+        if self.folder is None:
+            yield
+            return
+        question = Question(self.fault_free(self.plain, format=BASELINE).header.fingerprint)
+        self._journal = Journal(self.folder / "forms.jsonl", Question, _Form, kind="width exploration")
+        with self._journal.writing(question) as known:
+            self._known = {form.name: form for form in known}
+            yield
+
+    def judge(self, model: nn.Module, format: Format, *, hardening: str = "none", full: bool = False) -> _Judged:
+        """One stored form of a model, injected if it is accurate enough without faults; `full` injects in any case."""
+        name = repr(format) if hardening == "none" else f"{hardening}/{format!r}"
+        before = self.judged.get(name)
+        if before is not None and (before.found is not None or not full):
+            return before
+        network = digest_of(model.state_dict())
+        form = before.form if before is not None else self._known.get(name)
+        if form is None or form.network != network:
+            form = self._measured(model, format, network, name, hardening)
+            if self._journal is not None:
+                self._journal.append(form)
+        enough = form.accuracy >= self.accuracy
+        journal = None if self.folder is None else self.folder / _file_name(name)
+        found = self.injected(model, format=format, journal=journal) if enough or full else None
+        feasible = enough and found is not None and float(found.summary["accuracy_drop"].max()) <= self.drop
+        self.judged[name] = _Judged(form, found, feasible)
+        return self.judged[name]
+
+    def _measured(self, model: nn.Module, format: Format, network: str, name: str, hardening: str) -> _Form:
+        space = FaultSpace(model, format=format, where=self.where)
+        return _Form(
+            network=network,
+            name=name,
+            hardening=hardening,
+            format=repr(format),
+            width=format.width,
+            weights=sum(site.values for site in space.sites),
+            memory=space.bits,
+            coverage=space.coverage,
+            accuracy=self.fault_free(model, format=format).golden["accuracy"],
+            time_ratio=self._time_ratio(model, format),
+        )
+
+    def _time_ratio(self, model: nn.Module, format: Format) -> float:
+        """A forward of the model in packed words, decoded at use ÷ the same with unprotected 8 bits, in turn.
+
+        NaN where `pack_` cannot pack the model (tied parameters).
+        """
+        device = next((t.device for t in model.parameters()), torch.device("cpu"))
+        inputs = read_batches(self.first, device).inputs[0]
+        try:
+            ours = pack_(deepcopy(model), format, where=self.where)
+            theirs = pack_(deepcopy(self.plain), BASELINE, where=self.where)
+        except FormatError:
+            return float("nan")
+        seconds: tuple[list[float], list[float]] = ([], [])
+        devices = devices_of(ours, theirs, inputs)
+        with one_thread(device), torch.no_grad():
+            for _ in range(9):
+                for packed, taken in zip((ours, theirs), seconds, strict=True):
+                    with eval_mode(packed):
+                        wait_for(devices)
+                        began = time.perf_counter()
+                        call(packed, inputs)
+                        wait_for(devices)
+                        taken.append(time.perf_counter() - began)
+        return median(seconds[0]) / median(seconds[1])
+
+
+def _candidates(judged: Sequence[_Judged]) -> pd.DataFrame:
+    """One row a stored form; memory and time relative to the first, the baseline."""
+    table = pd.DataFrame([asdict(one.form) for one in judged]).drop(columns="network")
+    table[["drop", "drop_low", "drop_high"]] = [_worst(one.found) for one in judged]
+    table["feasible"] = [one.feasible for one in judged]
+    table["memory_ratio"] = table["memory"] / table["memory"].iloc[0]
+    table["rap"] = [
+        rap(accuracy_drop=100 * drop, memory=memory, time=seconds)
+        if drop == drop and seconds == seconds
+        else float("nan")
+        for drop, memory, seconds in table[["drop", "memory_ratio", "time_ratio"]].to_numpy(float).tolist()
+    ]
+    table["front"] = _front(table.assign(loss=-table["accuracy"])[["loss", "drop", "memory"]].to_numpy(float))
+    return table
+
+
+def _worst(found: Assessment | None) -> list[float]:
+    """The largest mean drop over the rates with its interval, NaN where nothing was injected."""
+    if found is None:
+        return [float("nan")] * 3
+    worst = int(found.summary["accuracy_drop"].to_numpy().argmax())
+    return [float(found.summary[f"accuracy_drop{end}"].iloc[worst]) for end in ("", "_low", "_high")]
+
+
+def _front(points: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """True where no other row is as small in all columns and smaller in one; never with a NaN.
+
+    >>> _front(np.array([[1.0, 2.0], [2.0, 1.0], [2.0, 2.0], [0.0, np.nan]]))
+    array([ True,  True, False, False])
+    """
+    as_small = (points[:, None] <= points).all(axis=2)
+    smaller = (points[:, None] < points).any(axis=2)
+    return np.asarray(~(as_small & smaller).any(axis=0) & ~np.isnan(points).any(axis=1))
+
+
+def _rates(form: _Form, found: Assessment) -> pd.DataFrame:
+    """One row a rate: the drop with its interval, P_drop and outcome rates."""
+    columns = ["ber", "accuracy_drop", "accuracy_drop_low", "accuracy_drop_high", "critical_total", "due", "trials"]
+    table = found.summary[[column for column in columns if column in found.summary]].copy()
+    drops = (100 * table["accuracy_drop"]).tolist()
+    for column, used in (("p_drop", drops), ("p_drop_published", [drops[-1]] * len(drops))):
+        table[column] = [
+            p_drop(parameters=form.memory, width=1, ber=float(ber), accuracy_drop=float(value))
+            for ber, value in zip(table["ber"], used, strict=True)
+        ]
+    table.insert(0, "name", form.name)
+    table.insert(1, "hardening", form.hardening)
+    table.insert(2, "format", form.format)
+    return table
+
+
+def _file_name(name: str) -> str:
+    """A file for each name: its letters and digits for people, a digest of all of it for those that look alike.
+
+    >>> _file_name("Guard/Affine(bits=8)")
+    'guard-affine-bits-8-84504bf6.jsonl'
+    """
+    readable = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")[:80]
+    return f"{readable}-{blake2b(name.encode(), digest_size=4).hexdigest()}.jsonl"
 
 
 def short_name(format: str) -> str:
@@ -185,6 +457,16 @@ def short_name(format: str) -> str:
     return format
 
 
+def paper_name(format: str) -> str | None:
+    """What the paper calls a format, given its repr: "8" for plain widths, "P-3" for protected ones; else None.
+
+    >>> paper_name("TripleMSB(inner=Affine(bits=3, axis=None), copies=2, protect=1)"), paper_name("Float16()")
+    ('P-3', None)
+    """
+    found = re.fullmatch(r"(TripleMSB\()?Affine\(bits=(\d)\)\)?", short_name(format))
+    return f"{'P-' if found[1] else ''}{found[2]}" if found else None
+
+
 def _next_width(low: int, high: int, feasible: Mapping[int, bool], search: str) -> int | None:
     """The width to try after those that were, None at the end.
 
@@ -196,24 +478,3 @@ def _next_width(low: int, high: int, feasible: Mapping[int, bool], search: str) 
     low = max((width + 1 for width, good in feasible.items() if not good), default=low)
     high = min((width - 1 for width, good in feasible.items() if good), default=high)
     return (low + high) // 2 if low <= high else None
-
-
-def _finish(table: pd.DataFrame) -> pd.DataFrame:
-    base = table.iloc[0]
-    table["memory_ratio"] = table["memory"] / base["memory"]
-    table["rap"] = [
-        rap(accuracy_drop=100 * drop, memory=memory, time=seconds)
-        if drop == drop and seconds == seconds
-        else float("nan")
-        for drop, memory, seconds in table[["drop", "memory_ratio", "time_ratio"]].to_numpy(float).tolist()
-    ]
-    table["front"] = _front(table)
-    return table
-
-
-def _front(table: pd.DataFrame) -> list[bool]:
-    """True where no other row is as good in accuracy, drop and memory and better in one; never without a drop."""
-    rows = table[["accuracy", "drop", "memory"]].to_numpy(float).tolist()
-    points = [(-accuracy, drop, bits) for accuracy, drop, bits in rows]
-    beaten = [any(q != p and all(x <= y for x, y in zip(q, p, strict=True)) for q in points) for p in points]
-    return [p[1] == p[1] and not lost for p, lost in zip(points, beaten, strict=True)]

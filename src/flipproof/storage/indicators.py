@@ -66,12 +66,3 @@ def rap(*, accuracy_drop: float, memory: float, time: float) -> float:
             f"time={time}"
         )
     return accuracy_drop * memory * time
-
-
-def memory_bits(parameters: int, width: int) -> int:
-    """Stored bits: N · W, as Table II counts memory.
-
-    >>> memory_bits(28_133_056, 5)
-    140665280
-    """
-    return parameters * width

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
+from flipproof._interrupts import gives_back
 from flipproof.campaigns.assess import assess
-from flipproof.errors import ConfigError
+from flipproof.campaigns.assessment import Assessment
+from flipproof.engine.jobs import do_all
+from flipproof.engine.journal import Journal, Key
+from flipproof.errors import ConfigError, InfrastructureError
 from flipproof.faults import BitErrorRate
 from flipproof.formats import Affine, Format, TripleMSB
 from flipproof.running.data import Data, Output
+from flipproof.running.device import check_device
+from flipproof.running.outcomes import DecisionChoice
 from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Parameters
-from flipproof.storage.study import WEIGHTS, slug
+from flipproof.storage.explore import WEIGHTS, Question
 
 OPTIONS: tuple[Format, ...] = (
     *(Affine(bits=bits) for bits in range(3, 9)),
@@ -29,7 +39,7 @@ OPTIONS: tuple[Format, ...] = (
 
 
 def doubt(outputs: Tensor, targets: Tensor) -> Tensor:
-    """1 − the probability of the right class, averaged; NaN counts 1. Smoother than accuracy, and as bounded.
+    """1 − the probability of the right class, averaged; NaN counts 1. In [0, 1] like accuracy, but without its steps.
 
     >>> float(doubt(torch.tensor([[0.0, 0.0], [float("nan"), 1.0]]), torch.tensor([0, 1])))
     0.75
@@ -53,6 +63,7 @@ class Choice(NamedTuple):
     bits: int
 
 
+@gives_back
 def explore_mixed(
     model: nn.Module,
     data: Data,
@@ -65,6 +76,8 @@ def explore_mixed(
     journal: str | os.PathLike[str] | None = None,
     workers: int = 1,
     output: Output = None,
+    decision: DecisionChoice = None,
+    device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> Choice:
     """Spend a memory budget on the layers whose bits matter most, instead of the same width everywhere.
@@ -81,9 +94,12 @@ def explore_mixed(
         options: stored forms to choose from.
         trials: repetitions a tensor and option.
         seed: of all draws.
-        journal: folder of the journals; run again after an interruption and it resumes.
-        workers: see `assess`.
+        journal: file with one line a tensor and option; run again after an interruption and it resumes. The budget is
+            not part of it: another `memory` reads the same measurements.
+        workers: processes; each measures one tensor in one option at a time.
         output: see `assess`.
+        decision: see `assess`.
+        device: see `assess`.
         progress: see `assess`.
 
     Raises:
@@ -98,57 +114,137 @@ def explore_mixed(
         >>> sorted(chosen.formats), chosen.bits <= 960
         (['0.weight', '2.weight'], True)
     """
-    batches = list(data)
     sites = [site for site in FaultSpace(model, format=Affine(), where=WEIGHTS).sites if site.format == Affine()]
-    base = assess(
-        model, data=batches, faults=BitErrorRate(0.0), metrics={"doubt": doubt}, trials=1, output=output, progress=False
-    ).golden["doubt"]
-    rows = []
-    for site in sites:
-        for format in options:
-            found = assess(
-                model,
-                data=batches,
-                faults=BitErrorRate(ber, exact=False),
-                format={site.name: format},
-                where=Parameters(include=site.name),
-                metrics={"doubt": doubt},
-                trials=trials,
-                seed=seed,
-                journal=None if journal is None else Path(journal) / f"{slug(site.name)}-{slug(repr(format))}.jsonl",
-                workers=workers,
-                output=output,
-                progress=progress,
-            )
-            cost = float(found.summary["doubt"].iloc[0]) - base
-            rows.append((site.name, format, format.layout(site.values).bits, cost))
-    picked = _cheapest([site.name for site in sites], rows, memory)
-    table = pd.DataFrame(
-        [(name, repr(format), bits, cost, picked[name] == format) for name, format, bits, cost in rows],
-        columns=["layer", "format", "bits", "cost", "chosen"],
+    campaign = partial(
+        assess,
+        model,
+        data=list(data),
+        metrics={"doubt": doubt},
+        seed=seed,
+        output=output,
+        decision=decision,
+        device=device,
+        progress=False,
     )
-    return Choice(picked, table, int(table.loc[table["chosen"], "bits"].sum()))
+    measuring = _Measuring(
+        campaign=partial(campaign, faults=BitErrorRate(ber, exact=False), trials=trials),
+        names=[site.name for site in sites],
+        options=options,
+        device=check_device(model, device),
+    )
+    whole = campaign(faults=BitErrorRate(0.0), trials=1)
+    question = Question(
+        whole.header.fingerprint,
+        {
+            "tensors": [[site.name, list(site.shape)] for site in sites],
+            "options": [repr(option) for option in options],
+            "ber": ber,
+            "trials": trials,
+            "seed": seed,
+        },
+    )
+    keys = [(i, k) for i in range(len(sites)) for k in range(len(options))]
+    file = None if journal is None else Journal(journal, Question, _Measurement, kind="mixed-width exploration")
+    found = do_all(measuring, keys, question, file, workers=workers, progress=progress)
+    table = pd.DataFrame(
+        [
+            (site.name, repr(option), option.layout(site.values).bits, found[i, k].doubt - whole.golden["doubt"])
+            for i, site in enumerate(sites)
+            for k, option in enumerate(options)
+        ],
+        columns=["layer", "format", "bits", "cost"],
+    )
+    table["chosen"] = _cheapest(table, memory)
+    by_name = {repr(option): option for option in options}
+    taken = table[table["chosen"]]
+    formats = {str(layer): by_name[str(format)] for layer, format in zip(taken["layer"], taken["format"], strict=True)}
+    return Choice(formats, table, int(taken["bits"].sum()))
 
 
-def _cheapest(names: list[str], rows: list[tuple[str, Format, int, float]], memory: int) -> dict[str, Format]:
-    """The selection of one option a name with the least total cost in `memory` bits.
+@dataclass(frozen=True)
+class _Measurement:
+    """The mean doubt with one tensor stored in one option and hit: one line of the journal."""
 
-    Layer by layer, of all partial selections only those stay that no other one beats in bits and cost at once.
+    tensor: int
+    option: int
+    doubt: float
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.tensor, self.option
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> _Measurement:
+        return cls(int(record["tensor"]), int(record["option"]), float(record["doubt"]))
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    """Measures one tensor in one option: a campaign in which nothing else is stored or hit."""
+
+    campaign: Callable[..., Assessment]
+    names: Sequence[str]
+    options: Sequence[Format]
+    device: torch.device
+
+    def __call__(self, tensor: int, option: int) -> _Measurement:
+        name = self.names[tensor]
+        found = self.campaign(format={name: self.options[option]}, where=Parameters(include=name))
+        return _Measurement(tensor, option, float(found.summary["doubt"].iloc[0]))
+
+    @property
+    def serial_only(self) -> str:
+        return "" if self.device.type == "cpu" else f"one process already fills {self.device}"
+
+    def describe(self, key: Key) -> str:
+        tensor, option = map(int, key)
+        return f"{self.names[tensor]} as {self.options[option]!r}"
+
+    def wake(self) -> None:
+        """Nothing to prepare in a worker: each campaign sets up what it needs."""
+
+    def recover(self) -> None:
+        """Nothing to give back: each campaign recovers by itself."""
+
+
+def _cheapest(table: pd.DataFrame, memory: int) -> NDArray[np.bool_]:
+    """Which rows to take: one of each layer, together at most `memory` bits, of the least total cost.
+
+    A multiple-choice knapsack: minimise Σ cost · x, where x is 0 or 1 for each row, Σ x = 1 in each layer and
+    Σ bits · x ≤ memory.
+
+    Args:
+        table: columns `layer`, `bits` and `cost`, which may be negative.
+        memory: the budget in bits.
+
+    Raises:
+        ConfigError: if the narrowest options do not fit.
     """
-    partial: list[tuple[int, float, tuple[Format, ...]]] = [(0, 0.0, ())]
-    for name in names:
-        longer = [
-            (bits + more, cost + extra, (*chosen, format))
-            for bits, cost, chosen in partial
-            for other, format, more, extra in rows
-            if other == name and bits + more <= memory
-        ]
-        if not longer:
-            least = sum(min(bits for other, _, bits, _ in rows if other == each) for each in names)
-            raise ConfigError(f"explore_mixed: the narrowest options take {least:,} bits, the budget is {memory:,}")
-        partial, best = [], float("inf")
-        for selection in sorted(longer, key=lambda s: (s[0], s[1])):
-            if selection[1] < best:
-                partial.append(selection)
-                best = selection[1]
-    return dict(zip(names, min(partial, key=lambda s: s[1])[2], strict=True))
+    least = int(table.groupby("layer")["bits"].min().sum())
+    if least > memory:
+        raise ConfigError(f"explore_mixed: the narrowest options take {least:,} bits, the budget is {memory:,}")
+    # an option that a smaller one of the same layer equals or beats is never taken, so that ties go to the smaller
+    rows = table.sort_values(["bits", "cost"])
+    before = rows.groupby("layer")["cost"].cummin().groupby(rows["layer"]).shift()
+    rows = rows[~(rows["cost"] >= before)]
+    # the solver's tolerances are absolute, about 1e-6: costs are brought to a scale where that is nothing
+    costs = (rows["cost"] - rows.groupby("layer")["cost"].transform("min")).to_numpy()
+    scale = 1e6 / (costs.max() or 1.0)
+    bits = rows["bits"].to_numpy()
+    unit = np.gcd.reduce(bits)
+    layers = pd.factorize(rows["layer"])[0]
+    of_layer = np.eye(layers.max() + 1)[:, layers]
+    solved = milp(
+        scale * costs,
+        integrality=np.ones(len(rows)),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(of_layer, 1, 1), LinearConstraint(bits / unit, ub=memory // unit)],
+        options={"mip_rel_gap": 0.0},
+    )
+    taken = rows.index[solved.x > 0.5] if solved.success else rows.index[:0]
+    if len(taken) != len(of_layer) or int(table.loc[taken, "bits"].sum()) > memory:
+        raise InfrastructureError(f"scipy.optimize.milp found no selection within {memory:,} bits: {solved.message}")
+    return np.asarray(table.index.isin(taken))

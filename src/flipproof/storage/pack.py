@@ -25,8 +25,8 @@ def pack_(model: nn.Module, format: FormatChoice, *, where: Parameters | None = 
 
     Args:
         model: any module.
-        format: as in `assess`: one Format (quantising ones store the weights of layers) or a mapping {pattern: Format},
-            which means what it says. What it does not store stays as it is, in its own type.
+        format: as in `assess`: one Format (quantising ones store the weights of layers) or a mapping {pattern: Format}
+            of names. A parameter that it does not name stays as it is, in its own type.
         where: which parameters, all by default; buffers are never packed.
 
     Returns:
@@ -101,7 +101,7 @@ def _store(module: nn.Module, name: str, format: Format) -> None:
 
 
 def _decode(module: nn.Module, args: object) -> None:
-    """A recurrent layer hands its kernel a list of weights that it keeps; it has to be made anew."""
+    """Decode the weights of a recurrent layer, whose forward reads a list that it keeps."""
     assert isinstance(module, nn.RNNBase)
     module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
 

@@ -14,7 +14,7 @@ from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Parameters
 
 _BLOCK = 4096
-"""Words looked at before any is written: almost every block is whole, and reading alone costs half."""
+"""Words that are read before any is written. Almost every block is intact, and reading costs half of writing too."""
 
 
 @torch.no_grad()
