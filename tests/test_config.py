@@ -1,38 +1,43 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import flipproof as fp
-from flipproof.config import CampaignConfig, read_toml
+from flipproof.config import MODEL, arguments, effective, options_of, read_toml, written
 from flipproof.errors import ConfigError
+from flipproof.running.data import Data
+from flipproof.spaces.sites import Neurons, Parameters
 
+OPTIONS = {**options_of(fp.assess), **MODEL}
 REQUIRED = {"model": "torch.nn:Linear(2, 3)", "data": "mine:batches", "faults": "RandomBits(2)"}
 TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20)
-CONFIGS = st.builds(
-    CampaignConfig,
-    model=TEXT,
-    data=TEXT,
-    faults=TEXT,
-    format=st.none() | TEXT | st.dictionaries(TEXT, TEXT, min_size=1, max_size=3),
-    weights=st.none() | TEXT,
-    include=st.lists(TEXT, min_size=1, max_size=3).map(tuple),
-    exclude=st.lists(TEXT, max_size=3).map(tuple),
-    buffers=st.booleans(),
-    trials=st.integers(1, 10**6),
-    seed=st.integers(0, 2**40),
-    margin=st.none() | st.floats(1e-6, 0.5),
-    output=st.none() | TEXT | st.integers(-3, 3),
-    cache_bytes=st.none() | st.integers(0, 2**40),
+CONFIGS = st.fixed_dictionaries(
+    {"model": TEXT, "data": TEXT, "faults": TEXT},
+    optional={
+        "format": st.lists(TEXT, min_size=1) | st.dictionaries(TEXT, TEXT, min_size=1, max_size=3),
+        "weights": TEXT,
+        "where": TEXT,
+        "trials": st.integers(1, 10**6),
+        "seed": st.integers(0, 2**40),
+        "margin": st.floats(1e-6, 0.5),
+        "output": TEXT | st.integers(-3, 3),
+        "cache_bytes": st.integers(0, 2**40),
+        "progress": st.booleans(),
+    },
 )
 
 
 @given(CONFIGS)
 def test_what_is_written_reads_back(config):
-    assert CampaignConfig.from_mapping(tomllib.loads(config.to_toml()), source="test") == config
+    values = effective(OPTIONS, config, "test")
+    assert effective(OPTIONS, tomllib.loads(written("assess", values)), "file") == values
 
 
 @pytest.mark.parametrize(
@@ -40,24 +45,71 @@ def test_what_is_written_reads_back(config):
     [
         ({"trails": 5}, "campaign.toml: unknown trails; known are model, data, faults"),
         ({"model": None}, "campaign.toml: model must be given"),
-        ({"trials": "many"}, "trials takes int, got 'many'"),
-        ({"trials": 2.5}, "trials takes int, got 2.5"),
-        ({"trials": True}, "trials takes int, got True"),
-        ({"buffers": 1}, "buffers takes bool, got 1"),
-        ({"format": ["Float16"]}, r"format takes str \| dict\[str, str\] \| None, got"),
-        ({"include": 3}, "include takes"),
-        ({"format": {"a": 1}}, r"format takes str \| dict\[str, str\] \| None, got {'a': 1}"),
-        ({"margin": 10**400}, "margin takes float"),
+        ({"trials": "many"}, "trials takes a whole number, got 'many'"),
+        ({"trials": 2.5}, "trials takes a whole number, got 2.5"),
+        ({"trials": True}, "trials takes a whole number, got True"),
+        ({"progress": 1}, "progress takes true or false, got 1"),
+        ({"format": 3}, r"format takes texts or a table {pattern: text}, got 3"),
+        ({"metrics": 3}, "metrics takes texts"),
+        ({"format": {"a": 1}}, r"format takes texts or a table {pattern: text}, got {'a': 1}"),
+        ({"margin": 10**400}, "margin takes a number"),
     ],
 )
 def test_what_makes_no_sense_is_named(change, message):
     with pytest.raises(ConfigError, match=message):
-        CampaignConfig.from_mapping({**REQUIRED, **change}, source="campaign.toml")
+        effective(OPTIONS, {**REQUIRED, **change}, "campaign.toml")
 
 
-def test_whole_numbers_are_floats_too_and_one_pattern_needs_no_list():
-    config = CampaignConfig.from_mapping({**REQUIRED, "margin": 1, "include": "fc*"}, source="test")
-    assert (config.margin, config.include) == (1.0, ("fc*",))
+def test_whole_numbers_are_floats_too_and_one_text_needs_no_list():
+    values = effective(OPTIONS, {**REQUIRED, "margin": 1, "metrics": "auroc"}, "test")
+    assert (values["margin"], values["metrics"]) == (1.0, ["auroc"])
+
+
+def paint(
+    model: nn.Module,
+    data: Data,
+    where: Parameters | Neurons | None = None,
+    *,
+    coats: int = 2,
+    colours: Callable[[], None] | None = None,
+    widths: tuple[int, int] = (3, 8),
+    shine: bool = False,
+) -> dict[str, Any]:
+    """A verb that was never heard of.
+
+    Args:
+        model: what is painted.
+        data: what it answers.
+        where: which parts; all by default.
+        coats: how many.
+        colours: cannot be written as text.
+        widths: of the brush.
+        shine: whether it is varnished. Twice.
+    """
+    return {"where": where, "coats": coats, "widths": widths, "shine": shine}
+
+
+def test_a_verb_declares_its_options_by_signature_and_docstring(mine):
+    options = options_of(paint)
+    assert list(options) == ["model", "data", "where", "coats", "widths", "shine"]
+    assert {name: option.help for name, option in options.items()}["shine"] == "whether it is varnished"
+    given = {**REQUIRED, "data": mine["data"], "where": "Neurons(include='a*')", "widths": "2:4", "shine": True}
+    del given["faults"]
+    found = paint(**arguments(options, effective(options, given, "test")))
+    assert found == {"where": fp.Neurons("a*"), "coats": 2, "widths": (2, 4), "shine": True}
+    with pytest.raises(ConfigError, match=r"expected NARROWEST:WIDEST, e.g. 3:8, got '3-8'"):
+        arguments(options, {"widths": "3-8"})
+    with pytest.raises(ConfigError, match="Everything is not among Neurons, Parameters"):
+        arguments(options, {"where": "Everything()"})
+
+
+def test_every_verb_can_be_called_from_text():
+    shared = {"seed", "output", "decision", "progress"}
+    for verb in (fp.assess, fp.explore, fp.explore_mixed):
+        options = options_of(verb)
+        assert {"model", "data"} <= {name for name, option in options.items() if option.required}
+        assert shared | {"workers", "device"} <= options.keys()
+        assert all(option.help for option in options.values()), verb
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -82,28 +134,21 @@ def mine(tmp_path, monkeypatch):
     return {**REQUIRED, "data": "mine_for_config:batches", "trials": 4}
 
 
-def test_running_is_assess_and_writes_what_repeats_it(tmp_path, mine):
-    config = CampaignConfig.from_mapping({**mine, "format": {"weight": "Float16"}, "out": "first"}, source="test")
-    first = config.run(progress=False)
-    assert sorted(path.name for path in (tmp_path / "first").iterdir() if path.suffix != ".lock") == [
-        "campaign.toml",
-        "journal.jsonl",
-        "summary.csv",
-        "trials.csv",
-    ]
-    again = CampaignConfig.from_mapping({**read_toml("first/campaign.toml"), "out": "second"}, source="file")
+def run(given: dict[str, Any]) -> fp.Assessment:
+    return fp.assess(**arguments(OPTIONS, effective(OPTIONS, given, "test")), progress=False)
+
+
+def test_a_file_repeats_a_run(tmp_path, mine):
+    given = {**mine, "format": {"weight": "Float16"}}
+    first = run(given)
+    (tmp_path / "campaign.toml").write_text(written("assess", effective(OPTIONS, given, "test")))
+    second = run(read_toml(tmp_path / "campaign.toml"))
     columns = [name for name in first.trials if name != "seconds"]
-    second = again.run(progress=False)
     assert first.trials[columns].equals(second.trials[columns])
-    assert fp.Assessment.load("first/journal.jsonl").summary.equals(first.summary)
 
 
 def test_outputs_by_function(mine):
-    runs = [
-        CampaignConfig.from_mapping({**mine, **change}, source="test").run(progress=False).golden
-        for change in ({"out": "all"}, {"out": "head", "output": "mine_for_config:head"})
-    ]
-    assert runs[0] == runs[1]
+    assert run(mine).golden == run({**mine, "output": "mine_for_config:head"}).golden
 
 
 @pytest.mark.parametrize(
@@ -116,12 +161,12 @@ def test_outputs_by_function(mine):
         ({"metrics": ["mine_for_config:absent"]}, "mine_for_config has no 'absent'"),
         ({"data": "builtins:int(3)"}, r"data 'builtins:int\(3\)' gives a int, expected batches"),
         ({"format": "Float12"}, "Float12 is not among"),
+        ({"faults": "Float32()"}, "Float32 is not among"),
     ],
 )
-def test_bad_input_writes_nothing(tmp_path, mine, change, message):
+def test_bad_input_is_refused(mine, change, message):
     with pytest.raises(ConfigError, match=message):
-        CampaignConfig.from_mapping({**mine, **change, "out": "results"}, source="test").run(progress=False)
-    assert not (tmp_path / "results").exists()
+        run({**mine, **change})
 
 
 @pytest.mark.parametrize("content", [b"= 3", b"\xff\xfe", b"a = " + b"[" * 5000])

@@ -28,7 +28,7 @@ def test_analyze_writes_what_the_function_finds(tmp_path: Path):
         "    return torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))\n"
         "def data():\n"
         "    torch.manual_seed(1)\n"
-        "    return [(torch.randn(6, 4), torch.arange(6) % 3)] * 2\n"
+        "    return [(torch.randn(6, 4), torch.arange(6) % 3)]\n"
     )
     out = tmp_path / "out"
     arguments = [
@@ -36,8 +36,6 @@ def test_analyze_writes_what_the_function_finds(tmp_path: Path):
         f"{source}:net",
         "--data",
         f"{source}:data",
-        "--batches",
-        "1",
         "--validate",
         "--out",
         str(out),
@@ -99,8 +97,8 @@ def test_the_command_says_what_it_leaves_out_and_validates_on_unseen_data(tmp_pa
         "other",
     ):
         assert words in page
-    result = CliRunner().invoke(app, [*arguments, "--estimate", "--margin", "0.2"])
-    assert "These factors speak of 46.67 % of the multiplications" in " ".join(result.output.split())
+    result = CliRunner().invoke(app, ["estimate-factors", *arguments[1:], "--margin", "0.2"])
+    assert "These factors speak of 46.67 % of what there is." in " ".join(result.output.split())
 
 
 def test_weights_from_the_command_line_to_a_protected_campaign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -122,7 +120,7 @@ def test_weights_from_the_command_line_to_a_protected_campaign(tmp_path: Path, m
         assert result.exit_code == 0, result.output
         return result.output
 
-    shown = run("analyze", *given, "--of", "parameters", "--out", "found")
+    shown = run("analyze", *given, "--where", "Parameters()", "--out", "found")
     assert "0.weight" in shown
     assert "of the bits of parameters hold" in shown
     formats = json.loads(Path("found/formats.json").read_text())
@@ -132,10 +130,10 @@ def test_weights_from_the_command_line_to_a_protected_campaign(tmp_path: Path, m
     run("assess", *given, *campaign, "--format", "found/formats.json", "--out", "safe")
     critical = [pd.read_csv(f"{name}/summary.csv")["critical_total"][0] for name in ("safe", "plain")]
     assert critical[0] < 0.8 * critical[1]
-    run("analyze", *given, "--estimate", "--margin", "0.03", "--out", "found")
+    run("estimate-factors", *given, "--margin", "0.03", "--out", "found")
     table = pd.read_csv("found/factors.csv")
     assert (table["factor_high"] - table["factor_low"] <= 0.06).all()
-    for wrong in (["analyze", *given, "--of", "bits"], ["assess", *given, *campaign, "--format", "missing.json"]):
+    for wrong in (["analyze", *given, "--where", "Bits()"], ["assess", *given, *campaign, "--format", "missing.json"]):
         result = CliRunner().invoke(app, wrong)
         assert result.exit_code != 0
 

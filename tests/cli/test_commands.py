@@ -93,7 +93,8 @@ def test_another_seed_is_refused_and_the_old_results_stay(run, tmp_path):
 def test_torchvisions_resnet18_as_it_is(run):
     pytest.importorskip("torchvision")
     model = ("torchvision.models:resnet18(num_classes=3)", "--data", "ours.py:images")
-    formats = ("--format", "fc*=Float16", "--format", "*=Float32", "--include", "fc*", "--include", "layer4*")
+    where = ("--where", "Parameters(['fc*', 'layer4*'])")
+    formats = ("--format", "fc*=Float16", "--format", "*=Float32", *where)
     code, out, err = run("assess", *model, *formats, "--faults", "BitErrorRate([1e-6])", "--trials", "2")
     assert (code, err) == (0, "")
     assert "Float16" in out
@@ -141,7 +142,7 @@ def test_compare_names_gains(run, tmp_path):
         (("assess",), "model, data, faults must be given"),
         ((*ASSESS, "--faults", "BitErrorRate(2)"), "FaultModelError"),
         ((*ASSESS, "--faults", "BitErrorRate(1e-3)", "--metrics", "f1"), "average_precision"),
-        ((*ASSESS, "--faults", "BitErrorRate(1e-3)", "--include", "conv*"), "FaultSpaceError"),
+        ((*ASSESS, "--faults", "BitErrorRate(1e-3)", "--where", "Parameters('conv*')"), "FaultSpaceError"),
         (("assess", "ours.py:nothing", "--data", "ours.py:batches", "--faults", "RandomBits(1)"), "has no 'nothing'"),
         ((*ASSESS[:4], "--faults", "RandomBits(1)"), "output="),
         ((*ASSESS, "--faults", "RandomBits(1)", "--format", "Float16", "--format", "head=Float32"), "PATTERN=FORMAT"),
@@ -159,7 +160,14 @@ def test_refusals_are_one_clear_message_and_status_2(run, arguments, message):
 def test_list_and_version(run):
     code, out, _ = run("list")
     assert code == 0
-    for name in ("Affine", "BitErrorRate", "auroc", "flipproof.models:resnet18", "flipproof.datasets:digits"):
+    for name in (
+        "Affine ",
+        "BitErrorRate ",
+        "Guard ",
+        "auroc",
+        "flipproof.models:resnet18",
+        "flipproof.datasets:digits",
+    ):
         assert name in out
     assert run("--version")[1].strip() == f"flipproof {fp.__version__}"
 
@@ -195,7 +203,9 @@ def test_report_writes_one_page(run, tmp_path):
 
 def test_harden_then_assess_what_was_hardened(run, tmp_path):
     net = "flipproof.demo:trained_digits_cnn"
-    code, out, err = run("harden", net, "--data", "flipproof.datasets:digits('train')", "--out", "safe")
+    code, out, err = run(
+        "harden", net, "--data", "flipproof.datasets:digits('train')", "--method", "Guard()", "--out", "safe"
+    )
     assert (code, err) == (0, "")
     assert "3 activations bounded" in out
     assert "the outputs of fc2 are guarded" in out
@@ -211,7 +221,7 @@ def test_harden_then_assess_what_was_hardened(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "message"), [("Float32()", "expected something like Guard()"), ("Guard(per='row')", "per is 'layer'")]
+    ("method", "message"), [("Float32()", "Float32 is not among AVC"), ("Guard(per='row')", "per is 'layer'")]
 )
 def test_methods_that_are_none(run, method, message):
     code, _, err = run("harden", "ours.py:Tagger", "--data", "ours.py:batches", "--method", method)
@@ -222,7 +232,7 @@ def test_methods_that_are_none(run, method, message):
 def test_explore_finds_widths_and_writes_what_it_tried(run, tmp_path):
     net = ("explore", "flipproof.demo:trained_digits_cnn", "--data", "flipproof.datasets:digits", "--trials", "5")
     thresholds = ("--accuracy", "0.9", "--drop", "0.5", "--faults", "BitErrorRate([1e-3])", "--bits", "3:4")
-    code, out, err = run(*net, *thresholds, "--format", "SECDED(Affine(bits=8))", "--out", "found")
+    code, out, err = run(*net, *thresholds, "--formats", "SECDED(Affine(bits=8))", "--out", "found")
     assert (code, err) == (0, "")
     assert "narrowest feasible: TripleMSB(inner=Affine(bits=3" in out
     assert "SECDED(Affine(bits=8))" in out
@@ -237,18 +247,18 @@ def test_explore_finds_widths_and_writes_what_it_tried(run, tmp_path):
 
 
 def test_assess_hits_neurons(run, tmp_path):
-    net = ("assess", "flipproof.demo:trained_digits_cnn", "--data", "flipproof.datasets:digits", "--neurons")
-    code, _, err = run(*net, "--include", "conv*", "--faults", "RandomBits(1)", "--trials", "3", "--out", "hit")
+    net = ("assess", "flipproof.demo:trained_digits_cnn", "--data", "flipproof.datasets:digits", "--where")
+    code, _, err = run(*net, "Neurons('conv*')", "--faults", "RandomBits(1)", "--trials", "3", "--out", "hit")
     assert (code, err) == (0, "")
     found = fp.Assessment.load(tmp_path / "hit" / "journal.jsonl")
     assert all(entry.name.startswith("conv") for entry in found.header.stored)
-    assert "neurons = true" in (tmp_path / "hit" / "campaign.toml").read_text()
+    assert "where = \"Neurons('conv*')\"" in (tmp_path / "hit" / "campaign.toml").read_text()
     before = (tmp_path / "hit" / "journal.jsonl").read_bytes()
     assert run("assess", "--config", "hit/campaign.toml")[0] == 0
     assert (tmp_path / "hit" / "journal.jsonl").read_bytes() == before
-    code, _, err = run(*net, "--faults", "RandomBits(1)", "--buffers", "--out", "other")
+    code, _, err = run(*net, "Neurons(buffers=True)", "--faults", "RandomBits(1)", "--out", "other")
     assert code == 2
-    assert "outputs of layers" in err
+    assert "buffers" in err
 
 
 MARKUP = """
@@ -271,11 +281,11 @@ def batches():
 def test_names_with_brackets_are_printed_as_they_are(run, tmp_path):
     (tmp_path / "odd.py").write_text(MARKUP)
     net = ("assess", "odd.py:Odd", "--data", "odd.py:batches", "--faults", "RandomBits(1)", "--trials", "2")
-    code, out, err = run(*net, "--exclude", "*red*", "--out", "o[bold]ut")
+    code, out, err = run(*net, "--where", "Parameters(exclude='*red*')", "--out", "o[bold]ut")
     assert (code, err) == (0, "")
     assert "outside the fault space: body.[/red].weight" in out
     assert "Written to o[bold]ut/:" in out
-    code, _, err = run(*net, "--include", "[/red]x", "--out", "other")
+    code, _, err = run(*net, "--where", "fp.Parameters('[/red]x')", "--out", "other")
     assert code == 2
     assert "include=('[/red]x',)" in err
     assert "body.[bold]x[/bold].weight" in err

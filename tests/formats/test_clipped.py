@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import flipproof as fp
 from flipproof.errors import FlipproofWarning, FormatError
-from flipproof.specs import parse_format
+from flipproof.formats import parse_format
 from flipproof.testing import FormatContract
 
 pytestmark = pytest.mark.filterwarnings("ignore:BitClipped:flipproof.errors.FlipproofWarning")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import flipproof as fp
 from flipproof.errors import FormatError
 from flipproof.faults import TrialGenerator
+from flipproof.formats import parse_format
 from flipproof.formats.secded import _code
-from flipproof.specs import parse_format
 from flipproof.testing import FormatContract
 
 

@@ -140,7 +140,7 @@ class LayerVulnerability:
     @property
     def stored_as(self) -> Format:
         """The format that `format` names."""
-        from flipproof.specs import parse_format  # imported late, it imports faults
+        from flipproof.formats import parse_format
 
         return parse_format(self.format)
 

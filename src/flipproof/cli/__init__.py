@@ -9,16 +9,17 @@ from typing import Annotated
 
 import typer
 
-from flipproof.cli.analyze import analyze
-from flipproof.cli.assess import assess
-from flipproof.cli.compare import compare
-from flipproof.cli.console import errors, out
-from flipproof.cli.demo import demo
-from flipproof.cli.explore import explore
-from flipproof.cli.harden import harden
-from flipproof.cli.listing import list_names
-from flipproof.cli.report import report
-from flipproof.cli.reproduce import reproduce
+from flipproof.cli._analyze import analyze
+from flipproof.cli._assess import assess
+from flipproof.cli._compare import compare
+from flipproof.cli._console import errors, out
+from flipproof.cli._demo import demo
+from flipproof.cli._estimate import estimate_factors
+from flipproof.cli._explore import explore
+from flipproof.cli._harden import harden
+from flipproof.cli._list import list_names
+from flipproof.cli._report import report
+from flipproof.cli._reproduce import reproduce
 from flipproof.errors import FlipproofError, FlipproofWarning
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(assess)
 app.command()(analyze)
+app.command(name="estimate-factors")(estimate_factors)
 app.command()(harden)
 app.command()(explore)
 app.command()(compare)
@@ -58,7 +60,7 @@ def main() -> None:
             errors.print(str(error), markup=False, highlight=False)
             sys.exit(2)
         except KeyboardInterrupt:
-            errors.print("interrupted; every finished trial is in the journal, the same command resumes")
+            errors.print("interrupted; every finished job is in the journal, the same command resumes")
             sys.exit(130)
 
 

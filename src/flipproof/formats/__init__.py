@@ -1,5 +1,6 @@
 """Formats: how a value is stored as a word of bits."""
 
+from flipproof._literals import read_typed
 from flipproof.formats.affine import Affine
 from flipproof.formats.base import Format, Stored
 from flipproof.formats.clipped import BitClipped
@@ -25,4 +26,19 @@ __all__ = [
     "Parity",
     "Stored",
     "TripleMSB",
+    "parse_format",
 ]
+
+
+def parse_format(text: str) -> Format:
+    """A format from its repr.
+
+    Raises:
+        ConfigError: if it is none of those exported here.
+
+    Example:
+        >>> parse_format("SECDED(Affine(bits=4))"), parse_format("Float32")
+        (SECDED(inner=Affine(bits=4, axis=None), block=None), Float32())
+    """
+    found: Format = read_typed(text, Format, map(globals().get, __all__), "Float32() or Affine(bits=4)")
+    return found

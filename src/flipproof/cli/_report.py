@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from flipproof.cli.compare import loaded
-from flipproof.cli.console import out
+from flipproof.cli._compare import loaded
+from flipproof.cli._console import out
 from flipproof.reports.html import report as write_report
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flipproof.cli.console import out
+from flipproof.cli._console import out
 from flipproof.demo import run_demo
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from flipproof.cli.console import out as console
+from flipproof.cli._console import out as console
 from flipproof.errors import ConfigError
 
 PAPERS = {

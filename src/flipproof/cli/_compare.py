@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from flipproof.campaigns.assessment import Assessment
-from flipproof.cli.console import out
+from flipproof.cli._console import out
 from flipproof.errors import ConfigError
 from flipproof.reports.figures import metric_figure, save
 from flipproof.reports.tables import compare as compare_assessments
