@@ -26,8 +26,7 @@ def cut_behind(suffixes: Suffixes, site: NeuronSite, calls: int) -> int | None:
     """The cut right behind this call of a layer; None if the trace does not hold its `calls` calls, or nothing reads
     what this one gives.
     """
-    places = [i for i, n in enumerate(suffixes._nodes) if n.op == "call_module" and str(n.target) == site.layer]
-    return places[site.call] + 1 if len(places) == calls and suffixes._nodes[places[site.call]].users else None
+    return suffixes.behind(site.layer, site.call, calls)
 
 
 class Suffix:
@@ -42,11 +41,10 @@ class Suffix:
         if cut is None:
             raise LookupError(f"there is no cut behind {site.name}")
         self._space, self._batch = space, batch
-        self._node = suffixes._nodes[cut - 1]
-        before = [str(node.target) for node in suffixes._nodes[:cut] if node.op == "call_module"]
-        self._made = {layer: before.count(layer) for layer in space.calls}
+        self._node = suffixes.last_node(cut)
+        self._made = suffixes.calls_before(cut, space.calls)
         space.begin(batch)
-        self._live = suffixes._record(inputs, [cut])[cut]
+        self._live = suffixes.record(inputs, [cut])[cut]
         self._size = size
         self._place = suffixes.place(cut)
         self._graph = suffixes.graph(cut)
@@ -54,7 +52,7 @@ class Suffix:
         self.shape = self._live[self._place].shape
         """Of the layer's output."""
         self.values: Tensor = self._live[self._place].reshape(size, -1)
-        self._modules = dict(suffixes._traced.named_modules())
+        self._modules = suffixes.modules()
 
     def run(self, rows: Tensor, change: Change | None = None) -> Any:
         """What the model returns for these rows, with the layer's output changed."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from flipproof._hooks import hooked
 from flipproof._interrupts import given_back
 from flipproof.analysis.asking import check_asked
 from flipproof.errors import ConfigError, DataError, InfrastructureError, ModelError
@@ -25,7 +25,7 @@ from flipproof.running.snapshots import Snapshot
 from flipproof.spaces.contract import Draw
 from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Parameters
-from flipproof.spaces.tensors import FormatChoice
+from flipproof.spaces.tensors import FormatChoice, matches
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -168,7 +168,7 @@ def propagation(
 
 def _layers(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Module]:
     leaves = {name: module for name, module in model.named_modules() if not list(module.children())}
-    found = {n: m for n, m in leaves.items() if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)}
+    found = {n: m for n, m in leaves.items() if matches([n], patterns)}
     if not found:
         raise ConfigError(f"no layer fits include={list(patterns)}; the model's layers are {list(leaves)[:20]}")
     return found
@@ -191,21 +191,12 @@ def _outputs(model: nn.Module, layers: dict[str, nn.Module], inputs: Any) -> dic
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-@contextmanager
-def _noting(layers: dict[str, nn.Module], found: dict[str, list[Tensor]]) -> Iterator[None]:
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, result: Any) -> None:
-            if isinstance(result, Tensor) and result.is_floating_point():
-                found.setdefault(name, []).append(result.detach().reshape(-1).to(torch.float64, copy=True))
+def _noting(layers: dict[str, nn.Module], found: dict[str, list[Tensor]]) -> AbstractContextManager[None]:
+    def note(name: str, module: nn.Module, result: Any) -> None:
+        if isinstance(result, Tensor) and result.is_floating_point():
+            found.setdefault(name, []).append(result.detach().reshape(-1).to(torch.float64, copy=True))
 
-        return hook
-
-    handles = [module.register_forward_hook(note(name)) for name, module in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked(layers, note)
 
 
 def _compare(clean: Tensor, faulty: Tensor, seen: _Seen) -> None:

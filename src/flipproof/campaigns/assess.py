@@ -36,13 +36,13 @@ from flipproof.running.device import check_device
 from flipproof.running.evaluation import eval_mode, golden_run, one_thread
 from flipproof.running.faulty import FaultyModel
 from flipproof.running.metrics import Metrics, resolve
-from flipproof.running.neurons import neuron_space
+from flipproof.running.neurons import neuron_space, own_space
 from flipproof.running.outcomes import DecisionChoice, check_choice
 from flipproof.running.resume import Suffixes
 from flipproof.running.snapshots import RandomState, Snapshot, keep_random_state
 from flipproof.running.straight import refers_to_tensors
 from flipproof.running.values import same
-from flipproof.spaces.contract import Space
+from flipproof.spaces.contract import Space, Where
 from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Neurons, Parameters
 from flipproof.spaces.tensors import FormatChoice
@@ -54,7 +54,7 @@ def assess(
     *,
     faults: FaultModel,
     format: FormatChoice = None,
-    where: Parameters | Neurons | None = None,
+    where: Parameters | Neurons | Where | None = None,
     trials: int = 100,
     metrics: Metrics = ("accuracy",),
     seed: int = 0,
@@ -89,7 +89,8 @@ def assess(
             quantise change the golden run too: it then computes with what the format can represent.
         where: what can be hit: `fp.Parameters`, all by default, or `fp.Neurons`: a single upset in the output of a
             Conv, Linear or recurrent layer in each sample's inference; `format` then says how outputs are stored.
-            ``fp.Parameters(kinds=("weight",))`` is FORTUNE's view: the weights and nothing else.
+            ``fp.Parameters(kinds=("weight",))`` is FORTUNE's view: the weights and nothing else. Or a space of one's
+            own: a `flipproof.spaces.contract.Where`.
         trials: repetitions a point (the ceiling, with `margin`). Points that draw nothing at random run once.
         metrics: names ("accuracy", "auroc", "average_precision"), functions `(outputs, targets) → number`, torchmetrics
             objects, or a mapping name → function.
@@ -159,11 +160,15 @@ def assess(
     ):
         points = faults.points()
         space: Space
-        if isinstance(where, Neurons):
+        if isinstance(where, (Neurons, Where)):
             batches = read_batches(data, target)
             randomness = RandomState(seed, target)
             randomness.pin()
-            space = neuron_space(model, batches, where, format, output)
+            space = (
+                neuron_space(model, batches, where, format, output)
+                if isinstance(where, Neurons)
+                else own_space(model, batches, where, format)
+            )
             for point in points:
                 point.fits(space)
                 point.check(space)
@@ -335,7 +340,7 @@ def _header(
     runner: TrialRunner,
     faults: FaultModel,
     golden: dict[str, float],
-    where: Parameters | Neurons,
+    where: Parameters | Neurons | Where,
     plan: Plan,
 ) -> Header:
     """The journal's first line: what is assessed, and what it does without faults."""

@@ -6,7 +6,6 @@ metrics and output pickers. A `forward` that was changed has the same name and t
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from functools import cached_property, partial, partialmethod
@@ -19,17 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from flipproof.running.data import tensor_bytes
-from flipproof.running.snapshots import RECORDS, slots_of
+from flipproof.running.snapshots import LIBRARIES, RECORDS, of_library, slots_of
 from flipproof.running.straight import global_hooks, names_in
 
-_LIBRARIES = frozenset(sys.stdlib_module_names) | {
-    "torch",
-    "numpy",
-    "scipy",
-    "torchmetrics",
-    "torchvision",
-    "flipproof",
-}
+_LIBRARIES = LIBRARIES | {"torchmetrics", "torchvision"}
+"""Packages whose code is known by the name of what it defines."""
 _OWN_WORDS = frozenset({"_parameters", "_buffers", "_modules", "training", "_non_persistent_buffers_set"})
 
 
@@ -118,7 +111,7 @@ class _Walk:
             self._all([type(value), {k: v for k, v in vars(value).items() if k not in _OWN_WORDS}])
             self._all([*value.named_parameters(recurse=False), *value.named_buffers(recurse=False)])
             self._all(value.named_children())
-        elif not _of_library(type(value)) or isinstance(value, RECORDS):
+        elif not of_library(type(value), _LIBRARIES) or isinstance(value, RECORDS):
             slots = [slot for kind in type(value).__mro__ for slot in slots_of(kind) if hasattr(value, slot)]
             held = {slot: getattr(value, slot) for slot in slots}
             self._all([type(value), getattr(value, "__dict__", {}), held])
@@ -128,7 +121,7 @@ class _Walk:
             self.feed(value)
 
     def _function(self, function: FunctionType) -> None:
-        known = _of_library(function)
+        known = of_library(function, _LIBRARIES)
         if known:
             self._word(function.__module__, function.__qualname__)
         else:
@@ -161,8 +154,8 @@ class _Walk:
         self._all(code.co_consts)
 
     def _class(self, kind: type) -> None:
-        self._word(kind.__module__ if _of_library(kind) else "", kind.__qualname__)
-        if _of_library(kind):
+        self._word(kind.__module__ if of_library(kind, _LIBRARIES) else "", kind.__qualname__)
+        if of_library(kind, _LIBRARIES):
             return
         for name, value in sorted(vars(kind).items()):
             if name.startswith("__") and not callable(value):
@@ -193,7 +186,3 @@ def _sorted(pairs: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
     return sorted(
         ((None if isinstance(key, int) else key, value) for key, value in pairs), key=lambda pair: str(pair[0])
     )
-
-
-def _of_library(thing: Any) -> bool:
-    return str(getattr(thing, "__module__", "")).partition(".")[0] in _LIBRARIES

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from platform import python_version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from flipproof.campaigns.answers import encode_answers
+from flipproof.campaigns.audit import Audit
 from flipproof.campaigns.record import Trial
 from flipproof.engine.journal import Key
 from flipproof.errors import AuditError
@@ -28,9 +29,6 @@ from flipproof.running.scales import OUTCOMES
 from flipproof.running.snapshots import Snapshot
 from flipproof.running.values import same
 from flipproof.spaces.contract import Draw, Space
-
-if TYPE_CHECKING:
-    from flipproof.campaigns.audit import Audit
 
 _PROOFS = 4
 """Draws that a shortcut is held against before the first trial; audits go on with that."""

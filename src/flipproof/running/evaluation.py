@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from flipproof._hooks import hooked
 from flipproof._interrupts import check
 from flipproof.errors import DataError, FlipproofError, InfrastructureError, ModelError
 from flipproof.formats.base import bit_pattern
@@ -219,24 +220,20 @@ def _first_nan(model: nn.Module, inputs: Any) -> str:
     """Names the first module, in order of execution, whose output holds NaN."""
     found: list[str] = []
 
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, result: Any) -> None:
-            leaves = pytree.tree_leaves(result)
-            if any(isinstance(t, Tensor) and t.is_floating_point() and bool(torch.isnan(t).any()) for t in leaves):
-                found.append(f"{name} ({type(module).__name__})")
+    def watch(name: str, module: nn.Module, result: Any) -> None:
+        if _holds_nan(result):
+            found.append(f"{name} ({type(module).__name__})")
 
-        return hook
-
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
-    try:
+    with hooked({name: module for name, module in model.named_modules() if name}, watch):
         call(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    leaves = pytree.tree_leaves(inputs)
-    if any(isinstance(t, Tensor) and t.is_floating_point() and bool(torch.isnan(t).any()) for t in leaves):
+    if _holds_nan(inputs):
         return "its inputs already hold NaN"
     return f"the first layer to do so is {found[0]}" if found else "it arises outside any submodule"
+
+
+def _holds_nan(values: Any) -> bool:
+    leaves = pytree.tree_leaves(values)
+    return any(isinstance(t, Tensor) and t.is_floating_point() and bool(torch.isnan(t).any()) for t in leaves)
 
 
 def _shapes(inputs: Any) -> str:

@@ -1,8 +1,9 @@
-"""The neurons of a model, as they are on given batches."""
+"""Spaces of what a model computes, as it is on given batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from flipproof.errors import DataError
 from flipproof.running.data import Batches, Output, call, pick
 from flipproof.running.hooks import check_hooks_run
 from flipproof.running.snapshots import Snapshot
+from flipproof.spaces.contract import Forwards, Space, Where
 from flipproof.spaces.neurons import NeuronSpace
 from flipproof.spaces.sites import Neurons
 from flipproof.spaces.tensors import FormatChoice
@@ -28,21 +30,36 @@ def neuron_space(
         DataError: if the model rejects a batch.
         ModelError: if the model is compiled.
     """
+    check_hooks_run(model)
+    state = Snapshot(model)
+    try:
+        more = grown(model, batches.inputs[0], batches.sizes[0], output)
+        return NeuronSpace(model, _forwards(model, batches), where=where, format=format, grown=more)
+    finally:
+        state.verify()
 
+
+def own_space(model: nn.Module, batches: Batches, where: Where, format: FormatChoice) -> Space:
+    """The space that `where` makes of a model; what it wrote to the model is put back.
+
+    Raises:
+        DataError: if the model rejects a batch.
+    """
+    state = Snapshot(model)
+    try:
+        return where.space(model, format, _forwards(model, batches))
+    finally:
+        state.verify()
+
+
+def _forwards(model: nn.Module, batches: Batches) -> Forwards:
     def run(i: int) -> None:
         try:
             call(model, batches.inputs[i])
         except (RuntimeError, TypeError, ValueError) as error:
             raise DataError(f"the model rejects batch {i}: {type(error).__name__}: {error}") from error
 
-    check_hooks_run(model)
-    runs = [((lambda i=i: run(i)), size) for i, size in enumerate(batches.sizes)]
-    state = Snapshot(model)
-    try:
-        more = grown(model, batches.inputs[0], batches.sizes[0], output)
-        return NeuronSpace(model, runs, where=where, format=format, grown=more)
-    finally:
-        state.verify()
+    return [(partial(run, i), size) for i, size in enumerate(batches.sizes)]
 
 
 def grown(model: nn.Module, inputs: Any, size: int, output: Output) -> list[Callable[[], bool]]:

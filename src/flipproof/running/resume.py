@@ -43,7 +43,7 @@ class Suffixes:
     ) -> None:
         self._model = model
         self._traced = traced
-        self._nodes = list(traced.graph.nodes)
+        self._nodes: list[fx.Node] = list(traced.graph.nodes)
         self._first_use = first_use
         self._last_use = last_use
         self._graphs: dict[int, fx.GraphModule] = {}
@@ -106,10 +106,26 @@ class Suffixes:
         latest = max((self._last_use.get(name, len(self._nodes)) for name in names), default=len(self._nodes))
         return tuple(cut for cut in self._cuts if cut > latest)[:_LOOKS]
 
-    def behind(self, layer: str) -> int | None:
-        """The cut right behind the only call of a module; None if there is not one, or nothing reads what it gives."""
-        calls = [i for i, node in enumerate(self._nodes) if node.op == "call_module" and str(node.target) == layer]
-        return calls[0] + 1 if len(calls) == 1 and self._nodes[calls[0]].users else None
+    def behind(self, layer: str, call: int = 0, calls: int = 1) -> int | None:
+        """The cut right behind a call of a module.
+
+        None if the graph does not call it `calls` times, or nothing reads what this call gives.
+        """
+        found = [i for i, node in enumerate(self._nodes) if node.op == "call_module" and str(node.target) == layer]
+        return found[call] + 1 if len(found) == calls and self._nodes[found[call]].users else None
+
+    def last_node(self, cut: int) -> fx.Node:
+        """The node right before this cut."""
+        return self._nodes[cut - 1]
+
+    def calls_before(self, cut: int, layers: Iterable[str]) -> dict[str, int]:
+        """How often each of these modules is called before this cut."""
+        called = [str(node.target) for node in self._nodes[:cut] if node.op == "call_module"]
+        return {layer: called.count(layer) for layer in layers}
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules of the graph by the names under which its nodes call them."""
+        return dict(self._traced.named_modules())
 
     def place(self, cut: int) -> int:
         """Where among the live values at this cut the output of the node right before it is."""
@@ -157,7 +173,7 @@ class Suffixes:
         whole = {i: pick(golden, output).clone() for i, golden in enumerate(self._golden)}
         self._caches = {cut: [] for cut in chosen}
         for batch in inputs:
-            recorded = self._record(batch, chosen)
+            recorded = self.record(batch, chosen)
             for cut in list(self._caches):
                 if cut in recorded:
                     self._caches[cut].append(recorded[cut])
@@ -237,14 +253,14 @@ class Suffixes:
             graph.output([placed[node] for node in self._live(end)])
         return fx.GraphModule(self._traced, graph)
 
-    def _record(self, inputs: Any, cuts: Sequence[int]) -> dict[int, list[Any]]:
+    def record(self, inputs: Any, cuts: Sequence[int]) -> dict[int, list[Any]]:
         """Copies of what is live at each cut, taken at that moment: later nodes may work in place."""
         copies: Copies = {}
 
         def copy(live: list[Any]) -> list[Any]:
             taken = [copied(value, copies) for value in live]
             here = {id(leaf) for leaf in pytree.tree_leaves(live)}
-            for gone in copies.keys() - here:  # what has died stays dead: let its memory go
+            for gone in copies.keys() - here:  # no later node reads them
                 del copies[gone]
             return taken
 

@@ -33,7 +33,7 @@ _GONE = object()
 _version = attrgetter("_version")
 _MOST = 200_000
 """How many objects are looked at: a model that holds more holds a data set or a trainer."""
-_LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "scipy", "pandas", "flipproof"}
+LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "scipy", "pandas", "flipproof"}
 RECORDS = (SimpleNamespace, Namespace, UserDict, UserList)
 """Objects of the standard library that are only there to hold values."""
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), type)
@@ -199,7 +199,7 @@ class Snapshot:
             return [(path, value.args), (path, value.keywords)]
         if isinstance(value, MethodType):
             return [(path, value.__self__)]
-        if not _of_library(type(value)):
+        if not of_library(type(value)):
             return [*self._keep_classes(type(value)), *self._keep_object(path, value)]
         return self._keep_object(path, value) if isinstance(value, (nn.Module, *RECORDS)) else ()
 
@@ -226,7 +226,7 @@ class Snapshot:
         """Plain attributes of classes that the user wrote: ``type(self).calls += 1`` outlives a trial too."""
         held: list[tuple[str, Any]] = []
         for owner in kind.__mro__:
-            if id(owner) in self._seen or _of_library(owner):
+            if id(owner) in self._seen or of_library(owner):
                 continue
             self._seen[id(owner)] = owner
             other = _of_class(owner)
@@ -415,8 +415,9 @@ def slots_of(kind: type) -> list[str]:
     return [name for name in names if name not in ("__dict__", "__weakref__")]
 
 
-def _of_library(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] in _LIBRARIES
+def of_library(thing: Any, libraries: frozenset[str] = LIBRARIES) -> bool:
+    """Whether a class or function was written in one of these packages."""
+    return str(getattr(thing, "__module__", "")).partition(".")[0] in libraries
 
 
 def _join(path: str, key: Any) -> str:

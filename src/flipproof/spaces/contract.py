@@ -1,28 +1,33 @@
 """What every space of bits that can be hit has in common, and what a trial draws from one.
 
-A new space is one file: a class with what `Space` names, and in `sites.py` what a user asks for it with.
+A new space is one file: a subclass of `Space`, and the `Where` with which a user asks for it.
 `flipproof.testing.SpaceContract` is the suite it has to pass.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flipproof.errors import FaultModelError
+from flipproof.errors import FaultModelError, FaultSpaceError
 from flipproof.formats.base import Format
 from flipproof.formats.layout import Layout
 
 Positions = NDArray[np.int64]
 """Global bit numbers of a space."""
+
+Forwards = Sequence[tuple[Callable[[], object], int]]
+"""One function a batch that runs the model on it, and the samples of that batch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +129,7 @@ class Sized:
 
     Attributes:
         name: what it is called in records.
+        layer: qualified name of the module that it belongs to.
         kind: "weight", "bias", "norm", "buffer" or "other"; "neuron" for computed values.
         shape: of its values.
         format: how they are stored.
@@ -132,6 +138,7 @@ class Sized:
     """
 
     name: str
+    layer: str
     kind: str
     shape: tuple[int, ...]
     format: Format
@@ -193,43 +200,25 @@ class Start:
     change: Callable[[Any], Any] | None = None
 
 
-class Space(Protocol):
-    """Every bit of one kind of memory that can be hit, numbered from 0."""
+class Space(ABC):
+    """Every bit of one kind of memory that can be hit, numbered from 0: tensor by tensor, value by value, bit 0 first.
 
-    @property
-    def sites(self) -> Sequence[Sized]:
-        """What the bits belong to, in the order of their numbers."""
+    A space of its own sets the attributes and gives `corrupted` and `again`. What else it gives follows from them
+    where faults in memory are the same for all samples, and no run can start behind the first layer.
 
-    @property
-    def bits(self) -> int:
-        """How many bits there are."""
+    Attributes:
+        sites: the tensors that the bits belong to, in the order of their numbers.
+        bits: how many bits there are.
+        left_out: what could be thought to be in the space and is not, and why.
+        left_out_bits: bits of all that.
+    """
 
-    @property
-    def layers(self) -> Mapping[str, Sequence[tuple[int, int]]]:
-        """Each module that owns bits, with the ranges [first, last) it owns."""
+    sites: Sequence[Sized]
+    bits: int
+    left_out: Mapping[str, str]
+    left_out_bits: int
 
-    @property
-    def samples(self) -> int | None:
-        """How many samples a draw has an upset for, one each; None where all samples share the faults."""
-
-    @property
-    def left_out(self) -> Mapping[str, str]:
-        """What could be thought to be in the space and is not, and why."""
-
-    @property
-    def left_out_bits(self) -> int:
-        """Bits of all that."""
-
-    @property
-    def coverage(self) -> float:
-        """Bits in the space ÷ these and `left_out_bits`."""
-
-    def shortfall(self) -> str | None:
-        """A sentence on what is missing, if more than 1 % is outside without being asked for."""
-
-    def stored(self) -> AbstractContextManager[None]:
-        """While active, the model computes with what its formats can represent."""
-
+    @abstractmethod
     def corrupted(self, draw: Draw) -> AbstractContextManager[int]:
         """While active, these faults are in place; afterwards not a bit differs. Yields how many bits changed.
 
@@ -237,26 +226,102 @@ class Space(Protocol):
             FaultSpaceError: for draws of another kind, or outside the space.
         """
 
-    def begin(self, batch: int, made: Mapping[str, int] | None = None) -> None:
+    @abstractmethod
+    def again(self, model: nn.Module) -> Self:
+        """The same space of a copy of the model."""
+
+    @property
+    def samples(self) -> int | None:
+        """How many samples a draw has an upset for, one each; None where all samples share the faults."""
+        return None
+
+    @property
+    def layers(self) -> dict[str, list[tuple[int, int]]]:
+        """Each module that owns bits, with the ranges [first, last) it owns."""
+        spans: dict[str, list[tuple[int, int]]] = {}
+        for site in self.sites:
+            spans.setdefault(site.layer, []).append((site.offset, site.offset + site.bits))
+        return spans
+
+    @property
+    def coverage(self) -> float:
+        """Bits in the space ÷ these and `left_out_bits`."""
+        return self.bits / (self.bits + self.left_out_bits)
+
+    def shortfall(self) -> str | None:
+        """A sentence on what is missing, if more than 1 % is outside without being asked for."""
+        return None
+
+    def locate(self, draw: Draw) -> pd.DataFrame:
+        """Where faults lie: one row a bit with its `site`, `value` (flat index) and `bit`."""
+        which, value, bit = self.located(draw.positions)
+        names = np.array([site.name for site in self.sites], dtype=object)[which]
+        return pd.DataFrame({"site": names, "value": value, "bit": bit})
+
+    def places(self, draw: Draw) -> list[tuple[str, int, int]]:
+        """The same as plain (name, value, bit): for a few faults far quicker than a table."""
+        which, value, bit = (column.tolist() for column in self.located(draw.positions))
+        return [(self.sites[i].name, v, b) for i, v, b in zip(which, value, bit, strict=True)]
+
+    def located(self, positions: Positions) -> tuple[Positions, Positions, Positions]:
+        """Number of the site, number of the value in it, and bit of its word."""
+        firsts, widths, uneven = self._numbers
+        which = np.searchsorted(firsts, positions, side="right") - 1
+        inside = positions - firsts[which]
+        value, bit = np.divmod(inside, widths[which])
+        for i in uneven:
+            here = which == i
+            value[here], bit[here] = self.sites[i].locate(inside[here])
+        return which, value, bit
+
+    @cached_property
+    def _numbers(self) -> tuple[Positions, Positions, list[int]]:
+        """First bit and width of each site, and which sites have words of several widths."""
+        firsts = np.array([site.offset for site in self.sites], np.int64)
+        widths = np.array([site.width for site in self.sites], np.int64)
+        return firsts, widths, [i for i, site in enumerate(self.sites) if not site.is_even]
+
+    def stored(self) -> AbstractContextManager[None]:
+        """While active, the model computes with what its formats can represent."""
+        return nullcontext()
+
+    def originals(self) -> dict[str, Tensor]:
+        """While `stored()`: the values that its formats replaced, by qualified name."""
+        return {}
+
+    def begin(self, batch: int, made: Mapping[str, int] | None = None) -> None:  # noqa: B027  # most spaces need not know
         """A run of this batch starts; `made` says how often layers were called before the place it starts at."""
 
     def only(self, rows: Sequence[int]) -> AbstractContextManager[None]:
-        """While active, only these rows of the batch are hit, where each has an upset of its own."""
+        """While active, only these rows of the batch are hit, where each has an upset of its own.
 
-    def places(self, draw: Draw) -> list[tuple[str, int, int]]:
-        """The faults as (name, value, bit)."""
+        Raises:
+            FaultSpaceError: where all samples of a batch share the faults.
+        """
+        raise FaultSpaceError("faults in memory hit every sample of a batch")
 
     def layer_of(self, draw: Draw) -> str | None:
         """The layer that all upsets of a draw share; None where a draw may hit any."""
+        return None
 
     def start(self, draw: Draw) -> Start:
         """Where these faults act first."""
+        return Start()
 
     def starts(self) -> Mapping[str, int] | None:
         """Layers right behind whose outputs runs may start, with their bits; None where that depends on the draw."""
+        return {}
 
-    def originals(self) -> Mapping[str, Tensor]:
-        """Tensors of the model that its formats replaced, as they were, by name."""
 
-    def again(self, model: nn.Module) -> Self:
-        """The same space of a copy of the model."""
+class Where(ABC):
+    """What `assess(where=…)` takes for a space of one's own: a frozen dataclass, whose repr goes into the journal."""
+
+    @abstractmethod
+    def space(self, model: nn.Module, format: Format | Mapping[str, Format] | None, forwards: Forwards) -> Space:
+        """The space of a model.
+
+        Args:
+            model: in eval mode; what `forwards` writes to it is put back.
+            format: as `assess` was given it.
+            forwards: the batches, for spaces of what is computed; those of what is stored need them not.
+        """

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flipproof._hooks import hooked
 from flipproof.errors import FaultSpaceError, FormatError
-from flipproof.spaces.contract import Draw, Positions, Start, Upsets
+from flipproof.spaces.contract import Draw, Forwards, Positions, Space, Start, Upsets
 from flipproof.spaces.observing import Observer
 from flipproof.spaces.sites import Neurons, NeuronSite, choose_neuron_format
 from flipproof.spaces.tensors import FormatChoice, check_format, check_model
@@ -26,7 +26,7 @@ Change = Callable[[NeuronSite, Tensor], Tensor | None]
 """Given a site and its stored output: the output to go on with, or None for the same."""
 
 
-class NeuronSpace:
+class NeuronSpace(Space):
     """Every bit of every selected layer output of one sample's inference, numbered from 0.
 
     Args:
@@ -45,7 +45,7 @@ class NeuronSpace:
     def __init__(
         self,
         model: nn.Module,
-        forwards: Sequence[tuple[Callable[[], object], int]],
+        forwards: Forwards,
         *,
         where: Neurons | None = None,
         format: FormatChoice = None,
@@ -91,7 +91,6 @@ class NeuronSpace:
         """Bits a sample of all that, each output in its own type."""
         self._unasked = {name: bits for name, bits in outside.items() if where.selects(name or "*")}
         self.calls = {s.layer: 1 + max(o.call for o in sites if o.layer == s.layer) for s in sites}
-        self._firsts = np.array([site.offset for site in sites], np.int64)
         self._by_call = {(s.layer, s.call): s for s in sites}
         self._counts: dict[str, int] = {}
         self._change: Change | None = None
@@ -104,14 +103,6 @@ class NeuronSpace:
     def samples(self) -> int:
         """Samples of all batches: a draw has an upset for each."""
         return int(self._batches[-1])
-
-    @property
-    def layers(self) -> dict[str, list[tuple[int, int]]]:
-        """Each layer, with the ranges of bits [first, last) of its calls."""
-        spans: dict[str, list[tuple[int, int]]] = {}
-        for site in self.sites:
-            spans.setdefault(site.layer, []).append((site.offset, site.offset + site.bits))
-        return spans
 
     def again(self, model: nn.Module) -> NeuronSpace:
         """The same space of a copy of the model."""
@@ -154,7 +145,7 @@ class NeuronSpace:
 
     def site_of(self, draw: Draw) -> NeuronSite:
         """The site that a trial's upsets share."""
-        return self.sites[int(self._located(draw.positions[:1])[0][0])]
+        return self.sites[int(self.located(draw.positions[:1])[0][0])]
 
     def layer_of(self, draw: Draw) -> str:
         """Its name."""
@@ -175,23 +166,6 @@ class NeuronSpace:
         """
         repeated = any(count > 1 for count in self.calls.values())
         return {} if repeated else {site.layer: site.bits for site in self.sites if site.axis == 0}
-
-    def places(self, faults: Draw) -> list[tuple[str, int, int]]:
-        """The faults as (layer, neuron, bit), one a sample."""
-        which, value, bit = self._located(faults.positions)
-        return [
-            (self.sites[i].name, v, b) for i, v, b in zip(which.tolist(), value.tolist(), bit.tolist(), strict=True)
-        ]
-
-    def _located(self, positions: Positions) -> tuple[Positions, Positions, Positions]:
-        which = np.searchsorted(self._firsts, positions, side="right") - 1
-        widths = np.array([site.width for site in self.sites], np.int64)
-        value, bit = np.divmod(positions - self._firsts[which], widths[which])
-        return which, value, bit
-
-    def originals(self) -> dict[str, Tensor]:
-        """No parameter is replaced."""
-        return {}
 
     @contextmanager
     def stored(self) -> Iterator[None]:
@@ -228,7 +202,7 @@ class NeuronSpace:
             raise FaultSpaceError(f"{len(draw)} upsets for {self.samples} samples: there must be one for each")
         if len(draw) and int(draw.positions.max()) >= self.bits:
             raise FaultSpaceError(f"upsets lie outside the space of {self.bits:,} bits: {draw.positions.max()}")
-        self._faults = self._located(draw.positions)
+        self._faults = self.located(draw.positions)
         try:
             with self.changed(self._hit):
                 yield len(draw)

@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.rnn import PackedSequence
 
 from flipproof._hooks import hooked
+from flipproof.spaces.contract import Forwards
 from flipproof.spaces.sites import Neurons
 
 _LAYERS = (_ConvNd, nn.Linear, nn.LSTM, nn.GRU)
@@ -57,7 +58,7 @@ class Observer:
             if answered:
                 self._grown.append(shapes)
 
-    def watch(self, forwards: Sequence[tuple[Callable[[], object], int]]) -> None:
+    def watch(self, forwards: Forwards) -> None:
         """Run every batch once.
 
         Args:

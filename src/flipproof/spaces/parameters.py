@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from flipproof._interrupts import whole
 from flipproof.errors import FaultSpaceError, FlipproofWarning
 from flipproof.spaces.cell import Cell
-from flipproof.spaces.contract import Draw, Faults, Positions, Start
+from flipproof.spaces.contract import Draw, Faults, Space, Start
 from flipproof.spaces.sites import Parameters, Site, check_where
 from flipproof.spaces.tensors import (
     Candidate,
@@ -27,7 +26,7 @@ from flipproof.spaces.tensors import (
 from flipproof.spaces.words import CLEAR, FLIP, SET, DirectMemory, Undo, UndoLog, scatter
 
 
-class FaultSpace:
+class FaultSpace(Space):
     """Every stored bit of a model that can be hit, numbered from 0.
 
     The space is bound to the live model and never copies it. Formats that equal a tensor's own float type are hit in
@@ -73,9 +72,6 @@ class FaultSpace:
         (16, {'bias': 'not selected by where='}, 32, 0.333)
     """
 
-    samples: None = None
-    """Faults in memory are the same for all samples."""
-
     def __init__(self, model: nn.Module, *, where: Parameters | None = None, format: FormatChoice = None) -> None:
         where = check_where(where)
         check_format(format)
@@ -120,9 +116,6 @@ class FaultSpace:
         self.bits = offset
         self._index = {name: i for i, site in enumerate(self.sites) for name in (site.name, *site.aliases)}
         self._borders = np.array([*(site.offset for site in self.sites), offset], np.int64)
-        self._firsts = self._borders[:-1]
-        self._widths = np.array([site.width for site in self.sites], np.int64)
-        self._uneven = [i for i, site in enumerate(self.sites) if not site.is_even]
         self._is_stored = False
         self._paths_at: tuple[tuple[tuple[int, int], ...], DirectMemory | None, list[Cell]] | None = None
 
@@ -133,11 +126,6 @@ class FaultSpace:
         self.left_out_bits += candidate.bits
         if not asked:
             self._unasked.append(candidate)
-
-    @property
-    def coverage(self) -> float:
-        """Bits that can be hit ÷ all stored bits of the model, see above."""
-        return self.bits / (self.bits + self.left_out_bits)
 
     def shortfall(self) -> str | None:
         """A sentence on what is missing, if more than 1 % of the stored bits are outside without being asked for."""
@@ -171,14 +159,6 @@ class FaultSpace:
     def tensors(self) -> dict[str, Tensor]:
         """The live tensor of each site, by its name."""
         return {cell.site.name: cell.tensor for cell in self.cells}
-
-    @property
-    def layers(self) -> dict[str, list[tuple[int, int]]]:
-        """Each module that owns stored tensors, with the ranges of bits [first, last) it owns."""
-        spans: dict[str, list[tuple[int, int]]] = {}
-        for site in self.sites:
-            spans.setdefault(site.layer, []).append((site.offset, site.offset + site.bits))
-        return spans
 
     def table(self) -> pd.DataFrame:
         """What is stored how: one row a site, and what its share of the space is."""
@@ -219,26 +199,6 @@ class FaultSpace:
         if stuck not in (None, 0, 1):
             raise FaultSpaceError(f"stuck must be None, 0 or 1, got {stuck!r}")
         return Faults(unique, stuck)  # type: ignore[arg-type]
-
-    def locate(self, faults: Draw) -> pd.DataFrame:
-        """Where faults lie: one row a bit with its `site`, `value` (flat index) and `bit`."""
-        which, value, bit = self._located(faults)
-        names = np.array([site.name for site in self.sites], dtype=object)[which]
-        return pd.DataFrame({"site": names, "value": value, "bit": bit})
-
-    def places(self, faults: Draw) -> list[tuple[str, int, int]]:
-        """The same as plain (name, value, bit), which `faults` takes: for a few faults far quicker than a table."""
-        which, value, bit = (column.tolist() for column in self._located(faults))
-        return [(self.sites[i].name, v, b) for i, v, b in zip(which, value, bit, strict=True)]
-
-    def _located(self, faults: Draw) -> tuple[Positions, Positions, Positions]:
-        which = np.searchsorted(self._firsts, faults.positions, side="right") - 1
-        inside = faults.positions - self._firsts[which]
-        value, bit = np.divmod(inside, self._widths[which])
-        for i in self._uneven:
-            here = which == i
-            value[here], bit[here] = self.sites[i].locate(inside[here])
-        return which, value, bit
 
     def touched_names(self, faults: Draw) -> list[str]:
         """Every name of every tensor that these faults touch."""
@@ -326,20 +286,6 @@ class FaultSpace:
                 raise FaultSpaceError(f"{moved[0]} changed its dtype since the fault space was made; make a new space")
             self._paths_at = (where, memory if direct else None, coded)
         return self._paths_at[1], self._paths_at[2]
-
-    def begin(self, batch: int, made: Mapping[str, int] | None = None) -> None:
-        """Nothing: faults in memory are the same for every batch."""
-
-    def only(self, rows: Sequence[int]) -> AbstractContextManager[None]:
-        """Refused: all samples of a batch share the faults.
-
-        Raises:
-            FaultSpaceError: always.
-        """
-        raise FaultSpaceError("faults in memory hit every sample of a batch")
-
-    def layer_of(self, draw: Draw) -> None:
-        """None: a draw may hit any."""
 
     def start(self, draw: Draw) -> Start:
         """Nothing changes before the first use of a tensor that is hit."""
