@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -174,6 +175,56 @@ class TestDamage:
             with pytest.raises(JournalError, match=rf"journal.jsonl, line {number}: not a record of a campaign"):
                 use()
         assert journal.read_bytes() == b"".join(lines)
+
+    @pytest.mark.parametrize(
+        ("field", "value", "said"),
+        [
+            (("created",), 7, "created: expected a text"),
+            (("fingerprint", "bits"), "many", "fingerprint, bits: expected a whole number"),
+            (("fingerprint", "seed"), -1, "fingerprint, seed: expected a whole number from 0, got -1"),
+            (("golden", "accuracy"), None, "golden, accuracy: expected a number"),
+            (("golden_answers",), 3, "golden_answers: expected a text"),
+            (("golden_intervals", "accuracy"), [0.5], "golden_intervals, accuracy: expected two numbers"),
+            (("metrics", "accuracy", "range"), [0, "1"], "metrics, accuracy, range, high: expected a number"),
+            (("decision", "assumed"), "no", "decision, assumed: expected true or false"),
+            (("audit", "share"), "all", "audit, share: expected a number"),
+            (("left_out",), [], "left_out: expected an object with named fields"),
+            (("plan", "trials"), 0, "plan, trials: expected a whole number from 1"),
+            (("versions", "torch"), 2, "versions, torch: expected a text"),
+            (("points", 1, "coordinates", "count"), "30", r"points\[1\], coordinates, count: expected a number"),
+            (("stored", 0, "bits"), 0.5, r"stored\[0\], bits: expected a whole number"),
+        ],
+    )
+    def test_a_damaged_header_is_refused_with_its_field(self, mlp, setup, journal, field, value, said):
+        fp.assess(mlp, **setup)
+        first, rest = journal.read_text().split("\n", 1)
+        header = inside = json.loads(first)
+        *outer, last = field
+        for name in outer:
+            inside = inside[name]
+        inside[last] = value
+        journal.write_text(json.dumps(header) + "\n" + rest)
+        with pytest.raises(JournalError, match=rf"journal\.jsonl, line 1: not the header of a campaign .*{said}"):
+            fp.Assessment.load(journal)
+
+    def test_a_damaged_plan_is_refused_with_its_line(self, mlp, setup, journal):
+        fp.assess(mlp, **setup)
+        with journal.open("a") as file:
+            file.write('{"resumed": true, "plan": {"trials": 3, "margin": "small", "confidence": 0.95}}\n')
+        with pytest.raises(JournalError, match=r"line 8: not a record of a campaign .*plan, margin: expected a number"):
+            fp.Assessment.load(journal)
+
+    def test_a_header_of_before_lacks_what_came_later(self, mlp, setup, journal):
+        found = fp.assess(mlp, **setup)
+        first, rest = journal.read_text().split("\n", 1)
+        later = ("golden_answers", "golden_intervals", "metrics", "decision", "left_out_bits", "coverage", "audit")
+        kept = {name: value for name, value in json.loads(first).items() if name not in later}
+        journal.write_text(json.dumps(kept) + "\n" + rest)
+        old = fp.Assessment.load(journal)
+        assert old.records == found.records
+        assert (old.header.decision, old.header.golden_answers, old.header.audit.share) == (None, None, 0.0)
+        assert math.isnan(old.coverage)
+        assert old.summary["accuracy"].tolist() == found.summary["accuracy"].tolist()
 
     @pytest.mark.parametrize(
         "content", [b"a,b\n1,2\n", b"{}\n", b"[]\n", b"\n", b"\x00\x01\x02", b"notes without an end", b'{"a": 1}']

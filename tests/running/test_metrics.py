@@ -228,7 +228,7 @@ class TestWhatANumberMeans:
 
     @pytest.mark.parametrize("scale", [Scale("%", (0, 1), True, True), Scale("m", (0, INF), False), Scale()])
     def test_journals_keep_it(self, scale):
-        assert Scale.from_json(json.loads(json.dumps(scale.to_json(), allow_nan=False))) == scale
+        assert Scale.from_json(json.loads(json.dumps(scale.to_json(), allow_nan=False)), "here") == scale
 
     @pytest.mark.parametrize(
         ("unit", "value", "text"),

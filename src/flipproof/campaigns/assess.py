@@ -8,38 +8,32 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from datetime import UTC, datetime
-from hashlib import blake2b
-from math import isfinite
-from re import sub
 
 import torch
 from torch import nn
 
 from flipproof._interrupts import given_back
-from flipproof.campaigns.answers import encode_golden
 from flipproof.campaigns.arguments import check_numbers
 from flipproof.campaigns.assessment import CHECK_EVERY, Assessment, answer, narrow, planned
 from flipproof.campaigns.audit import Audit, audit_of
-from flipproof.campaigns.fingerprint import attributes_digest, code_digest, digest_of
-from flipproof.campaigns.golden import golden_interval
-from flipproof.campaigns.plan import AuditPlan, FaultPoint, Fingerprint, Header, Plan, Reading, StoredSite
+from flipproof.campaigns.header import header_of
+from flipproof.campaigns.plan import Header, Plan
 from flipproof.campaigns.record import Trial
-from flipproof.campaigns.trial import TrialRunner, versions
+from flipproof.campaigns.trial import TrialRunner
 from flipproof.engine.jobs import crew
 from flipproof.engine.journal import Journal, Key, written
-from flipproof.errors import AuditError, ConfigError, DataError, FaultModelError, FlipproofWarning
+from flipproof.errors import AuditError, ConfigError, FaultModelError, FlipproofWarning
 from flipproof.faults.base import FaultModel
-from flipproof.running.data import Data, Output, call, check_labels, pick, read_batches, tensor_bytes
+from flipproof.running.data import Data, Output, call, check_labels, pick, read_batches
 from flipproof.running.decision import decide
-from flipproof.running.device import check_device
+from flipproof.running.device import check_device, on_device
 from flipproof.running.evaluation import eval_mode, golden_run, one_thread
 from flipproof.running.faulty import FaultyModel
 from flipproof.running.metrics import Metrics, resolve
 from flipproof.running.neurons import neuron_space, own_space
 from flipproof.running.outcomes import DecisionChoice, check_choice
 from flipproof.running.resume import Suffixes
-from flipproof.running.snapshots import RandomState, Snapshot, keep_random_state
+from flipproof.running.snapshots import RandomState, Snapshot, as_it_came
 from flipproof.running.straight import refers_to_tensors
 from flipproof.running.values import same
 from flipproof.spaces.contract import Space, Where
@@ -153,7 +147,7 @@ def assess(
     target = check_device(model, device)
     with (
         given_back(model),
-        _on_device(model, target),
+        on_device(model, target),
         as_it_came(model) as came,
         eval_mode(model),
         one_thread(target),
@@ -194,8 +188,7 @@ def assess(
             faulty = FaultyModel(model, space, batches, output, golden, state, randomness)
             runner = TrialRunner(faulty, points, chosen, rule, seed, target)
             runner.audit = _audit_on_copies(faulty, auditing)
-            found = {metric.name: metric.measure(golden, batches.targets, rule) for metric in chosen}
-            header = _header(runner, faults, found, where or Parameters(), Plan(trials, margin, confidence))
+            header = header_of(runner, faults, where or Parameters(), Plan(trials, margin, confidence))
             file = Journal(journal, Header, Trial) if journal is not None else None
             with written(file, header) as done:
                 off = file.switched_off if file is not None else frozenset()
@@ -212,26 +205,6 @@ def assess(
 
 
 CampaignJournal = Journal[Header, Trial]
-
-
-class as_it_came:
-    """The model's parameters, buffers and attributes are at the end what they were at the start.
-
-    ``model.eval()`` may be more than a flag: adapters merge themselves into the weights.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._random = keep_random_state()
-
-    def __enter__(self) -> Snapshot:
-        self._random.__enter__()
-        self._came = Snapshot(self._model)
-        return self._came
-
-    def __exit__(self, *exception: object) -> None:
-        self._came.verify()
-        self._random.__exit__(*exception)
 
 
 def _audit_on_copies(faulty: FaultyModel, audit: Audit | None) -> Audit | None:
@@ -334,112 +307,3 @@ def _suffixes_of(runner: TrialRunner, cache_bytes: int | None) -> Suffixes | Non
     if suffixes is None or not runner.prepare(suffixes, budget):
         return None
     return suffixes if runner.faithful(suffixes) else None
-
-
-def _header(
-    runner: TrialRunner,
-    faults: FaultModel,
-    golden: dict[str, float],
-    where: Parameters | Neurons | Where,
-    plan: Plan,
-) -> Header:
-    """The journal's first line: what is assessed, and what it does without faults."""
-    for name, value in golden.items():
-        if not isfinite(value):
-            raise DataError(f"the metric {name} is {value} on the golden run; a drop from that would mean nothing")
-    faulty, space, rule = runner.faulty, runner.space, runner.decision
-    model, targets = faulty.model, faulty.batches.targets
-    return Header(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        fingerprint=Fingerprint(
-            model=f"{type(model).__module__}.{type(model).__qualname__}",
-            structure=_hash(sub(" at 0x[0-9a-f]+", "", repr(model)).encode()),  # addresses differ every run
-            weights=_weights_digest(model, space),
-            data=faulty.batches.digest(),
-            samples=faulty.batches.samples,
-            faults=repr(faults),
-            where=repr(where),
-            format=_hash(repr([(s.name, s.shape, repr(s.format)) for s in space.sites]).encode()),
-            bits=space.bits,
-            metrics=tuple(metric.name for metric in runner.metrics),
-            metrics_code=digest_of([metric.function for metric in runner.metrics]),
-            seed=runner.seed,
-            device=runner.device.type,
-            output=_name_of(faulty.output),
-            output_code=digest_of(faulty.output),
-            attributes=attributes_digest(model),
-            code=code_digest(model),
-            golden_outputs=_hash(tensor_bytes(faulty.golden)),
-            decision=rule.describe(),
-        ),
-        golden=golden,
-        golden_answers=encode_golden(rule.classes_of(faulty.golden) == targets),
-        golden_intervals={
-            metric.name: golden_interval(metric, faulty.golden, targets, rule, plan.confidence)
-            for metric in runner.metrics
-        },
-        metrics={metric.name: metric.scale for metric in runner.metrics},
-        decision=Reading(rule.outputs, rule.threshold, rule.assumed),
-        points=tuple(FaultPoint(repr(p), p.coordinates(), runner.repeats(p)) for p in runner.points),
-        stored=tuple(StoredSite(s.name, s.kind, s.values, repr(s.format), s.bits) for s in space.sites),
-        left_out=dict(space.left_out),
-        left_out_bits=space.left_out_bits,
-        coverage=space.coverage,
-        audit=_audit_plan(runner.audit),
-        plan=plan,
-        versions=versions(),
-    )
-
-
-def _audit_plan(audit: Audit | None) -> AuditPlan:
-    if audit is None:
-        return AuditPlan()
-    on = "the model itself" if audit.pristine is None else "a fresh copy"
-    return AuditPlan(audit.share, on, audit.reason)
-
-
-def _weights_digest(model: nn.Module, space: Space) -> str:
-    """A hash of every parameter and buffer, as the user gave them (not as a format decodes them)."""
-    state = blake2b(digest_size=16)
-    originals = space.originals()
-    named = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in named:
-        state.update(name.encode())
-        state.update(tensor_bytes(originals.get(name, tensor)))
-    return state.hexdigest()
-
-
-def _hash(content: bytes) -> str:
-    return blake2b(content, digest_size=8).hexdigest()
-
-
-def _name_of(output: Output) -> str | int | None:
-    return getattr(output, "__qualname__", type(output).__name__) if callable(output) else output
-
-
-class _on_device:
-    """The model on a device for a while; parameters go back to the very memory they came from."""
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._model = model
-        self._device = device
-        self._home: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def __enter__(self) -> None:
-        tensors = [*self._model.parameters(), *self._model.buffers()]
-        if all(t.device.type == self._device.type and self._device.index in (None, t.device.index) for t in tensors):
-            return
-        self._home = [(t, t.data) for t in tensors]
-        try:
-            self._model.to(self._device)
-        except BaseException:
-            self._put_back()
-            raise
-
-    def __exit__(self, *exception: object) -> None:
-        self._put_back()
-
-    def _put_back(self) -> None:
-        for tensor, data in self._home:
-            tensor.data = data
-        self._home = []

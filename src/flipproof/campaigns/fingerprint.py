@@ -1,7 +1,6 @@
 """What a campaign is a campaign of: a digest of everything that changes an answer.
 
-Weights and data are hashed elsewhere; here are the golden outputs, the attributes of modules, and the code of forward,
-metrics and output pickers. A `forward` that was changed has the same name and the same `repr`.
+Code counts too: a `forward` that was changed has the same name and the same `repr`.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from enum import Enum
 from functools import cached_property, partial, partialmethod
 from hashlib import blake2b
+from re import sub
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -17,13 +17,68 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flipproof.running.data import tensor_bytes
+from flipproof.campaigns.plan import Fingerprint
+from flipproof.campaigns.trial import TrialRunner
+from flipproof.faults.base import FaultModel
+from flipproof.running.data import Output, tensor_bytes
 from flipproof.running.snapshots import LIBRARIES, RECORDS, of_library, slots_of
 from flipproof.running.straight import global_hooks, names_in
+from flipproof.spaces.contract import Space
 
 _LIBRARIES = LIBRARIES | {"torchmetrics", "torchvision"}
 """Packages whose code is known by the name of what it defines."""
 _OWN_WORDS = frozenset({"_parameters", "_buffers", "_modules", "training", "_non_persistent_buffers_set"})
+
+
+def fingerprint_of(runner: TrialRunner, faults: FaultModel, where: object) -> Fingerprint:
+    """The fingerprint of a campaign, after its golden run.
+
+    Args:
+        runner: of its trials.
+        faults: the whole sweep.
+        where: what can be hit.
+    """
+    faulty, space = runner.faulty, runner.space
+    model = faulty.model
+    return Fingerprint(
+        model=f"{type(model).__module__}.{type(model).__qualname__}",
+        structure=_hash(sub(" at 0x[0-9a-f]+", "", repr(model)).encode()),  # addresses differ every run
+        weights=_weights_digest(model, space),
+        data=faulty.batches.digest(),
+        samples=faulty.batches.samples,
+        faults=repr(faults),
+        where=repr(where),
+        format=_hash(repr([(s.name, s.shape, repr(s.format)) for s in space.sites]).encode()),
+        bits=space.bits,
+        metrics=tuple(metric.name for metric in runner.metrics),
+        metrics_code=digest_of([metric.function for metric in runner.metrics]),
+        seed=runner.seed,
+        device=runner.device.type,
+        output=_name_of(faulty.output),
+        output_code=digest_of(faulty.output),
+        attributes=attributes_digest(model),
+        code=code_digest(model),
+        golden_outputs=_hash(tensor_bytes(faulty.golden)),
+        decision=runner.decision.describe(),
+    )
+
+
+def _weights_digest(model: nn.Module, space: Space) -> str:
+    """A hash of every parameter and buffer, as the user gave them (not as a format decodes them)."""
+    state = blake2b(digest_size=16)
+    originals = space.originals()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        state.update(name.encode())
+        state.update(tensor_bytes(originals.get(name, tensor)))
+    return state.hexdigest()
+
+
+def _hash(content: bytes) -> str:
+    return blake2b(content, digest_size=8).hexdigest()
+
+
+def _name_of(output: Output) -> str | int | None:
+    return getattr(output, "__qualname__", type(output).__name__) if callable(output) else output
 
 
 def digest_of(*values: Any) -> str:

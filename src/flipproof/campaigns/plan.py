@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from math import nan
 from typing import Any
 
-from flipproof._fields import Fields
+from flipproof._fields import Fields, wrong
 from flipproof.running.scales import Scale
 
 PLACE = "the header"
@@ -162,41 +162,82 @@ class Header:
             ConfigError: naming the field, what was expected and what came.
         """
         about = Fields(header, PLACE)
-        print_ = Fields(about.take("fingerprint"), about.at("fingerprint"))
-        known = {part.name: print_.take(part.name) for part in fields(Fingerprint)}
-        known |= {"samples": print_.whole("samples", 1), "bits": print_.whole("bits", 1)}
-        known["metrics"] = print_.texts("metrics")
         given: dict[str, Any] = {}
-        if about.has("golden_answers"):
-            given["golden_answers"] = about.take("golden_answers")
+        if about.has("golden_answers") and about.take("golden_answers") is not None:
+            given["golden_answers"] = about.text("golden_answers")
         if about.has("golden_intervals"):
-            given["golden_intervals"] = {
-                name: None if ends is None else (float(ends[0]), float(ends[1]))
-                for name, ends in about.mapping("golden_intervals").items()
-            }
+            intervals = _inside(about, "golden_intervals")
+            given["golden_intervals"] = {name: _interval(intervals, name) for name in about.mapping("golden_intervals")}
         if about.has("metrics"):
-            given["metrics"] = {name: Scale.from_json(found) for name, found in about.mapping("metrics").items()}
+            place = about.at("metrics")
+            scales = about.mapping("metrics").items()
+            given["metrics"] = {name: Scale.from_json(scale, f"{place}, {name}") for name, scale in scales}
         if about.has("decision") and about.take("decision") is not None:
-            given["decision"] = Reading(**about.take("decision"))
+            given["decision"] = _reading(_inside(about, "decision"))
         if about.has("audit"):
-            given["audit"] = AuditPlan(**about.take("audit"))
+            given["audit"] = _audit(_inside(about, "audit"))
         if about.has("coverage"):
             given |= {"coverage": about.number("coverage"), "left_out_bits": about.whole("left_out_bits")}
+        golden, left_out, versions = (_inside(about, name) for name in ("golden", "left_out", "versions"))
         return cls(
             created=about.text("created"),
-            fingerprint=Fingerprint(**known),
-            golden={name: float(value) for name, value in about.mapping("golden").items()},
+            fingerprint=_fingerprint(_inside(about, "fingerprint")),
+            golden={name: golden.number(name) for name in about.mapping("golden")},
             points=about.each("points", _point),
             stored=about.each("stored", _site),
-            left_out={name: str(why) for name, why in about.mapping("left_out").items()},
+            left_out={name: left_out.text(name) for name in about.mapping("left_out")},
             plan=Plan.from_json(about.take("plan")),
-            versions={name: str(found) for name, found in about.mapping("versions").items()},
+            versions={name: versions.text(name) for name in about.mapping("versions")},
             **given,
         )
 
 
+def _inside(about: Fields, name: str) -> Fields:
+    return Fields(about.take(name), about.at(name))
+
+
+def _fingerprint(about: Fields) -> Fingerprint:
+    output, seed = about.take("output"), about.take("seed")
+    if type(seed) is not int or seed < 0:
+        raise wrong(about.at("seed"), "a whole number from 0", seed)
+    if output is not None and type(output) is not int:
+        output = about.text("output")
+    known: dict[str, Any] = {
+        "samples": about.whole("samples", 1),
+        "bits": about.whole("bits", 1),
+        "seed": seed,
+        "metrics": about.texts("metrics"),
+        "output": output,
+    }
+    known |= {part.name: about.text(part.name) for part in fields(Fingerprint) if part.name not in known}
+    return Fingerprint(**known)
+
+
+def _interval(about: Fields, name: str) -> tuple[float, float] | None:
+    ends = about.take(name)
+    if ends is None:
+        return None
+    if not isinstance(ends, list) or len(ends) != 2:
+        raise wrong(about.at(name), "two numbers", ends)
+    pair = Fields({"low": ends[0], "high": ends[1]}, about.at(name))
+    return pair.number("low"), pair.number("high")
+
+
+def _reading(about: Fields) -> Reading:
+    threshold = None if about.take("threshold") is None else about.number("threshold")
+    return Reading(about.text("outputs"), threshold, about.flag("assumed"))
+
+
+def _audit(about: Fields) -> AuditPlan:
+    reason = None if about.take("reason") is None else about.text("reason")
+    return AuditPlan(about.number("share"), about.text("on"), reason)
+
+
 def _point(about: Fields) -> FaultPoint:
-    return FaultPoint(about.text("faults"), about.mapping("coordinates"), about.flag("repeats"))
+    coordinates, values = about.mapping("coordinates"), _inside(about, "coordinates")
+    for name in coordinates:
+        values.number(name)  # as it is: counts stay whole
+    return FaultPoint(about.text("faults"), coordinates, about.flag("repeats"))
 
 
 def _site(about: Fields) -> StoredSite:

@@ -181,13 +181,20 @@ class Journal(Generic[HeaderT, RecordT]):
         whole = content.rfind(b"\n") + 1
         lines = content[:whole].splitlines()
         raw = self._first(lines)
+        try:
+            header = self._header.from_json(raw)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise JournalError(
+                f"{self.path}, line 1: not the header of a {self.kind} ({type(error).__name__}: {error}); the file was "
+                f"edited or damaged. Nothing was changed"
+            ) from None
         records: list[RecordT] = []
         switched_off: set[str] = set()
         for number, line in enumerate(lines[1:], start=2):
             try:
                 record = json.loads(line)
                 if "resumed" in record:
-                    raw["plan"] = record["plan"]
+                    header = self._header.from_json({**raw, "plan": record["plan"]})
                 elif "audit_failed" in record:
                     records.clear()
                     switched_off.add(str(record["audit_failed"]["shortcut"]))
@@ -198,13 +205,6 @@ class Journal(Generic[HeaderT, RecordT]):
                     f"{self.path}, line {number}: not a record of a {self.kind} ({error}); the file was edited or "
                     f"damaged. Nothing was changed: remove that line to do its job again"
                 ) from None
-        try:
-            header = self._header.from_json(raw)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise JournalError(
-                f"{self.path}, line 1: not the header of a {self.kind} ({type(error).__name__}: {error}); the file was "
-                f"edited or damaged. Nothing was changed"
-            ) from None
         self.switched_off = frozenset(switched_off)
         return header, records, whole
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flipproof._fields import HINT, Fields, read_json, wrong
+from flipproof._files import replacing
 from flipproof.errors import ConfigError, ModelError
 from flipproof.hardening.bounds.bounded import Bounded, ClampInput, Saturate, Smooth, ZeroAbove
 from flipproof.hardening.example import from_plain, inputs_like, to_plain
@@ -87,16 +87,9 @@ def save_hardened(hardened: nn.Module, path: str | os.PathLike[str]) -> Path:
             f"{other[0]} of this model's state_dict is a {type(stored[other[0]]).__name__}; files hold tensors"
         )
     state = {name: value.detach().cpu().contiguous().clone() for name, value in stored.items()}
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         save_file(state, temporary, {"flipproof_hardened": json.dumps(about)})
-        temporary.replace(target)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-    return target
+    return Path(path)
 
 
 def load_hardened(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:

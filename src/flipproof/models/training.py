@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flipproof._files import replacing
 from flipproof.errors import DataError
 
 Batch = tuple[Tensor, Tensor] | tuple[Mapping[str, Tensor], Tensor]
@@ -106,12 +107,7 @@ def cached(name: str, build: Callable[[], nn.Module], train: Callable[[nn.Module
         else:
             return model.eval()
     model = train(model)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    # a read-only home costs a few seconds of training next time, nothing else
+    with suppress(OSError), replacing(path) as temporary:
         save_file(model.state_dict(), temporary)
-        temporary.replace(path)
-    except OSError:  # a read-only home costs a few seconds of training next time, nothing else
-        with suppress(OSError):
-            temporary.unlink()
     return model

@@ -14,6 +14,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from flipproof._files import replacing
 from flipproof.campaigns.assessment import Assessment
 from flipproof.errors import ConfigError
 from flipproof.reports.style import OUTCOME_STYLE, SERIES, SWEEPS, sweep_of
@@ -88,15 +89,9 @@ def report(path: str | os.PathLike[str], /, **assessments: Assessment) -> Path:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>flipproof report</title>'
         f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>\n<body>{''.join(body)}</body></html>\n"
     )
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return target
+    return Path(path)
 
 
 def _campaigns(assessments: Mapping[str, Assessment]) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from math import inf, isfinite, isinf, isnan, nan
 from typing import Any
+
+from flipproof._fields import Fields, wrong
 
 METRIC_NAMES = ("accuracy", "auroc", "average_precision")
 """Metrics that are known by name."""
@@ -89,12 +90,21 @@ class Scale:
         return {**asdict(self), "range": ends}
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Scale:
-        """The inverse of `to_json`."""
-        low, high = found["range"]
-        better = found["higher_is_better"]
-        limits = (-inf if low is None else float(low), inf if high is None else float(high))
-        return cls(str(found["unit"]), limits, None if better is None else bool(better), bool(found["per_sample"]))
+    def from_json(cls, found: Any, place: str) -> Scale:
+        """The inverse of `to_json`.
+
+        Raises:
+            ConfigError: naming the place, what was expected and what came.
+        """
+        about = Fields(found, place)
+        ends = about.take("range")
+        if not isinstance(ends, list) or len(ends) != 2:
+            raise wrong(about.at("range"), "two numbers or null", ends)
+        low, high = (no_end if end is None else end for end, no_end in zip(ends, (-inf, inf), strict=True))
+        limits = Fields({"low": low, "high": high}, about.at("range"))
+        better = None if about.take("higher_is_better") is None else about.flag("higher_is_better")
+        numbers = (limits.number("low"), limits.number("high"))
+        return cls(about.text("unit"), numbers, better, about.flag("per_sample"))
 
 
 SHARE = Scale("%", (0.0, 1.0), True)

@@ -491,3 +491,23 @@ class keep_random_state:
             torch.cuda.set_rng_state_all(self._cuda)
         np.random.set_state(self._numpy)  # noqa: NPY002
         random.setstate(self._python)
+
+
+class as_it_came:
+    """The model's parameters, buffers and attributes are at the end what they were at the start.
+
+    ``model.eval()`` may be more than a flag: adapters merge themselves into the weights.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._random = keep_random_state()
+
+    def __enter__(self) -> Snapshot:
+        self._random.__enter__()
+        self._came = Snapshot(self._model)
+        return self._came
+
+    def __exit__(self, *exception: object) -> None:
+        self._came.verify()
+        self._random.__exit__(*exception)

@@ -1,0 +1,39 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path`; what was written there takes its place at the end.
+
+    The folder is made if needed. If anything is raised, the old file stays and the temporary one is removed.
+
+    Args:
+        path: of the file to write.
+
+    Raises:
+        OSError: if the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with replacing(f"{folder}/runs/page.html") as temporary:
+        ...         _ = temporary.write_text("whole")
+        ...     [file.name for file in Path(folder, "runs").iterdir()]
+        ['page.html']
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(target)
+    finally:
+        with suppress(OSError):  # it was renamed, or never written
+            temporary.unlink()
