@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flipproof._interrupts import given_back
-from flipproof.analysis.asking import check_asked
+from flipproof.analysis.opened_model import check_subject
 from flipproof.errors import ConfigError, DataError, InfrastructureError, ModelError
 from flipproof.faults import FaultModel
 from flipproof.faults.sampling import TrialGenerator
@@ -111,7 +111,7 @@ def propagation(
     if trials < 1 or bins < 1:
         raise ConfigError(f"propagation needs trials ≥ 1 and bins ≥ 1, got trials={trials}, bins={bins}")
     where = Parameters() if where is None else where
-    check_asked("propagation", model, where, (Parameters,), format)
+    check_subject("propagation", model, where, (Parameters,), format)
     if not hasattr(faults, "points"):
         raise ConfigError(f"propagation takes faults= a fault model such as fp.RandomBits(1), got {faults!r}")
     check_hooks_run(model)
