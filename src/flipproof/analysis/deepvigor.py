@@ -9,24 +9,32 @@ what that shows, and a layer where it fails too often is tried flip by flip.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from flipproof.analysis.layer_vulnerability import LayerVulnerability, distinct
+from flipproof.analysis.layer_vulnerability import LayerVulnerability, ModuleVulnerability, distinct
+from flipproof.analysis.module_jobs import AnalysisHeader, ModuleJobs, check_run
 from flipproof.analysis.opened_model import check_subject, opened
 from flipproof.analysis.probes import ProbedSite, Prober
 from flipproof.analysis.search import Search
 from flipproof.analysis.two_phase import LEFT, PROVEN, TRIED, signed
 from flipproof.analysis.vulnerability import VulnerabilityMap
 from flipproof.campaigns.statistics import wilson_interval
+from flipproof.engine.jobs import do_all
+from flipproof.engine.journal import Journal, Key
 from flipproof.errors import ConfigError
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.running.data import Data, Output
 from flipproof.running.outcomes import DecisionChoice
 from flipproof.spaces.sites import Neurons, Parameters
 from flipproof.spaces.tensors import FormatChoice
+
+KIND = "vulnerability analysis"
+"""What the journal says it is of."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,10 @@ def analyze(
     where: Neurons | Parameters | None = None,
     output: Output = None,
     decision: DecisionChoice = None,
+    journal: str | os.PathLike[str] | None = None,
+    workers: int = 1,
+    progress: bool | None = None,
+    device: str | torch.device | None = None,
 ) -> VulnerabilityMap:
     """Which errors in which neurons, or in which weights, change the class, layer by layer.
 
@@ -105,6 +117,11 @@ def analyze(
             neurons; other parameters cost a whole forward a question: sample them with `DeepVigor(neurons=…)`.
         output: picks the tensor to judge out of what the model returns.
         decision: how outputs become classes, as for `assess`.
+        journal: file to write and resume, one JSON line a module. What is found does not depend on interruptions.
+        workers: processes; each analyses a module at a time, and may work on `max_bytes` of its own. What is found does
+            not depend on their number.
+        progress: show a progress bar; None shows it on a terminal.
+        device: where to run; None is where the model is.
 
     Raises:
         FlipproofError: one of its kinds, as for `assess`.
@@ -124,11 +141,22 @@ def analyze(
     check_subject("analyze", model, where, (Neurons, Parameters), format)
     if method.gradient and isinstance(where, Parameters):
         raise ConfigError("gradient=True is about neurons; analyse parameters without it")
+    check_run("analyze", workers, journal)
     of = "parameters" if isinstance(where, Parameters) else "neurons"
-    with opened(model, data, where, format, output, method.max_bytes, decision) as prober:
+    with opened(model, data, where, format, output, method.max_bytes, decision, device=device) as prober:
         labels = distinct(prober.classes)
         _check_room(prober, method, labels)
-        layers = [_analyse(prober, site, method, labels) for site in prober.sites]
+
+        def analysed(key: Key, sites: Sequence[ProbedSite]) -> ModuleVulnerability:
+            found = tuple(_analyse(prober, site, method, labels) for site in sites)
+            return ModuleVulnerability(str(key[0]), found)
+
+        jobs = ModuleJobs(prober, analysed)
+        header = AnalysisHeader.of(prober, method=repr(method), where=repr(where))
+        file = Journal(journal, AnalysisHeader, ModuleVulnerability, kind=KIND) if journal is not None else None
+        records = do_all(jobs, jobs.keys, header, file, workers=workers, progress=progress)
+        by_site = {site.name: site for record in records.values() for site in record.sites}
+        layers = [by_site[site.name] for site in prober.sites]
         samples, digest = prober.batches.samples, prober.batches.digest()
         coverage, left_out = prober.coverage()
         rule = prober.decision.choice

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import ceil, hypot, inf
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +16,9 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor, nn
 
+from flipproof._fields import Fields
 from flipproof.analysis.drawn_inputs import drawn
+from flipproof.analysis.module_jobs import AnalysisHeader, ModuleJobs, check_run
 from flipproof.analysis.opened_model import check_subject, opened
 from flipproof.analysis.probes import Probe, ProbedSite, Prober
 from flipproof.analysis.search import Search
@@ -29,13 +34,24 @@ from flipproof.analysis.two_phase import (
     t_distance,
 )
 from flipproof.campaigns.statistics import Interval, half_width, mean_interval
+from flipproof.engine.jobs import do_all
+from flipproof.engine.journal import Journal, Key
 from flipproof.errors import ConfigError, FlipproofWarning
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.running.data import Data, Output, read_batches
-from flipproof.running.device import device_of
+from flipproof.running.device import check_device
 from flipproof.running.outcomes import DecisionChoice
 from flipproof.spaces.sites import Neurons, Parameters
 from flipproof.spaces.tensors import FormatChoice
+
+KIND = "factor estimate"
+"""What the journal says it is of."""
+
+COLUMNS = (
+    *("layer", "factor", "factor_low", "factor_high", "given_low", "given_high", "searched", "inputs", "pairs"),
+    *("audited", "wrong", "forwards", "injections", "rival"),
+)
+"""What is found about one site."""
 
 FIRST, INPUTS = 128, 64
 """Pairs of a place and an input to begin with, and the inputs among them."""
@@ -53,6 +69,10 @@ def estimate_factors(
     confidence: float = 0.95,
     by: str = "search",
     seed: int = 0,
+    journal: str | os.PathLike[str] | None = None,
+    workers: int = 1,
+    progress: bool | None = None,
+    device: str | torch.device | None = None,
 ) -> pd.DataFrame:
     """The vulnerability factor of each layer or parameter to ± `margin`, from searches of random places and inputs.
 
@@ -76,6 +96,11 @@ def estimate_factors(
         by: "search", or "injection" of one random bit of each pair, with the same inputs, rows, intervals and stopping
             rule. Which of the two is cheaper depends on network and margin: see benchmarks/README.md.
         seed: of the pairs and injections.
+        journal: file to write and resume, one JSON line a module and number of inputs drawn. The table does not depend
+            on interruptions.
+        workers: processes; each works on a module at a time. The table does not depend on their number.
+        progress: show a progress bar; None shows it on a terminal.
+        device: where to run; None is where the model is.
 
     Returns:
         One row a layer: `factor` with `factor_low` and `factor_high`, which speak of the population that the inputs
@@ -108,14 +133,24 @@ def estimate_factors(
     check_subject("estimate_factors", model, Neurons() if where is None else where, (Neurons, Parameters), format)
     if by not in ("search", "injection"):
         raise ConfigError(f"estimate_factors goes by 'search' or 'injection', got {by!r}")
+    check_run("estimate_factors", workers, journal)
     kind = _Pairs if by == "search" else _InjectedPairs
-    everything = read_batches(data, device_of(model))
+    target = check_device(model, device)
+    where = Neurons() if where is None else where
+    file = Journal(journal, AnalysisHeader, ModuleFactors, kind=KIND) if journal is not None else None
+    header: AnalysisHeader | None = None
+    everything = read_batches(data, target)
     most, spent = _inputs_for(margin), np.zeros(0)
     while True:
         batches, order = drawn(everything, most, seed)
-        with opened(model, batches, where or Neurons(), format, output, 2**28, decision) as prober:
-            layers = [kind(prober, site, order, confidence, seed) for site in prober.sites]
-            rows = [layer.row(margin, len(layers)) for layer in layers]
+        with opened(model, batches, where, format, output, 2**28, decision, device=target) as prober:
+            if header is None:
+                settings = {"margin": margin, "confidence": confidence, "by": by, "seed": seed, "where": repr(where)}
+                header = AnalysisHeader.of(prober, inputs=everything.digest(), **settings)
+            jobs = _jobs(prober, kind, order, margin, confidence, seed)
+            records = do_all(jobs, jobs.keys, header, file, workers=workers, progress=progress)
+            by_site = {str(row["layer"]): row for record in records.values() for row in record.rows}
+            rows = [by_site[site.name] for site in prober.sites]
             coverage, left_out = prober.coverage()
         found = pd.DataFrame(rows)
         found["forwards"] += spent if spent.size else 0.0
@@ -126,6 +161,59 @@ def estimate_factors(
     found["fewer"] = found.pop("rival") / found["forwards"].clip(lower=1e-12)
     found.attrs.update(coverage=coverage, left_out=left_out)
     return found
+
+
+@dataclass(frozen=True)
+class ModuleFactors:
+    """The factors of the sites of one module: one line of the journal of `estimate_factors`.
+
+    Attributes:
+        inputs: how many inputs could be drawn.
+        module: qualified name.
+        rows: of the table, one a site.
+    """
+
+    inputs: int
+    module: str
+    rows: tuple[dict[str, Any], ...]
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """Which job it was."""
+        return (self.inputs, self.module)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {"inputs": self.inputs, "module": self.module, "rows": list(self.rows)}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> ModuleFactors:
+        """The inverse of `to_json`."""
+        about = Fields(record, "a module")
+        found = cls(about.whole("inputs"), about.text("module"), about.each("rows", _read_row))
+        about.end()
+        return found
+
+
+def _read_row(about: Fields) -> dict[str, Any]:
+    counts = ("inputs", "pairs", "audited", "injections")
+    return {
+        name: about.text(name) if name == "layer" else about.whole(name) if name in counts else about.number(name)
+        for name in COLUMNS
+    }
+
+
+def _jobs(
+    prober: Prober, kind: type[_Pairs], order: Tensor, margin: float, confidence: float, seed: int
+) -> ModuleJobs[ModuleFactors]:
+    """One job a module: pairs of its sites until the margin is met."""
+    layers = len(prober.sites)
+
+    def estimated(key: Key, sites: Sequence[ProbedSite]) -> ModuleFactors:
+        rows = tuple(kind(prober, site, order, confidence, seed).row(margin, layers) for site in sites)
+        return ModuleFactors(int(key[0]), str(key[1]), rows)
+
+    return ModuleJobs(prober, estimated, (int(order.numel()),))
 
 
 def _inputs_for(margin: float) -> int:
@@ -186,7 +274,7 @@ class _Pairs:
     def pairs(self) -> int:
         return self._place.numel()
 
-    def row(self, margin: float, layers: int) -> dict[str, object]:
+    def row(self, margin: float, layers: int) -> dict[str, Any]:
         """Draw until the margin is met, and say what was found."""
         prober = self._prober
         before = replace(prober.costs)

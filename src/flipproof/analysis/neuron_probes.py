@@ -28,6 +28,7 @@ from flipproof.running.data import Batches, Output, call, pick
 from flipproof.running.evaluation import is_infrastructure
 from flipproof.running.outcomes import Decision
 from flipproof.running.resume import Suffixes
+from flipproof.running.snapshots import Snapshot
 from flipproof.running.values import rows_of
 from flipproof.spaces.neurons import NeuronSpace
 
@@ -50,6 +51,7 @@ class NeuronProber(Prober):
         batches: the inputs.
         golden: fault-free outputs of all samples, on the CPU.
         max_bytes: bound on the activations of a probing batch.
+        state: of the fault-free model.
     """
 
     def __init__(
@@ -61,10 +63,10 @@ class NeuronProber(Prober):
         golden: Tensor,
         decision: Decision,
         max_bytes: int,
+        state: Snapshot,
     ) -> None:
-        super().__init__(model, batches, output, golden, decision)
+        super().__init__(model, batches, output, golden, decision, state)
         self.space = space
-        self._golden = golden
         self._sites = {site.name: site for site in space.sites}
         self._suffixes = Suffixes.trace(model, batches.inputs)
         # a layer's output is commonly held four times over: itself, normalised, activated, pooled or unfolded
@@ -98,6 +100,10 @@ class NeuronProber(Prober):
         share, rest = self.multiplications.coverage(self.sites)
         return share, {**rest, **self.space.left_out}
 
+    def originals(self) -> dict[str, Tensor]:
+        """No parameter is replaced."""
+        return self.space.originals()
+
     def forget(self) -> None:
         """Drop how questions were found to share a forward."""
         self._ways.clear()
@@ -125,7 +131,7 @@ class NeuronProber(Prober):
 
     def suffix(self, site: str, batch: int) -> Suffix | None:
         """What runs behind this call of a layer, or None where that does not reproduce the golden outputs."""
-        golden = self._golden[self.batches.part(batch)]
+        golden = self.golden[self.batches.part(batch)]
         if self._suffixes is None or not self.cuts(site):
             return None
         try:

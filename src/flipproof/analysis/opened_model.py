@@ -11,12 +11,12 @@ from torch import nn
 from flipproof._interrupts import given_back
 from flipproof.analysis.neuron_probes import NeuronProber
 from flipproof.analysis.parameter_probes import ParameterProber
-from flipproof.analysis.probes import Prober
+from flipproof.analysis.probes import Prober, stateful
 from flipproof.errors import ConfigError, ModelError
 from flipproof.formats import Format
 from flipproof.running.data import Batches, Data, Output, read_batches
 from flipproof.running.decision import decide
-from flipproof.running.device import device_of
+from flipproof.running.device import check_device, on_device
 from flipproof.running.evaluation import eval_mode, golden_run, one_thread
 from flipproof.running.neurons import neuron_space
 from flipproof.running.outcomes import DecisionChoice
@@ -35,6 +35,8 @@ def opened(
     output: Output,
     max_bytes: int,
     decision: DecisionChoice = None,
+    *,
+    device: str | torch.device | None = None,
 ) -> Iterator[Prober]:
     """Probes of a model's neurons or parameters, while it is stored in their formats; it comes back as it was.
 
@@ -46,15 +48,16 @@ def opened(
         output: see `analyze`.
         max_bytes: bound on the activations of a probing batch.
         decision: see `analyze`.
+        device: see `analyze`.
 
     Raises:
         FlipproofError: as `assess` does, if the model rejects the data or its fault-free outputs hold NaN.
         ModelError: naming what the model writes while it answers.
         FaultSpaceError: if nothing can be asked about.
     """
-    device = device_of(model)
-    with given_back(model), eval_mode(model), one_thread(device):
-        batches = data if isinstance(data, Batches) else read_batches(data, device)
+    target = check_device(model, device)
+    with given_back(model), on_device(model, target), eval_mode(model), one_thread(target):
+        batches = data if isinstance(data, Batches) else read_batches(data, target)
         space = (
             _even(FaultSpace(model, where=where, format=format))
             if isinstance(where, Parameters)
@@ -64,14 +67,15 @@ def opened(
             state = Snapshot(model)
             golden = golden_run(model, batches, output, state)
             if state.written:
-                raise ModelError(_stateful(state.written, "in every forward"))
+                raise ModelError(stateful(state.written, "in every forward"))
             rule = decide(model, batches, output, golden, decision)
+            prober: Prober
             if isinstance(space, FaultSpace):
-                yield ParameterProber(model, space, batches, output, golden, rule, max_bytes)
+                prober = ParameterProber(model, space, batches, output, golden, rule, max_bytes, state)
             else:
-                yield NeuronProber(model, space, batches, output, golden, rule, max_bytes)
-            if wrote := {*state.restore(), *state.verify()}:
-                raise ModelError(_stateful(wrote, "under some error"))
+                prober = NeuronProber(model, space, batches, output, golden, rule, max_bytes, state)
+            yield prober
+            prober.check_untouched()
 
 
 def _even(space: FaultSpace) -> FaultSpace:
@@ -83,14 +87,6 @@ def _even(space: FaultSpace) -> FaultSpace:
                 f"asks about every bit of equally wide words. Measure such storage with assess"
             )
     return space
-
-
-def _stateful(names: set[str], when: str) -> str:
-    return (
-        f"the model writes {', '.join(sorted(names)[:5])} {when}, so that one question would change the answer to the "
-        f"next. It was put back. Remove that state (observers, BatchNorm in train mode, max_norm), or measure with "
-        f"assess, which puts it back after every batch"
-    )
 
 
 def check_subject(

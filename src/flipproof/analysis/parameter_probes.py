@@ -24,6 +24,7 @@ from flipproof.running.data import Batches, Output, call, pick
 from flipproof.running.evaluation import is_infrastructure
 from flipproof.running.neurons import neuron_space
 from flipproof.running.outcomes import Decision
+from flipproof.running.snapshots import Snapshot
 from flipproof.running.values import bytes_of, rows_of
 from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Neurons, NeuronSite, Site
@@ -42,6 +43,7 @@ class ParameterProber(Prober):
         batches: the inputs.
         golden: fault-free outputs of all samples, on the CPU.
         max_bytes: bound on the activations of a probing batch.
+        state: of the fault-free model.
     """
 
     def __init__(
@@ -53,8 +55,9 @@ class ParameterProber(Prober):
         golden: Tensor,
         decision: Decision,
         max_bytes: int,
+        state: Snapshot,
     ) -> None:
-        super().__init__(model, batches, output, golden, decision)
+        super().__init__(model, batches, output, golden, decision, state)
         self.space = space
         if packed := [name for name, tensor in space.tensors.items() if not tensor.is_floating_point()]:
             raise FaultSpaceError(
@@ -72,7 +75,7 @@ class ParameterProber(Prober):
             except FaultSpaceError:  # no layer gives one row a sample
                 neurons = None
             if neurons is not None:
-                self._neurons = NeuronProber(model, neurons, batches, output, golden, decision, max_bytes)
+                self._neurons = NeuronProber(model, neurons, batches, output, golden, decision, max_bytes, state)
                 self._neurons.costs = self.costs
         self.traced = self._neurons is not None and self._neurons.traced
         first = golden[: batches.sizes[0]]
@@ -96,6 +99,10 @@ class ParameterProber(Prober):
     def coverage(self) -> tuple[float, dict[str, str]]:
         """Bits of the analysed parameters ÷ these and those of what is left out, in its own type; and the latter."""
         return self.space.coverage, dict(self.space.left_out)
+
+    def originals(self) -> dict[str, Tensor]:
+        """Values that a format replaced."""
+        return self.space.originals()
 
     def forget(self) -> None:
         """Drop the suffix and the input of the last layer, and how many injections were made in memory."""
@@ -157,7 +164,7 @@ class ParameterProbe(Probe):
         self._size = prober.batches.sizes[batch]
         self.classes = prober.classes[prober.batches.part(batch)]
         self._tensor = prober.space.tensors[site.name].data
-        original = prober.space.originals().get(site.name, self._tensor)
+        original = prober.originals().get(site.name, self._tensor)
         coding = site.format.fit(original)
         words = site.format.encode_values(original, dense(coding, original.shape))
         self._stored = Stored(site.format, words.contiguous(), coding, site.dtype)

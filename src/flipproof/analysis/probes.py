@@ -8,7 +8,7 @@ kind of place is one subclass of each: `neuron_probes`, `parameter_probes`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -17,9 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from flipproof.analysis.multiplications import Multiplications
+from flipproof.errors import ModelError
 from flipproof.formats import Format
 from flipproof.running.data import Batches, Output
+from flipproof.running.device import device_of
 from flipproof.running.outcomes import Decision
+from flipproof.running.snapshots import Snapshot
 
 
 class ProbedSite(Protocol):
@@ -107,15 +110,32 @@ class Costs:
 class Prober(ABC):
     """Probes of one model on given batches, and what they cost.
 
+    Args:
+        model: as it is stored.
+        batches: the inputs.
+        output: picks the tensor to judge.
+        golden: fault-free outputs of all samples, on the CPU.
+        decision: how outputs become classes.
+        state: of the fault-free model.
+
     Attributes:
         classes: golden class of every sample.
         costs: rows run so far.
     """
 
-    def __init__(self, model: nn.Module, batches: Batches, output: Output, golden: Tensor, decision: Decision) -> None:
-        self.model, self.batches, self.output, self.decision = model, batches, output, decision
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        output: Output,
+        golden: Tensor,
+        decision: Decision,
+        state: Snapshot,
+    ) -> None:
+        self.model, self.batches, self.output, self.golden, self.decision = model, batches, output, golden, decision
         self.classes = decision.classes_of(golden)
         self.costs = Costs()
+        self._state = state
 
     @property
     @abstractmethod
@@ -139,8 +159,26 @@ class Prober(ABC):
         """The share of the network that the sites speak of, and by name what is left out, with the reason."""
 
     @abstractmethod
+    def originals(self) -> Mapping[str, Tensor]:
+        """Values of the parameters that are stored in another format now, as they came, by name."""
+
+    @abstractmethod
     def forget(self) -> None:
         """Drop what was prepared for earlier sites: what comes next costs as much as if it came first."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return device_of(self.model)
+
+    def check_untouched(self) -> None:
+        """Put back what the model wrote while it was asked.
+
+        Raises:
+            ModelError: naming what it wrote: one question may then have changed the answer to the next.
+        """
+        if wrote := {*self._state.restore(), *self._state.verify()}:
+            raise ModelError(stateful(wrote, "under some error"))
 
     @cached_property
     def multiplications(self) -> Multiplications:
@@ -184,3 +222,12 @@ class Prober(ABC):
             delta[here] = (after.double() - before.double()).cpu()
             critical[here] = probe.critical(row, where, after, shortcuts=False).cpu()
         return delta, critical
+
+
+def stateful(names: set[str], when: str) -> str:
+    """Why a model that writes into itself cannot be analysed."""
+    return (
+        f"the model writes {', '.join(sorted(names)[:5])} {when}, so that one question would change the answer to the "
+        f"next. It was put back. Remove that state (observers, BatchNorm in train mode, max_norm), or measure with "
+        f"assess, which puts it back after every batch"
+    )

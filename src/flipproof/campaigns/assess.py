@@ -32,7 +32,7 @@ from flipproof.errors import AuditError, ConfigError, DataError, FaultModelError
 from flipproof.faults.base import FaultModel
 from flipproof.running.data import Data, Output, call, check_labels, pick, read_batches, tensor_bytes
 from flipproof.running.decision import decide
-from flipproof.running.device import check_device
+from flipproof.running.device import check_device, on_device
 from flipproof.running.evaluation import eval_mode, golden_run, one_thread
 from flipproof.running.faulty import FaultyModel
 from flipproof.running.metrics import Metrics, resolve
@@ -152,7 +152,7 @@ def assess(
     target = check_device(model, device)
     with (
         given_back(model),
-        _on_device(model, target),
+        on_device(model, target),
         as_it_came(model) as came,
         eval_mode(model),
         one_thread(target),
@@ -410,31 +410,3 @@ def _hash(content: bytes) -> str:
 
 def _name_of(output: Output) -> str | int | None:
     return getattr(output, "__qualname__", type(output).__name__) if callable(output) else output
-
-
-class _on_device:
-    """The model on a device for a while; parameters go back to the very memory they came from."""
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._model = model
-        self._device = device
-        self._home: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def __enter__(self) -> None:
-        tensors = [*self._model.parameters(), *self._model.buffers()]
-        if all(t.device.type == self._device.type and self._device.index in (None, t.device.index) for t in tensors):
-            return
-        self._home = [(t, t.data) for t in tensors]
-        try:
-            self._model.to(self._device)
-        except BaseException:
-            self._put_back()
-            raise
-
-    def __exit__(self, *exception: object) -> None:
-        self._put_back()
-
-    def _put_back(self) -> None:
-        for tensor, data in self._home:
-            tensor.data = data
-        self._home = []

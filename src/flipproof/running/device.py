@@ -31,3 +31,31 @@ def check_device(model: nn.Module, device: object) -> torch.device:
             f"{str(error).strip().splitlines()[0][:200]}"
         ) from None
     return found
+
+
+class on_device:
+    """The model on a device for a while; parameters go back to the very memory they came from."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._model = model
+        self._device = device
+        self._home: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __enter__(self) -> None:
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        if all(t.device.type == self._device.type and self._device.index in (None, t.device.index) for t in tensors):
+            return
+        self._home = [(t, t.data) for t in tensors]
+        try:
+            self._model.to(self._device)
+        except BaseException:
+            self._put_back()
+            raise
+
+    def __exit__(self, *exception: object) -> None:
+        self._put_back()
+
+    def _put_back(self) -> None:
+        for tensor, data in self._home:
+            tensor.data = data
+        self._home = []
