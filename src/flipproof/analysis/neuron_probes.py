@@ -31,6 +31,7 @@ from flipproof.running.resume import Suffixes
 from flipproof.running.snapshots import Snapshot
 from flipproof.running.values import rows_of
 from flipproof.spaces.neurons import NeuronSpace
+from flipproof.spaces.sites import NeuronSite
 
 ROWS = 512
 """Most rows of a probing batch: more does not run faster on a CPU."""
