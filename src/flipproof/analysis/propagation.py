@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,19 +11,21 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from flipproof._hooks import hooked
 from flipproof._interrupts import given_back
 from flipproof.analysis.opened_model import check_subject
 from flipproof.errors import ConfigError, DataError, InfrastructureError, ModelError
 from flipproof.faults import FaultModel
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.running.data import Data, call, read_batches
+from flipproof.running.device import device_of
 from flipproof.running.evaluation import eval_mode, is_infrastructure
 from flipproof.running.hooks import check_hooks_run
 from flipproof.running.snapshots import Snapshot
 from flipproof.spaces.contract import Draw
 from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Parameters
-from flipproof.spaces.tensors import FormatChoice
+from flipproof.spaces.tensors import FormatChoice, matches
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -91,7 +91,7 @@ def propagation(
         trials: draws a point.
         format: how parameters are stored, as in `assess`.
         where: which parameters can be hit.
-        include: glob patterns over the layers' qualified names.
+        include: glob patterns over qualified names; a module's name takes all layers that it holds.
         bins: of the distributions; equal widths over the range of the fault-free values, and one more on each side for
             what lies beyond.
         seed: of the draws.
@@ -116,8 +116,7 @@ def propagation(
         raise ConfigError(f"propagation takes faults= a fault model such as fp.RandomBits(1), got {faults!r}")
     check_hooks_run(model)
     layers = _layers(model, (include,) if isinstance(include, str) else tuple(include))
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    batches = read_batches(data, device)
+    batches = read_batches(data, device_of(model))
     space = FaultSpace(model, where=where, format=format)
     jobs: list[tuple[FaultModel, int, Draw]] = []
     for point in faults.points():
@@ -168,7 +167,7 @@ def propagation(
 
 def _layers(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Module]:
     leaves = {name: module for name, module in model.named_modules() if not list(module.children())}
-    found = {n: m for n, m in leaves.items() if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)}
+    found = {n: m for n, m in leaves.items() if matches([n], patterns)}
     if not found:
         raise ConfigError(f"no layer fits include={list(patterns)}; the model's layers are {list(leaves)[:20]}")
     return found
@@ -186,26 +185,14 @@ def _golden(model: nn.Module, layers: dict[str, nn.Module], inputs: Any, batch: 
 def _outputs(model: nn.Module, layers: dict[str, nn.Module], inputs: Any) -> dict[str, Tensor]:
     """What every layer gave, in the order of execution; the calls of a shared layer one after the other."""
     found: dict[str, list[Tensor]] = {}
-    with _noting(layers, found):
+
+    def note(name: str, module: nn.Module, result: Any) -> None:
+        if isinstance(result, Tensor) and result.is_floating_point():
+            found.setdefault(name, []).append(result.detach().reshape(-1).to(torch.float64, copy=True))
+
+    with hooked(layers, note):
         call(model, inputs)
     return {name: torch.cat(parts) for name, parts in found.items()}
-
-
-@contextmanager
-def _noting(layers: dict[str, nn.Module], found: dict[str, list[Tensor]]) -> Iterator[None]:
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, result: Any) -> None:
-            if isinstance(result, Tensor) and result.is_floating_point():
-                found.setdefault(name, []).append(result.detach().reshape(-1).to(torch.float64, copy=True))
-
-        return hook
-
-    handles = [module.register_forward_hook(note(name)) for name, module in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _compare(clean: Tensor, faulty: Tensor, seen: _Seen) -> None:
