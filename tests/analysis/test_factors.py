@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import flipproof as fp
-from flipproof.analysis.audit import CRITICAL, HARMLESS, correction, counted, distances, signed
-from flipproof.analysis.layer import VERDICTS
-from flipproof.analysis.opening import drawn
+from flipproof.analysis.drawn_inputs import drawn
+from flipproof.analysis.layer_vulnerability import VERDICTS
+from flipproof.analysis.two_phase import CRITICAL, HARMLESS, correction, counted, distances, signed
 from flipproof.errors import FlipproofWarning
 from flipproof.reports.vulnerability import range_figure
 from flipproof.running.data import read_batches
@@ -256,12 +256,12 @@ def test_gradient_skips_what_it_calls_harmless_and_holes_tell_where_it_is_wrong(
 
 
 def test_the_gradient_is_that_of_finite_differences():
-    from flipproof.analysis.opening import opened
+    from flipproof.analysis.opened_model import opened
 
     net, data = tiny()
     exact = copy.deepcopy(net).double()
     with opened(net, data, fp.Neurons(), None, None, 2**24) as prober, torch.no_grad():
-        layer = prober.at(prober.sites[1], 0)
+        layer = prober.at(prober.sites[1].name, 0)
         found = layer.gradient().double()
         values, step = layer.values.double(), 1e-6
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import flipproof as fp
-from flipproof.analysis.opening import opened
-from flipproof.analysis.probing import Prober
+from flipproof.analysis.neuron_probes import NeuronProber
+from flipproof.analysis.opened_model import opened
 
 
 class Tied(nn.Module):
@@ -61,10 +61,10 @@ def test_cuts_say_what_whole_forwards_say_and_cost_less(format):
 
 def test_every_call_has_a_cut():
     with opened(Tied(), DATA, fp.Neurons(), None, None, 2**28) as prober:
-        assert isinstance(prober, Prober)
-        assert all(prober.cuts(site) for site in prober.sites)
+        assert isinstance(prober, NeuronProber)
+        assert all(prober.cuts(site.name) for site in prober.sites)
         for site in prober.sites:
-            assert prober.suffix(site, 0) is not None
+            assert prober.suffix(site.name, 0) is not None
 
 
 def test_shared_weights_move_every_call():

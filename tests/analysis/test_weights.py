@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import flipproof as fp
-from flipproof.analysis.opening import opened
+from flipproof.analysis.opened_model import opened
 
 Data = list[tuple[Tensor, Tensor]]
 EXACT = fp.DeepVigor(factors="exhaustive", ranges=False, holes=0)
@@ -135,8 +135,8 @@ def test_a_weight_and_its_bias_share_what_was_recorded():
         with opened(net, data, where, None, None, 2**24) as prober:
             for site in prober.sites:
                 for batch in range(2):
-                    prober.at(site, batch)
-            recorded.append(prober.recorded)
+                    prober.at(site.name, batch)
+            recorded.append((prober.costs.preparing, prober.costs.checking))
     assert recorded[0] == recorded[1] > (0, 0)
     both = fp.analyze(net, data, EXACT, where=fp.Parameters("b.*"))
     alone = fp.analyze(net, data, EXACT, where=fp.Parameters("b.bias"))

@@ -4,32 +4,37 @@ For a neuron, an input and a sign, the errors that its bit flips make are sorted
 found by galloping down from the largest and bisecting, on the assumption that larger errors of that sign stay critical.
 Ranges then narrow the gap between the last harmless and the first critical error to `tolerance`. The assumption fails
 now and then (the range has *holes*): a random sample of what was decided from it is injected, factors are corrected by
-what that shows, and a layer where it fails too often is asked flip by flip.
+what that shows, and a layer where it fails too often is tried flip by flip.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from flipproof.analysis.asking import check_asked
-from flipproof.analysis.audit import LEFT, PROVEN, TRIED, signed
-from flipproof.analysis.covering import spoken_of
-from flipproof.analysis.layer import LayerVulnerability, distinct
-from flipproof.analysis.opening import opened, suffix_shares
-from flipproof.analysis.probing import Layer, Prober
+from flipproof.analysis.layer_vulnerability import LayerVulnerability, ModuleVulnerability, distinct
+from flipproof.analysis.module_jobs import AnalysisHeader, ModuleJobs, check_run
+from flipproof.analysis.opened_model import check_subject, opened
+from flipproof.analysis.probes import ProbedSite, Prober
 from flipproof.analysis.search import Search
+from flipproof.analysis.two_phase import LEFT, PROVEN, TRIED, signed
 from flipproof.analysis.vulnerability import VulnerabilityMap
-from flipproof.analysis.weights import WeightProber
 from flipproof.campaigns.statistics import wilson_interval
+from flipproof.engine.jobs import do_all
+from flipproof.engine.journal import Journal, Key
 from flipproof.errors import ConfigError
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.running.data import Data, Output
 from flipproof.running.outcomes import DecisionChoice
-from flipproof.spaces.sites import Neurons, NeuronSite, Parameters, Site
+from flipproof.spaces.sites import Neurons, Parameters
 from flipproof.spaces.tensors import FormatChoice
+
+KIND = "vulnerability analysis"
+"""What the journal says it is of."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,10 @@ def analyze(
     where: Neurons | Parameters | None = None,
     output: Output = None,
     decision: DecisionChoice = None,
+    journal: str | os.PathLike[str] | None = None,
+    workers: int = 1,
+    progress: bool | None = None,
+    device: str | torch.device | None = None,
 ) -> VulnerabilityMap:
     """Which errors in which neurons, or in which weights, change the class, layer by layer.
 
@@ -108,6 +117,11 @@ def analyze(
             neurons; other parameters cost a whole forward a question: sample them with `DeepVigor(neurons=…)`.
         output: picks the tensor to judge out of what the model returns.
         decision: how outputs become classes, as for `assess`.
+        journal: file to write and resume, one JSON line a module. What is found does not depend on interruptions.
+        workers: processes; each analyses a module at a time, and may work on `max_bytes` of its own. What is found does
+            not depend on their number.
+        progress: show a progress bar; None shows it on a terminal.
+        device: where to run; None is where the model is.
 
     Raises:
         FlipproofError: one of its kinds, as for `assess`.
@@ -124,17 +138,27 @@ def analyze(
     where = Neurons() if where is None else where
     if not isinstance(method, DeepVigor):
         raise ConfigError(f"analyze takes fp.DeepVigor(…) as its method, got {method!r}")
-    check_asked("analyze", model, where, (Neurons, Parameters), format)
+    check_subject("analyze", model, where, (Neurons, Parameters), format)
     if method.gradient and isinstance(where, Parameters):
         raise ConfigError("gradient=True is about neurons; analyse parameters without it")
+    check_run("analyze", workers, journal)
     of = "parameters" if isinstance(where, Parameters) else "neurons"
-    with opened(model, data, where, format, output, method.max_bytes, decision) as prober:
+    with opened(model, data, where, format, output, method.max_bytes, decision, device=device) as prober:
         labels = distinct(prober.classes)
         _check_room(prober, method, labels)
-        share = suffix_shares(model, prober)
-        layers = [_analyse(prober, site, method, share[site.name], labels) for site in prober.sites]
+
+        def analysed(key: Key, sites: Sequence[ProbedSite]) -> ModuleVulnerability:
+            found = tuple(_analyse(prober, site, method, labels) for site in sites)
+            return ModuleVulnerability(str(key[0]), found)
+
+        jobs = ModuleJobs(prober, analysed)
+        header = AnalysisHeader.of(prober, method=repr(method), where=repr(where))
+        file = Journal(journal, AnalysisHeader, ModuleVulnerability, kind=KIND) if journal is not None else None
+        records = do_all(jobs, jobs.keys, header, file, workers=workers, progress=progress)
+        by_site = {site.name: site for record in records.values() for site in record.sites}
+        layers = [by_site[site.name] for site in prober.sites]
         samples, digest = prober.batches.samples, prober.batches.digest()
-        coverage, left_out = spoken_of(model, prober)
+        coverage, left_out = prober.coverage()
         rule = prober.decision.choice
     found = VulnerabilityMap(
         layers,
@@ -151,12 +175,11 @@ def analyze(
     return found
 
 
-def _check_room(prober: Prober | WeightProber, method: DeepVigor, labels: Tensor) -> None:
+def _check_room(prober: Prober, method: DeepVigor, labels: Tensor) -> None:
     """Refuse a map that would be larger than `max_bytes`."""
     counts = [min(site.values, method.neurons or site.values) for site in prober.sites]
     classes = prober.decision.classes
-    sites: tuple[NeuronSite | Site, ...] = prober.sites
-    needed = sum(LayerVulnerability.room(s, n, classes, labels) for s, n in zip(sites, counts, strict=True))
+    needed = sum(LayerVulnerability.room(s, n, classes, labels) for s, n in zip(prober.sites, counts, strict=True))
     if needed > method.max_bytes:
         raise ConfigError(
             f"a map of {sum(counts):,} places and {labels.numel()} golden classes keeps {needed / 2**20:,.1f} MiB, "
@@ -165,33 +188,30 @@ def _check_room(prober: Prober | WeightProber, method: DeepVigor, labels: Tensor
         )
 
 
-def _analyse(
-    prober: Prober | WeightProber, site: NeuronSite | Site, method: DeepVigor, share: float, labels: Tensor
-) -> LayerVulnerability:
-    before, whole = prober.probes, _whole(prober)
+def _analyse(prober: Prober, site: ProbedSite, method: DeepVigor, labels: Tensor) -> LayerVulnerability:
+    before = replace(prober.costs)
     found = _asked(prober, site, method, labels, exhaustive=_everything(prober, site, method))
     if found is None:
         found = _asked(prober, site, method, labels, exhaustive=True)
     assert found is not None  # what is tried flip by flip has no holes
-    found.probes = prober.probes - before
-    whole = _whole(prober) - whole
-    found.forwards = (found.probes - whole) * share + whole
+    found.probes, whole = prober.costs.probes - before.probes, prober.costs.whole - before.whole
+    found.forwards = (found.probes - whole) * prober.suffix_share(site.name) + whole
     return found
 
 
-def _everything(prober: Prober | WeightProber, site: NeuronSite | Site, method: DeepVigor) -> bool:
+def _everything(prober: Prober, site: ProbedSite, method: DeepVigor) -> bool:
     """Whether to try every flip: as the method says, or because the audit alone would come to most of them."""
     return method.factors == "exhaustive" or (not method.gradient and _rate(prober, site, method) == 1)
 
 
-def _rate(prober: Prober | WeightProber, site: NeuronSite | Site, method: DeepVigor) -> float:
+def _rate(prober: Prober, site: ProbedSite, method: DeepVigor) -> float:
     """The share of untried flips to inject; about a quarter of all flips of a layer are untried and unproved."""
     flips = prober.batches.samples * min(site.values, method.neurons or site.values) * site.width
     return min(1.0, max(0.01, 4 * method.holes / flips)) if method.holes else 0.0
 
 
 def _asked(
-    prober: Prober | WeightProber, site: NeuronSite | Site, method: DeepVigor, labels: Tensor, *, exhaustive: bool
+    prober: Prober, site: ProbedSite, method: DeepVigor, labels: Tensor, *, exhaustive: bool
 ) -> LayerVulnerability | None:
     """One layer's answers; None as soon as the search turns out to be wrong too often."""
     draw = TrialGenerator(method.seed, f"DeepVigor {site.name}", 0)
@@ -204,16 +224,16 @@ def _asked(
     # a dozen arrays of pairs × bits of 8 bytes are alive at once
     pairs = max(1, method.max_bytes // (100 * site.width))
     for batch, size in enumerate(prober.batches.sizes):
-        layer = prober.at(site, batch)  # type: ignore[arg-type]
-        silent = layer.gradient() == 0 if method.gradient and isinstance(layer, Layer) else None
-        found.count(layer.classes)
+        probe = prober.at(site.name, batch)
+        silent = probe.gradient() == 0 if method.gradient else None
+        found.count(probe.classes)
         by_input = torch.zeros(size, site.width, dtype=torch.float64)
         for part in torch.split(torch.arange(chosen.numel()), pairs):
             for samples in torch.split(torch.arange(size), max(1, pairs // part.numel())):
                 grid = (samples.numel(), part.numel())
                 rows, places = samples.repeat_interleave(grid[1]), chosen[part].repeat(grid[0])
                 search = Search(
-                    layer,
+                    probe,
                     rows,
                     places,
                     skip=None if silent is None else silent[rows, places],
@@ -222,7 +242,7 @@ def _asked(
                 )
                 critical = search.critical.reshape(*grid, -1)
                 found.add(
-                    layer.classes[samples],
+                    probe.classes[samples],
                     part,
                     critical,
                     search.ranges(narrow=method.ranges).reshape(*grid, 4),
@@ -238,7 +258,7 @@ def _asked(
                 by_input[samples] += answers.sum(dim=1)
                 found.add_neurons(part, answers.mean(dim=2))
         found.add_inputs(by_input / chosen.numel())
-        found.closed_form = layer.last
+        found.closed_form = probe.last
     return found
 
 
@@ -259,8 +279,3 @@ def _too_often(found: LayerVulnerability, allowed: float) -> bool:
     low, _ = wilson_interval(found.holes, found.tried, confidence=0.99)
     left = float(found.audit[:, LEFT, :PROVEN].sum())
     return low * left > allowed * max(float(found.critical.sum()), 1.0)
-
-
-def _whole(prober: Prober | WeightProber) -> int:
-    """Rows that went through the whole network so far."""
-    return prober.whole if isinstance(prober, WeightProber) else prober.whole_rows

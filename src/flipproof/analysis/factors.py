@@ -1,9 +1,13 @@
-"""Vulnerability factors to a margin, from searches that are audited (PAPERS: deepvigor, and its successor's goal)."""
+"""Vulnerability factors to a margin, from audited searches (PAPERS: deepvigor, and its successor's goal)."""
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import ceil, hypot, inf
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,21 +16,42 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor, nn
 
-from flipproof.analysis.asking import check_asked
-from flipproof.analysis.audit import ASKED, CRITICAL, TRIED, WRONG, correction, counted, distances, signed, t_distance
-from flipproof.analysis.covering import spoken_of
-from flipproof.analysis.opening import by_batch, drawn, opened, suffix_shares
-from flipproof.analysis.probing import Prober
-from flipproof.analysis.search import Questions, Search
-from flipproof.analysis.weights import WeightProber
+from flipproof._fields import Fields
+from flipproof.analysis.drawn_inputs import drawn
+from flipproof.analysis.module_jobs import AnalysisHeader, ModuleJobs, check_run
+from flipproof.analysis.opened_model import check_subject, opened
+from flipproof.analysis.probes import Probe, ProbedSite, Prober
+from flipproof.analysis.search import Search
+from flipproof.analysis.two_phase import (
+    ASKED,
+    CRITICAL,
+    TRIED,
+    WRONG,
+    correction,
+    counted,
+    distances,
+    signed,
+    t_distance,
+)
 from flipproof.campaigns.statistics import Interval, half_width, mean_interval
+from flipproof.engine.jobs import do_all
+from flipproof.engine.journal import Journal, Key
 from flipproof.errors import ConfigError, FlipproofWarning
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.running.data import Data, Output, read_batches
-from flipproof.running.device import device_of
+from flipproof.running.device import check_device
 from flipproof.running.outcomes import DecisionChoice
-from flipproof.spaces.sites import Neurons, NeuronSite, Parameters, Site
+from flipproof.spaces.sites import Neurons, Parameters
 from flipproof.spaces.tensors import FormatChoice
+
+KIND = "factor estimate"
+"""What the journal says it is of."""
+
+COLUMNS = (
+    *("layer", "factor", "factor_low", "factor_high", "given_low", "given_high", "searched", "inputs", "pairs"),
+    *("audited", "wrong", "forwards", "injections", "rival"),
+)
+"""What is found about one site."""
 
 FIRST, INPUTS = 128, 64
 """Pairs of a place and an input to begin with, and the inputs among them."""
@@ -44,6 +69,10 @@ def estimate_factors(
     confidence: float = 0.95,
     by: str = "search",
     seed: int = 0,
+    journal: str | os.PathLike[str] | None = None,
+    workers: int = 1,
+    progress: bool | None = None,
+    device: str | torch.device | None = None,
 ) -> pd.DataFrame:
     """The vulnerability factor of each layer or parameter to ± `margin`, from searches of random places and inputs.
 
@@ -67,6 +96,11 @@ def estimate_factors(
         by: "search", or "injection" of one random bit of each pair, with the same inputs, rows, intervals and stopping
             rule. Which of the two is cheaper depends on network and margin: see benchmarks/README.md.
         seed: of the pairs and injections.
+        journal: file to write and resume, one JSON line a module and number of inputs drawn. The table does not depend
+            on interruptions.
+        workers: processes; each works on a module at a time. The table does not depend on their number.
+        progress: show a progress bar; None shows it on a terminal.
+        device: where to run; None is where the model is.
 
     Returns:
         One row a layer: `factor` with `factor_low` and `factor_high`, which speak of the population that the inputs
@@ -96,19 +130,28 @@ def estimate_factors(
     """
     if not 0 < margin < 1 or not 0 < confidence < 1:
         raise ConfigError(f"estimate_factors takes margin and confidence in (0, 1), got {margin!r} and {confidence!r}")
-    check_asked("estimate_factors", model, Neurons() if where is None else where, (Neurons, Parameters), format)
+    check_subject("estimate_factors", model, Neurons() if where is None else where, (Neurons, Parameters), format)
     if by not in ("search", "injection"):
         raise ConfigError(f"estimate_factors goes by 'search' or 'injection', got {by!r}")
-    kind = _Layer if by == "search" else _Injected
-    everything = read_batches(data, device_of(model))
+    check_run("estimate_factors", workers, journal)
+    kind = _Pairs if by == "search" else _InjectedPairs
+    target = check_device(model, device)
+    where = Neurons() if where is None else where
+    file = Journal(journal, AnalysisHeader, ModuleFactors, kind=KIND) if journal is not None else None
+    header: AnalysisHeader | None = None
+    everything = read_batches(data, target)
     most, spent = _inputs_for(margin), np.zeros(0)
     while True:
         batches, order = drawn(everything, most, seed)
-        with opened(model, batches, where or Neurons(), format, output, 2**28, decision) as prober:
-            share = suffix_shares(model, prober)
-            layers = [kind(prober, site, share[site.name], order, confidence, seed) for site in prober.sites]
-            rows = [layer.row(margin, len(layers)) for layer in layers]
-            coverage, left_out = spoken_of(model, prober)
+        with opened(model, batches, where, format, output, 2**28, decision, device=target) as prober:
+            if header is None:
+                settings = {"margin": margin, "confidence": confidence, "by": by, "seed": seed, "where": repr(where)}
+                header = AnalysisHeader.of(prober, inputs=everything.digest(), **settings)
+            jobs = _jobs(prober, kind, order, margin, confidence, seed)
+            records = do_all(jobs, jobs.keys, header, file, workers=workers, progress=progress)
+            by_site = {str(row["layer"]): row for record in records.values() for row in record.rows}
+            rows = [by_site[site.name] for site in prober.sites]
+            coverage, left_out = prober.coverage()
         found = pd.DataFrame(rows)
         found["forwards"] += spent if spent.size else 0.0
         if most >= everything.samples or not (_halves(found) > margin).any():
@@ -118,6 +161,59 @@ def estimate_factors(
     found["fewer"] = found.pop("rival") / found["forwards"].clip(lower=1e-12)
     found.attrs.update(coverage=coverage, left_out=left_out)
     return found
+
+
+@dataclass(frozen=True)
+class ModuleFactors:
+    """The factors of the sites of one module: one line of the journal of `estimate_factors`.
+
+    Attributes:
+        inputs: how many inputs could be drawn.
+        module: qualified name.
+        rows: of the table, one a site.
+    """
+
+    inputs: int
+    module: str
+    rows: tuple[dict[str, Any], ...]
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """Which job it was."""
+        return (self.inputs, self.module)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {"inputs": self.inputs, "module": self.module, "rows": list(self.rows)}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> ModuleFactors:
+        """The inverse of `to_json`."""
+        about = Fields(record, "a module")
+        found = cls(about.whole("inputs"), about.text("module"), about.each("rows", _read_row))
+        about.end()
+        return found
+
+
+def _read_row(about: Fields) -> dict[str, Any]:
+    counts = ("inputs", "pairs", "audited", "injections")
+    return {
+        name: about.text(name) if name == "layer" else about.whole(name) if name in counts else about.number(name)
+        for name in COLUMNS
+    }
+
+
+def _jobs(
+    prober: Prober, kind: type[_Pairs], order: Tensor, margin: float, confidence: float, seed: int
+) -> ModuleJobs[ModuleFactors]:
+    """One job a module: pairs of its sites until the margin is met."""
+    layers = len(prober.sites)
+
+    def estimated(key: Key, sites: Sequence[ProbedSite]) -> ModuleFactors:
+        rows = tuple(kind(prober, site, order, confidence, seed).row(margin, layers) for site in sites)
+        return ModuleFactors(int(key[0]), str(key[1]), rows)
+
+    return ModuleJobs(prober, estimated, (int(order.numel()),))
 
 
 def _inputs_for(margin: float) -> int:
@@ -144,21 +240,21 @@ def _warn(found: pd.DataFrame, margin: float) -> None:
     )
 
 
-class _Layer:
-    """One layer's pairs so far, and what was injected of them."""
+class _Pairs:
+    """Pairs of a place of one site and an input, drawn so far, and what was injected of them."""
 
     def __init__(
         self,
-        prober: Prober | WeightProber,
-        site: NeuronSite | Site,
-        share: float,
+        prober: Prober,
+        site: ProbedSite,
         order: Tensor,
         confidence: float,
         seed: int,
     ) -> None:
-        self._prober, self._site, self._share, self._order, self._confidence = prober, site, share, order, confidence
+        self._prober, self._site, self._order, self._confidence = prober, site, order, confidence
+        self._share = prober.suffix_share(site.name)
         self._draw = TrialGenerator(seed, f"factors {site.name}", 0)
-        self._opened: dict[int, Questions] = {}
+        self._opened: dict[int, Probe] = {}
         width = self._width(site)
         self._place, self._input = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
         self._inputs = self._times = 0
@@ -170,7 +266,7 @@ class _Layer:
         self._rate = 0.0
 
     @staticmethod
-    def _width(site: NeuronSite | Site) -> int:
+    def _width(site: ProbedSite) -> int:
         """Answers a pair gives."""
         return site.width
 
@@ -178,10 +274,10 @@ class _Layer:
     def pairs(self) -> int:
         return self._place.numel()
 
-    def row(self, margin: float, layers: int) -> dict[str, object]:
+    def row(self, margin: float, layers: int) -> dict[str, Any]:
         """Draw until the margin is met, and say what was found."""
         prober = self._prober
-        asked, (whole, suffix) = prober.probes, prober.recorded
+        before = replace(prober.costs)
         self._inputs = min(INPUTS, self._order.numel())
         self._times = ceil(FIRST / self._inputs)
         self._fill()
@@ -202,10 +298,10 @@ class _Layer:
                 self._audit(1.5 * self._rate)
             else:
                 self._more_pairs()
-        recorded = prober.recorded
+        after = prober.costs
         golden = (2 * prober.batches.samples + prober.batches.sizes[0]) / layers
-        set_up = golden + recorded[0] - whole + (recorded[1] - suffix) * self._share
-        forwards = set_up + (prober.probes - asked) * self._share
+        set_up = golden + after.preparing - before.preparing + (after.checking - before.checking) * self._share
+        forwards = set_up + (after.probes - before.probes) * self._share
         factor = self._factor()
         injections = injections_for(factor, margin, self._confidence)
         kinds = counted(self._left, self._asked, self._wrong)[:, : CRITICAL + 1].sum(dim=(1, 2)).tolist()
@@ -321,7 +417,7 @@ class _Layer:
         """Which flips of new pairs are critical, and what was left untried of them."""
         flags = torch.zeros(place.numel(), self._site.width, dtype=torch.bool)
         left = torch.zeros(place.numel(), self._site.width, dtype=torch.int8)
-        for batch, here, rows in by_batch(self._prober, sample):
+        for batch, here, rows in self._prober.by_batch(sample):
             search = Search(self._at(batch), rows, place[here])
             flags[here], left[here] = search.critical, search.left.cpu()
         return flags, left
@@ -332,34 +428,34 @@ class _Layer:
         which = (self._left != TRIED) & (self._keys < self._rate) & ~self._asked
         pair = which.any(dim=1).nonzero()[:, 0]
         sample = self._order[self._input[pair]]
-        for batch, here, rows in by_batch(self._prober, sample):
-            layer, mine = self._at(batch), pair[here]
-            truth = Search(layer, rows, self._place[mine], decide=False).truth(which[mine])
+        for batch, here, rows in self._prober.by_batch(sample):
+            mine = pair[here]
+            truth = Search(self._at(batch), rows, self._place[mine], decide=False).truth(which[mine])
             self._wrong[mine] |= (truth.cpu() != self._flags[mine]) & which[mine]
         self._asked |= which
 
-    def _at(self, batch: int) -> Questions:
+    def _at(self, batch: int) -> Probe:
         if batch not in self._opened:
-            self._opened[batch] = self._prober.at(self._site, batch)  # type: ignore[arg-type]
+            self._opened[batch] = self._prober.at(self._site.name, batch)
         return self._opened[batch]
 
 
-class _Injected(_Layer):
-    """One layer's random injections: pairs of which one random bit is tried, and nothing is left to an assumption."""
+class _InjectedPairs(_Pairs):
+    """Random injections: one random bit of each pair is tried, and nothing is assumed."""
 
     @staticmethod
-    def _width(site: NeuronSite | Site) -> int:
+    def _width(site: ProbedSite) -> int:
         return 1
 
     def _answers(self, sample: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         bit = torch.from_numpy(self._draw.below(self._site.width, place.numel()))
         flags = torch.zeros(place.numel(), 1, dtype=torch.bool)
-        for batch, here, rows in by_batch(self._prober, sample):
-            layer = self._at(batch)
-            device = layer.values.device
+        for batch, here, rows in self._prober.by_batch(sample):
+            probe = self._at(batch)
+            device = probe.values.device
             rows, mine = rows.to(device), place[here].to(device)
-            flips = layer.flips(rows, mine).gather(1, bit[here].to(device)[:, None])[:, 0]
-            flags[here, 0] = layer.critical(rows, mine, flips).cpu()
+            flips = probe.flips(rows, mine).gather(1, bit[here].to(device)[:, None])[:, 0]
+            flags[here, 0] = probe.critical(rows, mine, flips).cpu()
         return flags, torch.full_like(flags, TRIED, dtype=torch.int8)
 
 

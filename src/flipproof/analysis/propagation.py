@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +13,12 @@ from torch import Tensor, nn
 
 from flipproof._hooks import hooked
 from flipproof._interrupts import given_back
-from flipproof.analysis.asking import check_asked
+from flipproof.analysis.opened_model import check_subject
 from flipproof.errors import ConfigError, DataError, InfrastructureError, ModelError
 from flipproof.faults import FaultModel
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.running.data import Data, call, read_batches
+from flipproof.running.device import device_of
 from flipproof.running.evaluation import eval_mode, is_infrastructure
 from flipproof.running.hooks import check_hooks_run
 from flipproof.running.snapshots import Snapshot
@@ -91,7 +91,7 @@ def propagation(
         trials: draws a point.
         format: how parameters are stored, as in `assess`.
         where: which parameters can be hit.
-        include: glob patterns over the layers' qualified names.
+        include: glob patterns over qualified names; a module's name takes all layers that it holds.
         bins: of the distributions; equal widths over the range of the fault-free values, and one more on each side for
             what lies beyond.
         seed: of the draws.
@@ -111,13 +111,12 @@ def propagation(
     if trials < 1 or bins < 1:
         raise ConfigError(f"propagation needs trials ≥ 1 and bins ≥ 1, got trials={trials}, bins={bins}")
     where = Parameters() if where is None else where
-    check_asked("propagation", model, where, (Parameters,), format)
+    check_subject("propagation", model, where, (Parameters,), format)
     if not hasattr(faults, "points"):
         raise ConfigError(f"propagation takes faults= a fault model such as fp.RandomBits(1), got {faults!r}")
     check_hooks_run(model)
     layers = _layers(model, (include,) if isinstance(include, str) else tuple(include))
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    batches = read_batches(data, device)
+    batches = read_batches(data, device_of(model))
     space = FaultSpace(model, where=where, format=format)
     jobs: list[tuple[FaultModel, int, Draw]] = []
     for point in faults.points():
@@ -186,17 +185,14 @@ def _golden(model: nn.Module, layers: dict[str, nn.Module], inputs: Any, batch: 
 def _outputs(model: nn.Module, layers: dict[str, nn.Module], inputs: Any) -> dict[str, Tensor]:
     """What every layer gave, in the order of execution; the calls of a shared layer one after the other."""
     found: dict[str, list[Tensor]] = {}
-    with _noting(layers, found):
-        call(model, inputs)
-    return {name: torch.cat(parts) for name, parts in found.items()}
 
-
-def _noting(layers: dict[str, nn.Module], found: dict[str, list[Tensor]]) -> AbstractContextManager[None]:
     def note(name: str, module: nn.Module, result: Any) -> None:
         if isinstance(result, Tensor) and result.is_floating_point():
             found.setdefault(name, []).append(result.detach().reshape(-1).to(torch.float64, copy=True))
 
-    return hooked(layers, note)
+    with hooked(layers, note):
+        call(model, inputs)
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def _compare(clean: Tensor, faulty: Tensor, seen: _Seen) -> None:

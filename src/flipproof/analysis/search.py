@@ -3,47 +3,22 @@
 from __future__ import annotations
 
 from math import inf, nan
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from flipproof.analysis.audit import CRITICAL, HARMLESS, PROVEN, TRIED
-
-
-class Questions(Protocol):
-    """What a search asks about one layer and one batch.
-
-    Attributes:
-        values: golden values (samples, places); classes: the golden class of each sample.
-        last: nothing is computed behind the layer, so that a question costs a comparison and no network.
-    """
-
-    values: Tensor
-    classes: Tensor
-    last: bool
-
-    def flips(self, rows: Tensor, places: Tensor) -> Tensor:
-        """What each place would hold with each bit flipped; (n, bits)."""
-
-    def critical(self, rows: Tensor, places: Tensor, values: Tensor, *, shortcuts: bool = True) -> Tensor:
-        """Whether each change gives another class, or a NaN; bool (n,)."""
-
-    def unseen(self, rows: Tensor, places: Tensor, values: Tensor) -> Tensor:
-        """Whether each change provably gives the golden outputs; bool (n,)."""
-
-    def truth(self, rows: Tensor, places: Tensor, values: Tensor) -> Tensor:
-        """As `critical`, by a run of what lies behind, whatever seems provable; bool (n,)."""
+from flipproof.analysis.probes import Probe
+from flipproof.analysis.two_phase import CRITICAL, HARMLESS, PROVEN, TRIED
 
 
 class Search:
     """The searches of some pairs of a sample and a place, in lockstep: every round asks one question of each.
 
     Args:
-        layer: who answers.
+        probe: who answers.
         rows: samples of the batch, int64 (pairs,).
         places: neurons or weights, int64 (pairs,).
-        skip: pairs that are asked about NaNs and changed signs of zero only, and else taken as harmless, bool (pairs,).
+        skip: pairs of which only NaN and signed-zero flips are tested; all others count as harmless; bool (pairs,).
         exhaustive: try every bit.
         tolerance: of `ranges`.
         decide: search; without, only `truth` can be asked for.
@@ -55,7 +30,7 @@ class Search:
 
     def __init__(
         self,
-        layer: Questions,
+        probe: Probe,
         rows: Tensor,
         places: Tensor,
         *,
@@ -64,18 +39,18 @@ class Search:
         tolerance: float = 0.05,
         decide: bool = True,
     ) -> None:
-        device = layer.values.device
-        self._layer, self._tolerance = layer, tolerance
+        device = probe.values.device
+        self._probe, self._tolerance = probe, tolerance
         self._rows, self._places = rows.to(device), places.to(device)
-        self._golden = layer.values[self._rows, self._places]
+        self._golden = probe.values[self._rows, self._places]
         self._skip = torch.zeros_like(self._rows, dtype=torch.bool) if skip is None else skip.to(device)
-        self._faulty = layer.flips(self._rows, self._places)
+        self._faulty = probe.flips(self._rows, self._places)
         self._delta = self._faulty.double() - self._golden.double()[:, None]
         self._flags = torch.zeros(self._faulty.shape, dtype=torch.bool, device=device)
         self._tried = torch.zeros_like(self._flags)
         if not decide:
             return
-        everything = exhaustive or layer.last
+        everything = exhaustive or probe.last
         # NaN and a changed sign of zero have no place in an order of errors: they are tried themselves
         self._try(torch.ones_like(self._flags) if everything else ~((self._delta > 0) | (self._delta < 0)))
         self._sides = [self._side(sign, everything) for sign in (1, -1)]
@@ -95,7 +70,7 @@ class Search:
         self._tried |= which
 
     def _ask(self, pairs: Tensor, values: Tensor) -> Tensor:
-        return self._layer.critical(self._rows[pairs], self._places[pairs], values)
+        return self._probe.critical(self._rows[pairs], self._places[pairs], values)
 
     def _side(self, sign: int, everything: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of the bit flips with errors of this sign, as magnitudes: the largest with no critical one up to it, the
@@ -133,11 +108,11 @@ class Search:
         jump, galloping = torch.ones_like(count), torch.ones_like(count, dtype=torch.bool)
         while bool((active := (low < high).nonzero()[:, 0]).numel()):
             lo, hi = low[active], high[active]
-            probe = torch.where(galloping[active], (hi - jump[active]).clamp(min=lo), (lo + hi) // 2)
-            bit = order[active, probe]
+            place = torch.where(galloping[active], (hi - jump[active]).clamp(min=lo), (lo + hi) // 2)
+            bit = order[active, place]
             hit = self._ask(active, self._faulty[active, bit])
             self._tried[active, bit] = True
-            high[active], low[active] = torch.where(hit, probe, hi), torch.where(hit, lo, probe + 1)
+            high[active], low[active] = torch.where(hit, place, hi), torch.where(hit, lo, place + 1)
             jump[active] *= 2
             galloping[active] &= hit
         return high
@@ -199,7 +174,7 @@ class Search:
         found = torch.where(self._flags, CRITICAL, HARMLESS).to(torch.int8)
         found[self._tried] = TRIED
         pair, bit = (~self._tried).nonzero(as_tuple=True)
-        proven = self._layer.unseen(self._rows[pair], self._places[pair], self._faulty[pair, bit])
+        proven = self._probe.unseen(self._rows[pair], self._places[pair], self._faulty[pair, bit])
         found[pair[proven], bit[proven]] = PROVEN
         return found
 
@@ -207,5 +182,5 @@ class Search:
         """Whether these flips are critical when they are injected, bool (pairs, bits); False for all others."""
         pair, bit = which.to(self._flags.device).nonzero(as_tuple=True)
         found = torch.zeros_like(self._flags)
-        found[pair, bit] = self._layer.truth(self._rows[pair], self._places[pair], self._faulty[pair, bit])
+        found[pair, bit] = self._probe.truth(self._rows[pair], self._places[pair], self._faulty[pair, bit])
         return found

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from flipproof.analysis.deepvigor import DeepVigor, analyze
 from flipproof.analysis.factors import estimate_factors
-from flipproof.analysis.opening import opened
-from flipproof.analysis.validation import injected
+from flipproof.analysis.opened_model import opened
 from flipproof.campaigns.assess import assess
 from flipproof.campaigns.statistics import sample_size, wilson_interval
 from flipproof.errors import FlipproofWarning
@@ -23,7 +22,7 @@ from flipproof.faults import BitErrorRate
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.formats import Format
 from flipproof.reports.tables import compare
-from flipproof.spaces.sites import Neurons, NeuronSite, Parameters, Site
+from flipproof.spaces.sites import Neurons, Parameters
 from flipproof.storage.choose import select_bits
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -47,12 +46,11 @@ def factors_table(network: str, net: nn.Module, data: Batches, *, injections: in
         found.insert(0, "network", network)
         found.insert(1, "of", of)
         with opened(net, data, where, None, None, 2**28) as prober:
-            sites: list[NeuronSite | Site] = list(prober.sites)
-            for i, site in enumerate(sites):
+            for i, site in enumerate(prober.sites):
                 count = injections or sample_size(prober.batches.samples * site.values * site.width)
                 draw = TrialGenerator(1, f"injected {site.name}", 0)
                 parts = [draw.below(n, count) for n in (prober.batches.samples, site.values, site.width)]
-                critical = injected(prober, site, *(torch.from_numpy(part) for part in parts))[1]
+                critical = prober.inject(site.name, *(torch.from_numpy(part) for part in parts))[1]
                 rate, hits = float(critical.double().mean()), int(critical.sum())
                 low, high = wilson_interval(hits, count)
                 found.loc[i, ["injected", "injected_low", "injected_high"]] = [rate, low, high]

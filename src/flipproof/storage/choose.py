@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from flipproof.analysis.validation import injected, reopened
 from flipproof.analysis.vulnerability import VulnerabilityMap
 from flipproof.campaigns.statistics import mean_interval, wilson_interval
 from flipproof.errors import ConfigError
@@ -214,13 +213,13 @@ def measure_protection(
     widths = np.array([layer.width for layer in found.layers_found])
     neuron, bit = np.divmod(position - borders[which], widths[which])
     critical = np.zeros(injections, np.bool_)
-    with reopened(found, data, model) as (prober, sites):
+    with found.reopened(data, model=model) as prober:
         sample = draw.below(prober.batches.samples, injections)
         for i, layer in enumerate(found.layers_found):
             mine = np.flatnonzero(which == i)
             if mine.size:
                 parts = [torch.from_numpy(column[mine]) for column in (sample, neuron, bit)]
-                critical[mine] = injected(prober, sites[layer.name], *parts)[1].numpy()
+                critical[mine] = prober.inject(layer.name, *parts)[1].numpy()
     names = np.array([layer.name for layer in found.layers_found], dtype=object)[which]
     covered = np.zeros(injections, np.bool_)
     for _, place in chosen.table.iterrows():

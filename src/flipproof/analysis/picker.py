@@ -10,7 +10,7 @@ from flipproof.running.data import Output
 
 
 @dataclass(frozen=True)
-class Picked:
+class Picker:
     """A description of `output=`: a key or an index as it is, of a function its name alone.
 
     Attributes:
@@ -18,9 +18,9 @@ class Picked:
         function: module and name of a function.
 
     Example:
-        >>> Picked.of("logits"), str(Picked.of(None))
-        (Picked(key='logits', function=None), 'no output=')
-        >>> Picked.of(len).function
+        >>> Picker.of("logits"), str(Picker.of(None))
+        (Picker(key='logits', function=None), 'no output=')
+        >>> Picker.of(len).function
         'builtins.len'
     """
 
@@ -28,7 +28,7 @@ class Picked:
     function: str | None = None
 
     @classmethod
-    def of(cls, output: Output) -> Picked:
+    def of(cls, output: Output) -> Picker:
         """The description of an `output=`.
 
         Raises:
@@ -44,7 +44,7 @@ class Picked:
         return cls(function=f"{getattr(output, '__module__', None) or 'builtins'}.{name}")
 
     @classmethod
-    def read(cls, header: Any) -> Picked:
+    def read(cls, header: Any) -> Picker:
         """The description that `header` wrote.
 
         Raises:
@@ -78,8 +78,8 @@ class Picked:
             raise ConfigError(
                 f"this map was made with {self}, a function that its file cannot hold: pass it again as output="
             )
-        if (self.function is None) != (Picked.of(output).function is None) or (
+        if (self.function is None) != (Picker.of(output).function is None) or (
             self.function is None and self.key != output
         ):
-            raise ConfigError(f"this map was made with {self}, got {Picked.of(output)}")
+            raise ConfigError(f"this map was made with {self}, got {Picker.of(output)}")
         return output

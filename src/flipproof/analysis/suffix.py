@@ -1,4 +1,4 @@
-"""What runs behind a layer, on golden activations of chosen samples, and what hides an error there."""
+"""The suffix of a layer: what runs behind it on golden activations of chosen samples, and what hides errors there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flipproof.spaces.sites import NeuronSite
 _RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_)
 _POOL_FUNCTIONS = (F.max_pool2d, torch.max_pool2d)
 
-Change = Callable[[Tensor], None]
+InPlaceChange = Callable[[Tensor], None]
 """Changes a layer's output in place; its rows are those that are asked about."""
 
 
@@ -54,7 +54,7 @@ class Suffix:
         self.values: Tensor = self._live[self._place].reshape(size, -1)
         self._modules = suffixes.modules()
 
-    def run(self, rows: Tensor, change: Change | None = None) -> Any:
+    def run(self, rows: Tensor, change: InPlaceChange | None = None) -> Any:
         """What the model returns for these rows, with the layer's output changed."""
         check()
         live = rows_of(self._live, rows, self._size)

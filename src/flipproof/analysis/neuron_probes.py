@@ -1,4 +1,4 @@
-"""Asking a network what one changed neuron does: many (sample, neuron, value) questions a forward, suffix only.
+"""What one changed neuron does: many (sample, neuron, value) questions a forward, of the suffix only.
 
 A probe puts a value into one neuron of one sample and looks at the class. Rows are gathered from the golden activations
 right behind the layer, so each row of a batch has a change of its own and only the rest of the network runs. Where a
@@ -12,24 +12,26 @@ batch, one question each; where the second does, samples of a batch feel each ot
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from flipproof.analysis.behind import Change, Suffix, cut_behind
-from flipproof.analysis.multiplications import Multiplications
+from flipproof.analysis.probes import Probe, Prober
+from flipproof.analysis.suffix import InPlaceChange, Suffix, cut_behind
 from flipproof.errors import InfrastructureError, ModelError
 from flipproof.formats.base import bit_pattern
 from flipproof.running.data import Batches, Output, call, pick
 from flipproof.running.evaluation import is_infrastructure
 from flipproof.running.outcomes import Decision
 from flipproof.running.resume import Suffixes
+from flipproof.running.snapshots import Snapshot
 from flipproof.running.values import rows_of
 from flipproof.spaces.neurons import NeuronSpace
-from flipproof.spaces.sites import NeuronSite, Site
+from flipproof.spaces.sites import NeuronSite
 
 ROWS = 512
 """Most rows of a probing batch: more does not run faster on a CPU."""
@@ -42,14 +44,15 @@ TURNED = 32
 """Rows of a batch that are run again in another order and number, which has to change nothing."""
 
 
-class Prober:
-    """Probes of one model on given batches; the space has to be `stored()` while it is used.
+class NeuronProber(Prober):
+    """Probes of a model's neurons on given batches; the space has to be `stored()` while it is used.
 
     Args:
         space: the neurons, with the formats of their values.
         batches: the inputs.
         golden: fault-free outputs of all samples, on the CPU.
         max_bytes: bound on the activations of a probing batch.
+        state: of the fault-free model.
     """
 
     def __init__(
@@ -61,76 +64,86 @@ class Prober:
         golden: Tensor,
         decision: Decision,
         max_bytes: int,
+        state: Snapshot,
     ) -> None:
-        self.model, self.space, self.batches = model, space, batches
-        self._output, self.decision = output, decision
-        self.classes = decision.classes_of(golden)
-        """Golden class of every sample."""
-        self._golden = golden
+        super().__init__(model, batches, output, golden, decision, state)
+        self.space = space
+        self._sites = {site.name: site for site in space.sites}
         self._suffixes = Suffixes.trace(model, batches.inputs)
         # a layer's output is commonly held four times over: itself, normalised, activated, pooled or unfolded
         a_row = 16 * sum(site.values for site in space.sites)
         self.rows = max(1, min(ROWS, max_bytes // a_row))
         self.traced = self._suffixes is not None
         """Whether probes run only what lies behind their layer."""
-        self.probes = 0
-        """Rows that were run through a network so far."""
-        self.whole_rows = 0
-        """Those of them that went through the whole network."""
-        self.recorded = (0, 0)
-        """Rows of whole forwards and of suffixes that prepared and checked the suffixes so far."""
         self._ways: dict[tuple[str, bool], str] = {}
-
-    @cached_property
-    def multiplications(self) -> Multiplications:
-        """Of a forward of the first batch."""
-        return Multiplications.of(self.model, self.batches.inputs[0])
 
     @property
     def sites(self) -> tuple[NeuronSite, ...]:
-        """The layers that can be asked about."""
+        """The layers that can be asked about, one entry a call."""
         return self.space.sites
 
-    def cuts(self, site: NeuronSite | Site) -> bool:
+    def cuts(self, site: str) -> bool:
         """Whether questions about this layer run only what lies behind it."""
-        if self._suffixes is None or not isinstance(site, NeuronSite) or site.axis != 0:
+        found = self._sites[site]
+        if self._suffixes is None or found.axis != 0:
             return False
-        return cut_behind(self._suffixes, site, self.space.calls[site.layer]) is not None
+        return cut_behind(self._suffixes, found, self.space.calls[found.layer]) is not None
 
-    def at(self, site: NeuronSite, batch: int) -> Layer:
+    def multiplications_behind(self, site: str) -> int:
+        """Multiply-accumulates of a forward that are made behind this call of the layer."""
+        found = self._sites[site]
+        return self.multiplications.behind(found.layer, found.call)
+
+    def coverage(self) -> tuple[float, dict[str, str]]:
+        """Multiply-accumulates of the first batch made while an analysed layer ran ÷ all of them, and what makes the
+        others.
+        """
+        share, rest = self.multiplications.coverage(self.sites)
+        return share, {**rest, **self.space.left_out}
+
+    def originals(self) -> dict[str, Tensor]:
+        """No parameter is replaced."""
+        return self.space.originals()
+
+    def forget(self) -> None:
+        """Drop how questions were found to share a forward."""
+        self._ways.clear()
+
+    def at(self, site: str, batch: int) -> NeuronProbe:
         """The questions one can ask of this layer about this batch."""
-        return self._layer(site, batch, self.suffix(site, batch))
+        return self._probe(self._sites[site], batch, self.suffix(site, batch))
 
-    def gathers(self, site: NeuronSite, batch: int, suffix: Suffix) -> bool:
+    def gathers(self, site: str, batch: int, suffix: Suffix) -> bool:
         """Whether what runs behind a layer answers for any samples put together as it does for the batch."""
-        return self._layer(site, batch, suffix).way == GATHERED
+        return self._probe(self._sites[site], batch, suffix).way == GATHERED
 
-    def _layer(self, site: NeuronSite, batch: int, suffix: Suffix | None) -> Layer:
+    def _probe(self, site: NeuronSite, batch: int, suffix: Suffix | None) -> NeuronProbe:
         values = suffix.values if suffix is not None else self._values(site, batch)
-        layer = Layer(self, site, batch, values, self.classes[self.batches.part(batch)], suffix)
+        probe = NeuronProbe(self, site, batch, values, self.classes[self.batches.part(batch)], suffix)
         key = (site.name, suffix is None)
         if key not in self._ways:
-            before = (self.probes, self.whole_rows)
-            self._ways[key] = layer.way_found()
-            rows, whole = self.probes - before[0], self.whole_rows - before[1]
-            self.recorded = (self.recorded[0] + whole, self.recorded[1] + rows - whole)
-            self.probes, self.whole_rows = before
-        layer.way = self._ways[key]
-        return layer
+            costs, before = self.costs, replace(self.costs)
+            self._ways[key] = probe.way_found()
+            rows, whole = costs.probes - before.probes, costs.whole - before.whole
+            costs.preparing, costs.checking = costs.preparing + whole, costs.checking + rows - whole
+            costs.probes, costs.whole = before.probes, before.whole
+        probe.way = self._ways[key]
+        return probe
 
-    def suffix(self, site: NeuronSite, batch: int) -> Suffix | None:
+    def suffix(self, site: str, batch: int) -> Suffix | None:
         """What runs behind this call of a layer, or None where that does not reproduce the golden outputs."""
-        golden = self._golden[self.batches.part(batch)]
+        golden = self.golden[self.batches.part(batch)]
         if self._suffixes is None or not self.cuts(site):
             return None
         try:
             size = self.batches.sizes[batch]
-            suffix = Suffix(self._suffixes, self.space, site, batch, self.batches.inputs[batch], size)
+            suffix = Suffix(self._suffixes, self.space, self._sites[site], batch, self.batches.inputs[batch], size)
             rows = torch.arange(golden.shape[0], device=suffix.values.device)
             some = rows.flip(0)[:TURNED].repeat(2)
-            self.recorded = (self.recorded[0] + size, self.recorded[1] + size + some.numel())
-            whole = pick(suffix.run(rows), self._output).cpu()
-            turned = pick(suffix.run(some), self._output).cpu()
+            self.costs.preparing += size
+            self.costs.checking += size + some.numel()
+            whole = pick(suffix.run(rows), self.output).cpu()
+            turned = pick(suffix.run(some), self.output).cpu()
         except Exception:  # what was traced cannot run like the model, in whatever way that shows: run the model
             return None
         same = whole.shape == golden.shape and torch.equal(bit_pattern(whole), bit_pattern(golden))
@@ -153,7 +166,7 @@ class Prober:
             call(self.model, self.batches.inputs[batch])
         return found[0]
 
-    def whole(self, site: NeuronSite, batch: int, rows: Tensor | None, change: Change) -> Any:
+    def whole(self, site: NeuronSite, batch: int, rows: Tensor | None, change: InPlaceChange) -> Any:
         """What a whole forward on these rows of the batch, or the batch as it is, returns with the layer's output
         changed.
         """
@@ -161,7 +174,7 @@ class Prober:
         inputs = self.batches.inputs[batch]
         if rows is not None:
             inputs = rows_of(inputs, rows, size)
-        self.whole_rows += size if rows is None else rows.numel()
+        self.costs.whole += size if rows is None else rows.numel()
 
         def put(seen: NeuronSite, output: Tensor) -> Tensor | None:
             if seen.name != site.name:
@@ -176,21 +189,18 @@ class Prober:
 
     def outputs(self, raw: Any) -> Tensor:
         """The tensor to judge, on the CPU."""
-        return pick(raw, self._output).cpu()
+        return pick(raw, self.output).cpu()
 
 
-class Layer:
-    """Probes of one layer on one batch.
+class NeuronProbe(Probe):
+    """Probes of one call of a layer on one batch.
 
     Attributes:
-        values: golden outputs (samples, neurons).
-        classes: golden class of each sample.
-        last: True if nothing is computed behind the layer, so that a probe costs a comparison and no network.
         way: how many questions a forward takes.
     """
 
     def __init__(
-        self, prober: Prober, site: NeuronSite, batch: int, values: Tensor, classes: Tensor, suffix: Suffix | None
+        self, prober: NeuronProber, site: NeuronSite, batch: int, values: Tensor, classes: Tensor, suffix: Suffix | None
     ) -> None:
         self._prober, self._site, self._batch, self._suffix = prober, site, batch, suffix
         self.values, self.classes = values, classes
@@ -198,25 +208,19 @@ class Layer:
         self.way = GATHERED
         self._floor = suffix.floor() if suffix is not None else None
 
-    def unseen(self, rows: Tensor, neurons: Tensor, values: Tensor) -> Tensor:
+    def unseen(self, rows: Tensor, places: Tensor, values: Tensor) -> Tensor:
         """Where the next layers provably compute what they computed before: a ReLU, or a ReLU and a max pool, hides it.
 
         A value v' in place of v is unseen if relu(v') = relu(v), or if both are at most what else its pool sees.
         """
         if self._floor is None:
             return torch.zeros(values.shape, dtype=torch.bool, device=values.device)
-        golden, floor = self.values[rows, neurons], self._floor[rows, neurons]
+        golden, floor = self.values[rows, places], self._floor[rows, places]
         after, before = values.clamp(min=0), golden.clamp(min=0)  # clamp keeps NaN, and NaN compares as False
         return (after == before) | ((after <= floor) & (before <= floor))
 
-    def critical(self, rows: Tensor, neurons: Tensor, values: Tensor, *, shortcuts: bool = True) -> Tensor:
-        """Whether each change gives another class or a NaN, or makes the model raise; bool on the values' device.
-
-        Args:
-            rows: samples of the batch, int64 (n,).
-            neurons: flat indices, int64 (n,).
-            values: what the neurons hold instead, (n,).
-            shortcuts: skip what `unseen` proves; False runs everything.
+    def critical(self, rows: Tensor, places: Tensor, values: Tensor, *, shortcuts: bool = True) -> Tensor:
+        """Whether each change is critical; `shortcuts` skip what `unseen` proves.
 
         Raises:
             ModelError: if the model raises although nothing was changed.
@@ -224,9 +228,9 @@ class Layer:
         result = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
         ask = torch.arange(values.numel(), device=values.device)
         if shortcuts:
-            ask = ask[~self.unseen(rows, neurons, values)]
+            ask = ask[~self.unseen(rows, places, values)]
         for part in self._forwards(ask, rows) if ask.numel() else ():
-            found = self._found(rows[part], neurons[part], values[part])
+            found = self._found(rows[part], places[part], values[part])
             result[part] = (found != self.classes[rows[part].cpu()]).to(result.device)
         return result
 
@@ -234,7 +238,7 @@ class Layer:
         """How questions may be put together here, tried out on NaN and on the largest number there is."""
         rows = torch.arange(self.values.shape[0], device=self.values.device)
         for way, order in ((GATHERED, rows.flip(0)[:TURNED].repeat(2)), (IN_PLACE, rows)):
-            # a model that refuses NaN says nothing of how samples mix: it is tried with other values of its own
+            # a model that refuses NaN is tried with other values of its own
             for gentle in (False, True):
                 try:
                     plain = self._outputs(way, order, None)
@@ -257,7 +261,7 @@ class Layer:
                 return False
         return True
 
-    def _breaking(self, part: slice, gentle: bool) -> Change:
+    def _breaking(self, part: slice, gentle: bool) -> InPlaceChange:
         def change(output: Tensor) -> None:
             rows = output.movedim(self._site.axis, 0)[part]
             if gentle:
@@ -279,13 +283,13 @@ class Layer:
         turn = torch.arange(ask.numel(), device=ask.device) - found  # the how many-th question about its sample
         return [ask[order[turn == i]] for i in range(int(turn.max()) + 1)]
 
-    def _found(self, rows: Tensor, neurons: Tensor, values: Tensor) -> Tensor:
+    def _found(self, rows: Tensor, places: Tensor, values: Tensor) -> Tensor:
         """The class of each question; −1 for a NaN, and where the model raises."""
         count = rows.numel()
         at = torch.arange(count, device=rows.device) if self.way == GATHERED else rows
 
         def change(output: Tensor) -> None:
-            output[self._site.index(at, neurons)] = values
+            output[self._site.index(at, places)] = values
 
         try:
             outputs = self._outputs(self.way, rows, change)
@@ -295,7 +299,7 @@ class Layer:
                 raise InfrastructureError(f"{self._site.name}: {type(error).__name__}: {error}") from error
             if count > 1:  # one of them made the model raise: which?
                 halves = (slice(0, count // 2), slice(count // 2, None))
-                return torch.cat([self._found(rows[half], neurons[half], values[half]) for half in halves])
+                return torch.cat([self._found(rows[half], places[half], values[half]) for half in halves])
         try:
             self._outputs(self.way, rows, None)
         except Exception as error:
@@ -305,25 +309,25 @@ class Layer:
             ) from error
         return torch.full((1,), -1)
 
-    def _outputs(self, way: str, rows: Tensor, change: Change | None) -> Tensor:
+    def _outputs(self, way: str, rows: Tensor, change: InPlaceChange | None) -> Tensor:
         """What is judged, for these rows gathered, or for the whole batch as it is; on the CPU."""
-        put: Change = change if change is not None else lambda output: None
+        put: InPlaceChange = change if change is not None else lambda output: None
         size = self.values.shape[0]
-        self._prober.probes += 0 if self.last else rows.numel() if way == GATHERED else size
+        self._prober.costs.probes += 0 if self.last else rows.numel() if way == GATHERED else size
         if self._suffix is not None:
             every = torch.arange(size, device=self.values.device)
             return self._prober.outputs(self._suffix.run(rows if way == GATHERED else every, put))
         return self._prober.outputs(self._prober.whole(self._site, self._batch, rows if way == GATHERED else None, put))
 
-    def truth(self, rows: Tensor, neurons: Tensor, values: Tensor) -> Tensor:
-        """As `critical`, but everything is run, also what seems provable."""
-        return self.critical(rows, neurons, values, shortcuts=False)
+    def truth(self, rows: Tensor, places: Tensor, values: Tensor) -> Tensor:
+        """As `critical`, but everything is run, also what `unseen` proves."""
+        return self.critical(rows, places, values, shortcuts=False)
 
     def gradient(self) -> Tensor:
         """∂L/∂a of every neuron for every sample, with L = Σ_j σ(E_c − E_j) (PAPERS: deepvigor, Eq. 1); NaN where the
         rest of the network cannot be differentiated; (samples, neurons).
         """
-        unknown = torch.full_like(self.values, float("nan"))
+        unknown = super().gradient()
         if self._suffix is None:
             return unknown
         held: list[Tensor] = []
@@ -341,9 +345,9 @@ class Layer:
             (gradient,) = torch.autograd.grad(margins.sigmoid().sum(), held[0])
         return gradient.reshape(self.values.shape)
 
-    def flips(self, rows: Tensor, neurons: Tensor) -> Tensor:
+    def flips(self, rows: Tensor, places: Tensor) -> Tensor:
         """What each neuron would hold with each bit of its word flipped; (n, bits)."""
-        golden = self.values[rows, neurons][:, None].expand(-1, self._site.width).contiguous()
+        golden = self.values[rows, places][:, None].expand(-1, self._site.width).contiguous()
         return self._site.flipped(golden, torch.arange(self._site.width, device=golden.device))
 
 

@@ -1,4 +1,4 @@
-"""Asking a network what one changed weight does: DeepVigor's questions, with weights in the place of neurons.
+"""What one changed parameter does: the questions asked of neurons, with weights in their place.
 
 A weight w of a Conv or Linear layer moves one output channel along a line: with v in its place the channel is
 y + (v − w) · P, where P is what the weight sees of the layer's input (zeros where it sees the padding). So each row of
@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from flipproof.analysis.behind import Suffix
-from flipproof.analysis.probing import Prober, row_wise
+from flipproof.analysis.neuron_probes import NeuronProber, row_wise
+from flipproof.analysis.probes import Probe, Prober
+from flipproof.analysis.suffix import Suffix
 from flipproof.errors import FaultSpaceError, InfrastructureError
 from flipproof.formats.base import Stored, dense, word_dtype
 from flipproof.running.data import Batches, Output, call, pick
 from flipproof.running.evaluation import is_infrastructure
 from flipproof.running.neurons import neuron_space
 from flipproof.running.outcomes import Decision
+from flipproof.running.snapshots import Snapshot
 from flipproof.running.values import bytes_of, rows_of
 from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Neurons, NeuronSite, Site
@@ -33,7 +35,7 @@ CHECKED = 16
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class WeightProber:
+class ParameterProber(Prober):
     """Probes of a model's parameters on given batches; the space has to be `stored()` while it is used.
 
     Args:
@@ -41,6 +43,7 @@ class WeightProber:
         batches: the inputs.
         golden: fault-free outputs of all samples, on the CPU.
         max_bytes: bound on the activations of a probing batch.
+        state: of the fault-free model.
     """
 
     def __init__(
@@ -52,112 +55,116 @@ class WeightProber:
         golden: Tensor,
         decision: Decision,
         max_bytes: int,
+        state: Snapshot,
     ) -> None:
-        self.model, self.space, self.batches, self.output = model, space, batches, output
-        self.decision = decision
+        super().__init__(model, batches, output, golden, decision, state)
+        self.space = space
         if packed := [name for name, tensor in space.tensors.items() if not tensor.is_floating_point()]:
             raise FaultSpaceError(
                 f"{packed[0]} is stored as packed words: analyse the model before fp.pack_, with format= for what it "
                 f"will be stored as"
             )
-        self.classes = decision.classes_of(golden)
-        """Golden class of every sample."""
         modules = dict(model.named_modules())
+        self._sites = {site.name: site for site in space.sites}
         self._lines = {site.name: modules[site.layer] for site in space.sites if _moves_on_a_line(modules, site)}
         layers = tuple(dict.fromkeys(site.layer or "*" for site in space.sites if site.name in self._lines))
-        self._prober: Prober | None = None
+        self._neurons: NeuronProber | None = None
         if layers:
             try:
                 neurons = neuron_space(model, batches, Neurons(include=layers), None, output)
             except FaultSpaceError:  # no layer gives one row a sample
                 neurons = None
             if neurons is not None:
-                self._prober = Prober(model, neurons, batches, output, golden, decision, max_bytes)
-        self.traced = self._prober is not None and self._prober.traced
+                self._neurons = NeuronProber(model, neurons, batches, output, golden, decision, max_bytes, state)
+                self._neurons.costs = self.costs
+        self.traced = self._neurons is not None and self._neurons.traced
         first = golden[: batches.sizes[0]]
         self.row_wise = row_wise(model, batches.inputs[0], batches.sizes[0], lambda r: pick(r, output).cpu(), first)
         """Whether samples of a batch may be run apart from the others."""
         self._layer: str | None = None
         self._kept: dict[int, tuple[Suffix | None, Tensor | None]] = {}
         self._max_bytes = self._room = max_bytes
-        self.whole = 0
-        """Rows run through the whole network so far."""
         self.checked: dict[str, int] = {}
         """How many injections of an audit were made in memory, by parameter."""
-
-    @property
-    def probes(self) -> int:
-        """Rows run through a network, or what lies behind a layer of it, so far."""
-        return self.whole + (self._prober.probes if self._prober is not None else 0)
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """The parameters that can be asked about."""
         return self.space.sites
 
-    @property
-    def recorded(self) -> tuple[int, int]:
-        """Rows of whole forwards and of suffixes that prepared and checked the suffixes."""
-        return self._prober.recorded if self._prober is not None else (0, 0)
+    def multiplications_behind(self, site: str) -> int:
+        """Multiply-accumulates of a forward that are made behind the parameter's layer."""
+        return self.multiplications.behind(self._sites[site].layer)
 
-    def at(self, site: Site, batch: int) -> WeightLayer:
+    def coverage(self) -> tuple[float, dict[str, str]]:
+        """Bits of the analysed parameters ÷ these and those of what is left out, in its own type; and the latter."""
+        return self.space.coverage, dict(self.space.left_out)
+
+    def originals(self) -> dict[str, Tensor]:
+        """Values that a format replaced."""
+        return self.space.originals()
+
+    def forget(self) -> None:
+        """Drop the suffix and the input of the last layer, and how many injections were made in memory."""
+        self._layer, self._kept, self._room = None, {}, self._max_bytes
+        self.checked.clear()
+        if self._neurons is not None:
+            self._neurons.forget()
+
+    def at(self, site: str, batch: int) -> ParameterProbe:
         """The questions one can ask of this parameter about this batch."""
-        found = None
-        neurons = self._site(site)
-        if self._prober is not None and neurons is not None:
+        line = None
+        neurons = self._output_of(site)
+        if self._neurons is not None and neurons is not None:
             suffix, seen = self._cut_out(neurons, batch)
             if suffix is not None and seen is not None:
-                found = _Line(self._lines[site.name], site, suffix, seen, self._prober)
-        return WeightLayer(self, site, batch, found)
+                line = _Line(self._lines[site], self._sites[site], suffix, seen, self._neurons)
+        return ParameterProbe(self, self._sites[site], batch, line)
 
     def _cut_out(self, neurons: NeuronSite, batch: int) -> tuple[Suffix | None, Tensor | None]:
         """What runs behind a layer and what it sees; kept for the layer's next parameter, as far as memory allows."""
-        assert self._prober is not None
+        assert self._neurons is not None
         if self._layer != neurons.name:
             self._layer, self._kept, self._room = neurons.name, {}, self._max_bytes
         if batch in self._kept:
             return self._kept[batch]
-        suffix = self._prober.suffix(neurons, batch)
+        suffix = self._neurons.suffix(neurons.name, batch)
         seen = None
-        if suffix is not None and not self._prober.gathers(neurons, batch, suffix):
+        if suffix is not None and not self._neurons.gathers(neurons.name, batch, suffix):
             suffix = None  # samples feel each other: a weight is changed for all of them
         if suffix is not None:
             seen = _input_of(self.model, neurons.layer, self.batches.inputs[batch])
-            self._prober.recorded = (self._prober.recorded[0] + self.batches.sizes[batch], self._prober.recorded[1])
+            self.costs.preparing += self.batches.sizes[batch]
         size = bytes_of([seen, suffix.live]) if suffix is not None else 0
         if size <= self._room:
             self._room -= size
             self._kept[batch] = (suffix, seen)
         return suffix, seen
 
-    def cuts(self, site: NeuronSite | Site) -> bool:
+    def cuts(self, site: str) -> bool:
         """Whether questions about this parameter run only what lies behind its layer."""
-        neurons = self._site(site) if isinstance(site, Site) else None
-        return neurons is not None and self._prober is not None and self._prober.cuts(neurons)
+        neurons = self._output_of(site)
+        return neurons is not None and self._neurons is not None and self._neurons.cuts(neurons.name)
 
-    def _site(self, site: Site) -> NeuronSite | None:
-        if site.name not in self._lines or self._prober is None:
+    def _output_of(self, site: str) -> NeuronSite | None:
+        """The output that the parameter moves along a line; None if there is not one."""
+        if site not in self._lines or self._neurons is None:
             return None
-        if self._prober.space.calls.get(site.layer, 1) > 1:  # the weight moves the output of every call
+        layer = self._sites[site].layer
+        if self._neurons.space.calls.get(layer, 1) > 1:  # the weight moves the output of every call
             return None
-        return next((found for found in self._prober.space.sites if found.name == site.layer), None)
+        return next((found for found in self._neurons.sites if found.name == layer), None)
 
 
-class WeightLayer:
-    """Probes of one parameter on one batch: what `Search` asks.
+class ParameterProbe(Probe):
+    """Probes of one parameter on one batch; its values are as its format stores them, the same for every sample."""
 
-    Attributes:
-        values: the parameter as its format stores it, the same for every sample: (samples, values).
-        classes: golden class of each sample.
-        last: True if nothing is computed behind the layer.
-    """
-
-    def __init__(self, prober: WeightProber, site: Site, batch: int, line: _Line | None) -> None:
+    def __init__(self, prober: ParameterProber, site: Site, batch: int, line: _Line | None) -> None:
         self._prober, self._site, self._batch, self._line = prober, site, batch, line
         self._size = prober.batches.sizes[batch]
         self.classes = prober.classes[prober.batches.part(batch)]
         self._tensor = prober.space.tensors[site.name].data
-        original = prober.space.originals().get(site.name, self._tensor)
+        original = prober.originals().get(site.name, self._tensor)
         coding = site.format.fit(original)
         words = site.format.encode_values(original, dense(coding, original.shape))
         self._stored = Stored(site.format, words.contiguous(), coding, site.dtype)
@@ -174,14 +181,10 @@ class WeightLayer:
         return torch.stack(found, dim=1)
 
     def critical(self, rows: Tensor, places: Tensor, values: Tensor, *, shortcuts: bool = True) -> Tensor:
-        """Whether each change gives another class, or a NaN.
+        """Whether each change is critical.
 
-        Args:
-            rows: samples of the batch, int64 (n,).
-            places: flat indices into the parameter, int64 (n,).
-            values: what it holds there instead, (n,).
-            shortcuts: for what moves on a line, run only what lies behind it, and skip what provably computes the same;
-                False changes the parameter in memory and runs everything.
+        `shortcuts`: of what moves on a line, run only what lies behind it, and skip what provably computes the same;
+        without them, the parameter is changed in memory and everything runs.
         """
         if shortcuts and self._line is not None:
             return self._line.critical(rows, places, values, self.classes)
@@ -191,10 +194,6 @@ class WeightLayer:
             here = (which == i).nonzero()[:, 0]
             result[here] = self._in_memory(rows[here], int(places[here[0]]), values[here[0]])
         return result
-
-    def unseen(self, rows: Tensor, places: Tensor, values: Tensor) -> Tensor:
-        """Nothing is proved about weights without computing what they change."""
-        return torch.zeros(values.shape, dtype=torch.bool, device=values.device)
 
     def truth(self, rows: Tensor, places: Tensor, values: Tensor) -> Tensor:
         """As `critical`, the first `CHECKED` changes in memory; the others as the tests hold equal to that."""
@@ -216,7 +215,8 @@ class WeightLayer:
             inputs, at = rows_of(inputs, rows, self._size), torch.arange(rows.numel())
         spot = torch.unravel_index(torch.tensor(place, device=self._tensor.device), self._tensor.shape)
         before = self._tensor[spot].clone()
-        prober.whole += rows.numel() if prober.row_wise else self._size
+        ran = rows.numel() if prober.row_wise else self._size
+        prober.costs.probes, prober.costs.whole = prober.costs.probes + ran, prober.costs.whole + ran
         try:
             self._tensor[spot] = value
             outputs = pick(call(prober.model, inputs), prober.output).cpu()[at]
@@ -236,7 +236,7 @@ class WeightLayer:
 class _Line:
     """A Conv or Linear layer whose output a changed weight moves along a line."""
 
-    def __init__(self, module: Any, site: Site, suffix: Suffix, seen: Tensor, prober: Prober) -> None:
+    def __init__(self, module: Any, site: Site, suffix: Suffix, seen: Tensor, prober: NeuronProber) -> None:
         self._module, self._suffix, self._prober = module, suffix, prober
         self._bias = site.name.rpartition(".")[2] == "bias"
         self._conv = isinstance(module, _CONVOLUTIONS)
@@ -249,7 +249,7 @@ class _Line:
         self._seen = seen
 
     def critical(self, rows: Tensor, places: Tensor, values: Tensor, classes: Tensor) -> Tensor:
-        """As `WeightLayer.critical`."""
+        """As `ParameterProbe.critical`."""
         result = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
         golden = self._weight()[places]
         for part in torch.split(torch.arange(values.numel(), device=values.device), self._prober.rows):
@@ -258,10 +258,9 @@ class _Line:
                 continue
             asked = part[kept]
             channels = self._channels(places[asked])
-
             found = self._classes(rows[asked], channels, moved)
             result[asked] = (found != classes[rows[asked].cpu()]).to(result.device)
-            self._prober.probes += 0 if self.last else asked.numel()
+            self._prober.costs.probes += 0 if self.last else asked.numel()
         return result
 
     def _classes(self, rows: Tensor, channels: Tensor, moved: Tensor) -> Tensor:

@@ -1,0 +1,136 @@
+"""Jobs of an analysis: one a module, with all of its sites, so that it can be spread, killed and resumed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from flipproof._fields import Fields
+from flipproof.analysis.probes import ProbedSite, Prober
+from flipproof.campaigns.fingerprint import attributes_digest, code_digest, digest_of
+from flipproof.engine.journal import Key
+from flipproof.errors import ConfigError
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class AnalysisHeader:
+    """What is analysed and how: the first line of an analysis' journal.
+
+    Attributes:
+        fingerprint: everything that changes what is found, by name.
+    """
+
+    fingerprint: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, prober: Prober, **settings: Any) -> AnalysisHeader:
+        """The header of an analysis with these settings.
+
+        Args:
+            prober: the opened model.
+            settings: of the verb, as plain values.
+        """
+        model, batches, output = prober.model, prober.batches, prober.output
+        named = (*model.named_parameters(), *model.named_buffers())
+        given = [(name, prober.originals().get(name, tensor)) for name, tensor in named]
+        return cls(
+            {
+                **settings,
+                "model": f"{type(model).__module__}.{type(model).__qualname__}",
+                "weights": digest_of(given),
+                "attributes": attributes_digest(model),
+                "code": code_digest(model),
+                "data": batches.digest(),
+                "batches": list(batches.sizes),
+                "sites": digest_of([(site.name, site.values, repr(site.format)) for site in prober.sites]),
+                "output": digest_of(output) if callable(output) else output,
+                "decision": prober.decision.describe(),
+                "golden_outputs": digest_of(prober.golden),
+                "device": prober.device.type,
+            }
+        )
+
+    @property
+    def identity(self) -> tuple[Mapping[str, Any], ...]:
+        """What must be the same to resume."""
+        return (self.fingerprint,)
+
+    @property
+    def plan(self) -> None:
+        """How much is to be done follows from what is analysed."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {"fingerprint": dict(self.fingerprint)}
+
+    @classmethod
+    def from_json(cls, header: dict[str, Any]) -> AnalysisHeader:
+        """The inverse of `to_json`."""
+        about = Fields(header, "the header")
+        found = cls(about.mapping("fingerprint"))
+        about.end()
+        return found
+
+
+class ModuleJobs(Generic[R]):
+    """One job a module: what is found about all of its sites, in their order.
+
+    A job starts with nothing prepared for other modules and ends with a check that the model is as it was, so that what
+    it finds and costs depends on its key alone.
+
+    Args:
+        prober: the opened model.
+        analyse: finds one record about a module's sites.
+        about: what all keys begin with.
+    """
+
+    def __init__(
+        self, prober: Prober, analyse: Callable[[Key, Sequence[ProbedSite]], R], about: tuple[int | str, ...] = ()
+    ) -> None:
+        self._prober, self._analyse = prober, analyse
+        self.keys: list[Key] = [(*about, name) for name in dict.fromkeys(site.layer for site in prober.sites)]
+        """Of all jobs, in the order of the sites."""
+
+    def __call__(self, *key: Any) -> R:
+        """Analyse one module."""
+        self._prober.forget()
+        found = self._analyse(key, [site for site in self._prober.sites if site.layer == key[-1]])
+        self._prober.check_untouched()
+        return found
+
+    @property
+    def serial_only(self) -> str:
+        """Why modules cannot be given to worker processes."""
+        device = self._prober.device
+        return "" if device.type == "cpu" else f"on {device} one process already fills the device"
+
+    def describe(self, key: Key) -> str:
+        """A module in words."""
+        return str(key[-1]) or "the model"
+
+    def wake(self) -> None:
+        """One thread in a worker process."""
+        torch.set_num_threads(1)
+
+    def recover(self) -> None:
+        """Give memory back to a device that ran out of it."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def check_run(verb: str, workers: object, journal: object) -> None:
+    """Refuse numbers of workers and journals that are none.
+
+    Raises:
+        ConfigError: saying what was expected and what came.
+    """
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise ConfigError(f"{verb} takes a whole number ≥ 1 for workers=, got {workers!r}")
+    if journal is not None and not isinstance(journal, (str, os.PathLike)):
+        raise ConfigError(f"{verb} takes the path of a journal for journal=, got {journal!r}")
