@@ -17,4 +17,5 @@ def show(call: Call) -> None:
     call.say(f"Written to {call.folder}/factors.csv")
 
 
-estimate_factors = command(verb, show, folder="flipproof-factors")
+# analyze may have a journal of its own in the same folder
+estimate_factors = command(verb, show, folder="flipproof-factors", journal="factors.jsonl")
