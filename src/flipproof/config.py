@@ -209,7 +209,8 @@ def _reader(name: str, hint: Any) -> tuple[type, Callable[[Any], Any], str] | No
     parts = {*get_args(hint)} - {NoneType} or {hint}
     if parts == {nn.Module}:
         return str, load_model, FACTORY
-    if parts <= {Parameters, Neurons}:
+    if parts & {Parameters, Neurons}:  # a space of one's own cannot be written as text
+        parts &= {Parameters, Neurons}
         example = " or ".join(f"{kind.__name__}(include='conv*')" for kind in (Parameters, Neurons) if kind in parts)
         return str, lambda text: read_typed(text, tuple(parts), parts, example), example
     parsers: dict[type, tuple[Callable[[str], Any], str]] = {
