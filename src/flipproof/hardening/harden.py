@@ -12,12 +12,12 @@ from torch import nn
 
 from flipproof._interrupts import gives_back
 from flipproof.errors import ConfigError, FlipproofWarning, ModelError
+from flipproof.hardening import methods
 from flipproof.hardening.bounds.bounded import Bounded
 from flipproof.hardening.example import shapes_of
 from flipproof.hardening.fitting.acceptance import ROUNDING_SAMPLES, Acceptance, unsteady_layers
 from flipproof.hardening.fitting.calibration import Calibration
 from flipproof.hardening.fitting.profile import profile, ranges_of
-from flipproof.hardening.methods import __all__ as METHODS
 from flipproof.hardening.methods.base import Hardening, Work
 from flipproof.hardening.report import REPORT, HardeningReport
 from flipproof.hardening.rewriting.sites import Rewritten, refuse_what_hides_its_values, rewrite
@@ -158,17 +158,19 @@ def _data_and_method(
     given: tuple[Data | Hardening, ...], data: Data | None, method: Hardening | None
 ) -> tuple[Data, Hardening]:
     """What was given by position and by keyword; a hardening is known by its type."""
-    methods = [each for each in (*given, method) if isinstance(each, Hardening)]
+    chosen = [each for each in (*given, method) if isinstance(each, Hardening)]
     others = [each for each in (*given, data) if each is not None and not isinstance(each, Hardening)]
     if method is not None and not isinstance(method, Hardening):
         raise ConfigError(f"harden takes a hardening such as fp.Ranger() for method=, got {method!r}")
-    if len(methods) != 1:
-        known = ", ".join(sorted(set(METHODS) - {"Hardening"}))
-        came = ", ".join(map(repr, methods)) or ", ".join(type(each).__name__ for each in given) or "none"
+    if len(chosen) != 1:
+        known = ", ".join(
+            sorted(k.__name__ for k in vars(methods).values() if isinstance(k, type) and k is not Hardening)
+        )
+        came = ", ".join(map(repr, chosen)) or ", ".join(type(each).__name__ for each in given) or "none"
         raise ConfigError(f"harden takes a hardening as its method, one and not more, of {known}; got {came}")
     if len(others) != 1:
         raise ConfigError(f"harden takes one set of calibration data, harden(model, data, method), got {len(others)}")
-    return others[0], methods[0]
+    return others[0], chosen[0]
 
 
 def _steady(model: nn.Module, method: Hardening, work: Work, held: Calibration) -> list[str]:
