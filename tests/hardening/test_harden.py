@@ -297,3 +297,26 @@ def test_profiles_of_inputs_are_taken_before_the_activation_overwrites_them(inpl
         assert torch.allclose(high, expected.amax(dim=0))
         assert float(seen.low) == pytest.approx(float(expected.min()))
         assert seen.calls == 2
+
+
+def test_data_and_method_in_either_order_and_by_keyword(mlp: nn.Module, blobs: Any) -> None:
+    method = Ranger()
+    ways = [
+        harden(mlp, blobs, method),
+        harden(mlp, method, data=blobs),
+        harden(mlp, blobs, method=method),
+        harden(mlp, data=blobs, method=method),
+    ]
+    for way in ways[1:]:
+        assert all(torch.equal(value, way.state_dict()[name]) for name, value in ways[0].state_dict().items())
+
+
+def test_a_missing_or_doubled_method_or_data_is_named(mlp: nn.Module, blobs: Any) -> None:
+    with pytest.raises(ConfigError, match="of AVC, FTClipAct, FitAct, Guard, ProAct, Ranger; got list"):
+        harden(mlp, blobs)
+    with pytest.raises(ConfigError, match="one and not more"):
+        harden(mlp, blobs, Ranger(), method=Ranger())
+    with pytest.raises(ConfigError, match=r"one set of calibration data.* got 0"):
+        harden(mlp, Ranger())
+    with pytest.raises(ConfigError, match=r"one set of calibration data.* got 2"):
+        harden(mlp, blobs, Ranger(), data=blobs)

@@ -68,7 +68,7 @@ def test_a_finished_run_trains_nothing_again(model, blobs, tmp_path, monkeypatch
     def trains(*args, **kwargs):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("flipproof.hardening.methods.proact.train_thresholds", trains)
+    monkeypatch.setattr("flipproof.hardening.fitting.training.train_thresholds", trains)
     again = fp.harden(model, method, data=blobs, journal=tmp_path)
     assert all(torch.equal(value, thresholds(first)[name]) for name, value in thresholds(again).items())
 

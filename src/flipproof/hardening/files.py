@@ -26,6 +26,7 @@ from flipproof.hardening.report import REPORT, HardeningReport, hardening_report
 from flipproof.hardening.rewriting.recurrent import Opened
 from flipproof.hardening.rewriting.sites import Rewritten, Site, Unreachable, rewrite
 from flipproof.running.data import call
+from flipproof.running.device import device_of
 from flipproof.running.evaluation import eval_mode
 
 VERSION = 2
@@ -107,8 +108,7 @@ def load_hardened(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         ModelError: if the model is another one than was hardened.
     """
     about, state = _read(path)
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    inputs = inputs_like(about.example, device)
+    inputs = inputs_like(about.example, device_of(model))
     rewritten = rewrite(model, inputs, open_recurrent=about.opened)
     _rebuild(rewritten, about, state, path)
     _check_state(rewritten.model, state, path)
@@ -215,7 +215,7 @@ def _site(fields: Fields) -> tuple[Site, str, dict[str, float]]:
 
 def _rebuild(rewritten: Rewritten, about: _About, state: dict[str, Tensor], path: object) -> None:
     network = type(rewritten.model).__name__
-    device = next((p.device for p in rewritten.model.parameters()), torch.device("cpu"))
+    device = device_of(rewritten.model)
     sites = {site.name: site for site in rewritten.sites}
     saved = {site.name: (site, kind, more) for site, kind, more in about.sites}
     if len(saved) != len(about.sites):

@@ -12,6 +12,7 @@ from torch import nn
 
 from flipproof._interrupts import gives_back
 from flipproof.errors import ConfigError, FlipproofWarning, ModelError
+from flipproof.hardening import methods
 from flipproof.hardening.bounds.bounded import Bounded
 from flipproof.hardening.example import shapes_of
 from flipproof.hardening.fitting.acceptance import ROUNDING_SAMPLES, Acceptance, unsteady_layers
@@ -22,10 +23,8 @@ from flipproof.hardening.report import REPORT, HardeningReport
 from flipproof.hardening.rewriting.sites import Rewritten, refuse_what_hides_its_values, rewrite
 from flipproof.hardening.stages import Stages
 from flipproof.running.data import Data, Output, tensor_bytes
+from flipproof.running.device import device_of
 from flipproof.running.outcomes import DecisionChoice
-
-HELD_OUT = 0.25
-"""Share of the calibration samples that nothing is fitted to: acceptance is judged on them."""
 
 MEMORISED, MANY = 0.99, 50
 """From this accuracy on so many samples, the report reminds that the model may have been trained on them."""
@@ -37,9 +36,9 @@ STEPS_FOR_ROUNDING = 5
 @gives_back
 def harden(
     model: nn.Module,
-    method: Hardening,
-    *,
-    data: Data,
+    *given: Data | Hardening,
+    data: Data | None = None,
+    method: Hardening | None = None,
     strict: bool = False,
     output: Output = None,
     decision: DecisionChoice = None,
@@ -54,11 +53,12 @@ def harden(
 
     Args:
         model: any module that gives one class score vector, or one score, a sample.
-        method: e.g. ``fp.Ranger()`` or ``fp.ProAct()``.
+        given: data and method, as in ``harden(model, data, fp.Guard())``; either may be given by keyword instead.
         data: calibration batches `(inputs, targets)`; use training or validation data, never the data that the
             hardened model will be judged on, and best data that the model was not trained on. A random quarter of it
             (`held_out` of the method) is kept aside; no bound is fitted to it, and `clean_drop` is judged on it. A
             warning says so if the hardened copy loses more than a point of accuracy there, or any significant share.
+        method: e.g. ``fp.Ranger()`` or ``fp.ProAct()``; there is no default.
         strict: raise instead of warning where an activation cannot be bounded.
         output: picks the tensor to judge out of what the model returns: function, dict key or tuple index.
         decision: how outputs become classes, as for `assess`.
@@ -67,6 +67,7 @@ def harden(
         progress: show a bar; None shows it on a terminal.
 
     Raises:
+        ConfigError: if the method or the data is missing or given twice.
         ModelError: if no activation can be bounded (or, with `strict`, not all), if the model computes NaN without
             faults, or if bounds collapse to 0.
         DataError: if the calibration data is empty, holds NaN or does not fit the model.
@@ -82,11 +83,10 @@ def harden(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"harden takes a torch.nn.Module first, got {model!r}")
-    if not isinstance(method, Hardening):
-        raise ConfigError(f"harden takes a hardening such as fp.Ranger(), got {method!r}")
+    data, method = _data_and_method(given, data, method)
     began = time.perf_counter()
     refuse_what_hides_its_values(model)
-    whole = Calibration.read(model, data, _device_of(model), output, decision)
+    whole = Calibration.read(model, data, device_of(model), output, decision)
     calibration, held = whole.split(method.held_out, method.seed)
     identity = {"method": repr(method), "weights": _weights(model), "data": whole.batches.digest()}
     identity["decision"] = whole.decision.describe()
@@ -154,6 +154,25 @@ def harden(
     return rewritten.model
 
 
+def _data_and_method(
+    given: tuple[Data | Hardening, ...], data: Data | None, method: Hardening | None
+) -> tuple[Data, Hardening]:
+    """What was given by position and by keyword; a hardening is known by its type."""
+    chosen = [each for each in (*given, method) if isinstance(each, Hardening)]
+    others = [each for each in (*given, data) if each is not None and not isinstance(each, Hardening)]
+    if method is not None and not isinstance(method, Hardening):
+        raise ConfigError(f"harden takes a hardening such as fp.Ranger() for method=, got {method!r}")
+    if len(chosen) != 1:
+        known = ", ".join(
+            sorted(k.__name__ for k in vars(methods).values() if isinstance(k, type) and k is not Hardening)
+        )
+        came = ", ".join(map(repr, chosen)) or ", ".join(type(each).__name__ for each in given) or "none"
+        raise ConfigError(f"harden takes a hardening as its method, one and not more, of {known}; got {came}")
+    if len(others) != 1:
+        raise ConfigError(f"harden takes one set of calibration data, harden(model, data, method), got {len(others)}")
+    return others[0], chosen[0]
+
+
 def _steady(model: nn.Module, method: Hardening, work: Work, held: Calibration) -> list[str]:
     """Layers at which batch 1 and batch N part, after their bounds were widened where that was not forbidden."""
     if held.cut is None:
@@ -217,9 +236,3 @@ def _shared(rewritten: Rewritten) -> list[str]:
         for site in rewritten.sites
         if site.calls > 1
     ]
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")

@@ -123,20 +123,20 @@ class Calibration:
         batches = Batches(inputs, tuple(chunk.numel() for chunk in chunks), self.batches.targets[index])
         return Calibration(batches, self.teacher[index], self.decision, self.output, self.cut)
 
-    def shuffled(self, size: int, generator: torch.Generator) -> Iterator[tuple[Any, Tensor, Tensor]]:
-        """Once through in random order: inputs, targets, teacher outputs, `size` samples at a time.
+    def shuffled(self, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor | None, Any, Tensor, Tensor]]:
+        """Once through in random order: sample numbers, inputs, targets, teacher outputs, `size` samples at a time.
 
-        Inputs that cannot be cut by sample come in their own batches, in random order.
+        Inputs that cannot be cut by sample come in their own batches, in random order, without sample numbers.
         """
         if self.cut is not None:
             whole = self._joined()
             for chunk in torch.split(torch.randperm(self.samples, generator=generator), size):
-                yield _rows(whole, chunk, self.cut), self.batches.targets[chunk], self.teacher[chunk]
+                yield chunk, _rows(whole, chunk, self.cut), self.batches.targets[chunk], self.teacher[chunk]
             return
         targets = torch.split(self.batches.targets, list(self.batches.sizes))
         teacher = torch.split(self.teacher, list(self.batches.sizes))
         for i in torch.randperm(len(targets), generator=generator).tolist():
-            yield self.batches.inputs[i], targets[i], teacher[i]
+            yield None, self.batches.inputs[i], targets[i], teacher[i]
 
     def outputs(self, model: nn.Module) -> Tensor:
         """What a model answers on all samples, on the CPU."""

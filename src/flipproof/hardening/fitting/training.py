@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from flipproof.engine.progress import Step
+from flipproof.engine.progress import Step, progress_bar
 from flipproof.errors import ConfigError, ModelError
 from flipproof.hardening.bounds.bounded import Bounded
 from flipproof.hardening.fitting.calibration import Calibration, Loss, logits
+from flipproof.hardening.fitting.prefix import Prefix, PrefixDiffers, Prefixes
 from flipproof.hardening.methods.base import Work
 from flipproof.running.data import call, pick
+from flipproof.running.metrics import accuracy
+from flipproof.running.values import same
 
 
 @dataclass(frozen=True)
@@ -48,31 +53,74 @@ class Schedule:
             )
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Bounds that train together.
+
+    Attributes:
+        label: names the stage in history and journal.
+        bounds: whose thresholds train; all others are fixed.
+        schedule: how.
+    """
+
+    label: str
+    bounds: Sequence[Bounded]
+    schedule: Schedule
+
+
+def train_stages(
+    work: Work, stages: Sequence[Stage], parts: tuple[Calibration, Calibration], loss: Loss, seed: int
+) -> pd.DataFrame:
+    """Train one stage after the other; what an interrupted run has finished is taken from its journal.
+
+    Args:
+        work: what is being hardened, with all bounds in place.
+        stages: in their order.
+        parts: what to fit on, what to accept on.
+        loss: (logits, targets, teacher's logits) → a scalar.
+        seed: of the order of samples.
+
+    Returns:
+        One row an epoch.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    prefixes = Prefixes(work.model, parts)
+    rows: list[dict[str, Any]] = []
+    with progress_bar(sum(stage.schedule.epochs for stage in stages), 0, show=work.progress) as step:
+        for stage in stages:
+            train = partial(
+                train_thresholds, work, stage, parts, loss, prefixes=prefixes, generator=generator, step=step
+            )
+            rows += work.stage(
+                stage.label, stage.bounds, train, step=step, steps=stage.schedule.epochs, generator=generator
+            )
+    return pd.DataFrame(rows)
+
+
 def train_thresholds(
     work: Work,
-    bounds: Sequence[Bounded],
+    stage: Stage,
     parts: tuple[Calibration, Calibration],
     loss: Loss,
-    schedule: Schedule,
     *,
+    prefixes: Prefixes,
     generator: torch.Generator,
     step: Step,
-    label: str,
 ) -> list[dict[str, Any]]:
     """Train the thresholds of some bounds and keep the smallest that hold the accuracy budget on the held-out part.
 
     Smallest is by ‖λ‖² over these bounds, their values before training included. If nothing holds the budget, they stay
-    as they were.
+    as they were. What the model computes before these bounds is kept from epoch to epoch (`Prefix`), where that is
+    known to give the same bits.
 
     Args:
         work: what is being hardened; its model is run in eval mode.
-        bounds: which thresholds train; all others are fixed.
+        stage: what trains, and how.
         parts: what to fit on, what to accept on.
         loss: (logits, targets, teacher's logits) → a scalar.
-        schedule: how.
+        prefixes: where the model can be cut.
         generator: of the order of samples.
         step: called after every epoch.
-        label: names this training in the history.
 
     Returns:
         One row an epoch.
@@ -80,61 +128,127 @@ def train_thresholds(
     Raises:
         ModelError: if the loss becomes NaN or infinite.
     """
-    fit, held = parts
-    thresholds = [bound.threshold for bound in bounds]
-    floor = held.accuracy - schedule.budget
-    rows: list[dict[str, Any]] = []
-    best = [threshold.detach().clone() for threshold in thresholds]
-    start = held.accuracy_of(work.model)
-    work.spend(held, 1.0)
-    smallest = _size(best) if start >= floor else float("inf")
-    cost: float | None = None
+    thresholds = [bound.threshold for bound in stage.bounds]
+    before, order = [threshold.detach().clone() for threshold in thresholds], generator.get_state()
     with _only(work.model, thresholds):
+        prefix = None
+        if stage.schedule.epochs > 1:
+            prefix = prefixes.before(stage.bounds, stage.schedule.batch_size)
+        if prefix is not None:
+            try:
+                return _Training(work, stage, parts, loss, prefix).run(generator, step)
+            except PrefixDiffers:  # train again from the start, with whole forwards
+                _write(thresholds, before)
+                generator.set_state(order)
+        return _Training(work, stage, parts, loss, None).run(generator, step)
+
+
+class _Training:
+    """One stage under way."""
+
+    def __init__(
+        self, work: Work, stage: Stage, parts: tuple[Calibration, Calibration], loss: Loss, prefix: Prefix | None
+    ) -> None:
+        self.work, self.stage, self.loss, self.prefix = work, stage, loss, prefix
+        self.fit, self.held = parts
+        self.thresholds = [bound.threshold for bound in stage.bounds]
+        self.cost: float | None = None
+        """Forward-equivalents of a step on all data to fit on, without what is kept; None before the first step."""
+
+    def run(self, generator: torch.Generator, step: Step) -> list[dict[str, Any]]:
+        """Train, and leave the thresholds that were accepted last."""
+        schedule, thresholds = self.stage.schedule, self.thresholds
+        floor = self.held.accuracy - schedule.budget
+        best = [threshold.detach().clone() for threshold in thresholds]
+        smallest = _size(best) if self._start() >= floor else float("inf")
+        rows: list[dict[str, Any]] = []
         optimiser = torch.optim.Adam(thresholds, lr=schedule.lr)
         halving = torch.optim.lr_scheduler.StepLR(optimiser, schedule.halve_every, gamma=0.5)
         for epoch in range(1, schedule.epochs + 1):
             rate = float(optimiser.param_groups[0]["lr"])
-            total = 0.0
-            for inputs, targets, teacher in fit.shuffled(schedule.batch_size, generator):
-                with FlopCounterMode(display=False) if cost is None else nullcontext() as forward:
-                    value = _loss_of(work.model, fit, inputs, targets, teacher, loss)
-                penalty = schedule.weight_decay * sum((threshold.square().sum() for threshold in thresholds), 0.0)
-                optimiser.zero_grad(set_to_none=True)
-                with FlopCounterMode(display=False) if cost is None else nullcontext() as backward:
-                    torch.autograd.backward(value + penalty)
-                if forward is not None and backward is not None:
-                    cost = _cost_of_a_step(forward, backward)
-                optimiser.step()
-                with torch.no_grad():
-                    for threshold in thresholds:
-                        threshold.clamp_(min=0.0)  # a negative bound cuts off as much as 0 does
-                total += float(value.detach()) * targets.numel()
-            if not total < float("inf"):
-                raise ModelError(f"{label}: the loss became {total}; use a smaller lr than {schedule.lr}")
+            loss = self._epoch(optimiser, generator)
+            if not loss < float("inf"):
+                raise ModelError(f"{self.stage.label}: the loss became {loss}; use a smaller lr than {schedule.lr}")
             halving.step()
-            accuracy = held.accuracy_of(work.model)
+            reached = self._accuracy()
             size = _size(thresholds)
-            accepted = accuracy >= floor and size < smallest and _alive(bounds)
+            accepted = reached >= floor and size < smallest and _alive(self.stage.bounds)
             if accepted:
                 smallest, best = size, [threshold.detach().clone() for threshold in thresholds]
             rows.append(
                 {
-                    "stage": label,
+                    "stage": self.stage.label,
                     "epoch": epoch,
                     "lr": rate,
-                    "loss": total / fit.samples,
-                    "held_out_accuracy": accuracy,
+                    "loss": loss,
+                    "held_out_accuracy": reached,
                     "mean_threshold": _mean(thresholds),
                     "accepted": accepted,
                 }
             )
-            work.spend(fit, WITHOUT_COUNT if cost is None else cost)
-            work.spend(held, 1.0)
-            step(f"{label} {accuracy:.1%}")
+            step(f"{self.stage.label} {reached:.1%}")
+        _write(thresholds, best)
+        return rows
+
+    def _start(self) -> float:
+        """Accuracy before training, by the whole model; the two parts of a prefix must give the same answers."""
+        whole = self.held.outputs(self.work.model)
+        self.work.spend(self.held, 1.0)
+        if self.prefix is not None:
+            self.work.spend(self.fit, self.prefix.share)
+            self.work.spend(self.held, 1.0)
+            if not same(whole, self.prefix.outputs(self.held)):
+                raise PrefixDiffers
+        return accuracy(whole, self.held.batches.targets, self.held.decision)
+
+    def _accuracy(self) -> float:
+        if self.prefix is None:
+            self.work.spend(self.held, 1.0)
+            return self.held.accuracy_of(self.work.model)
+        self.work.spend(self.held, 1.0 - self.prefix.share)
+        return accuracy(self.prefix.outputs(self.held), self.held.batches.targets, self.held.decision)
+
+    def _epoch(self, optimiser: torch.optim.Optimizer, generator: torch.Generator) -> float:
+        """Once through the data to fit on; the mean loss."""
+        total, audited = 0.0, 0 if self.prefix is None else self.prefix.audited
+        for rows, inputs, targets, teacher in self.fit.shuffled(self.stage.schedule.batch_size, generator):
+            value = self._step(optimiser, rows, inputs, targets, teacher)
+            total += value * targets.numel()
+        assert self.cost is not None
+        self.work.spend(self.fit, self.cost)
+        if self.prefix is not None:
+            anew = (self.prefix.audited - audited) / self.fit.samples
+            self.work.spend(self.fit, anew * self.prefix.share)
+        return total / self.fit.samples
+
+    def _step(
+        self,
+        optimiser: torch.optim.Optimizer,
+        rows: Tensor | None,
+        inputs: Any,
+        targets: Tensor,
+        teacher: Tensor,
+    ) -> float:
+        with FlopCounterMode(display=False) if self.cost is None else nullcontext() as forward:
+            if self.prefix is None or rows is None:
+                raw = call(self.work.model, inputs)
+            else:
+                raw = self.prefix.run(inputs, rows)
+            outputs = pick(raw, self.fit.output)
+            golden = logits(teacher.to(outputs.device), self.fit.decision)
+            value = self.loss(logits(outputs, self.fit.decision), targets.to(outputs.device), golden)
+        penalty = self.stage.schedule.weight_decay * sum((each.square().sum() for each in self.thresholds), 0.0)
+        optimiser.zero_grad(set_to_none=True)
+        with FlopCounterMode(display=False) if self.cost is None else nullcontext() as backward:
+            torch.autograd.backward(value + penalty)
+        if forward is not None and backward is not None:
+            # the first step of a stage is audited, so its forward is whole
+            self.cost = _cost_of_a_step(forward, backward) - (0.0 if self.prefix is None else self.prefix.share)
+        optimiser.step()
         with torch.no_grad():
-            for threshold, value in zip(thresholds, best, strict=True):
-                threshold.copy_(value)
-    return rows
+            for threshold in self.thresholds:
+                threshold.clamp_(min=0.0)  # a negative bound cuts off as much as 0 does
+        return float(value.detach())
 
 
 WITHOUT_COUNT = 3.0
@@ -149,12 +263,6 @@ def _cost_of_a_step(forward: FlopCounterMode, backward: FlopCounterMode) -> floa
     """
     once = forward.get_total_flops()
     return (once + backward.get_total_flops()) / once if once else WITHOUT_COUNT
-
-
-def _loss_of(model: nn.Module, data: Calibration, inputs: Any, targets: Tensor, teacher: Tensor, loss: Loss) -> Tensor:
-    outputs = pick(call(model, inputs), data.output)
-    golden = logits(teacher.to(outputs.device), data.decision)
-    return loss(logits(outputs, data.decision), targets.to(outputs.device), golden)
 
 
 @contextmanager
@@ -178,6 +286,12 @@ def _only(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module in training:
             module.training = True
+
+
+def _write(thresholds: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for threshold, value in zip(thresholds, values, strict=True):
+            threshold.copy_(value)
 
 
 def _size(thresholds: Sequence[Tensor]) -> float:

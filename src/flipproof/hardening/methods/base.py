@@ -1,4 +1,4 @@
-"""`harden`: a copy of a model whose activations are bounded, and the report of what was and what was not."""
+"""What a hardening method is, and what it works on."""
 
 from __future__ import annotations
 
@@ -23,12 +23,6 @@ from flipproof.hardening.stages import Rows, Stages
 
 HELD_OUT = 0.25
 """Share of the calibration samples that nothing is fitted to: acceptance is judged on them."""
-
-MEMORISED, MANY = 0.99, 50
-"""From this accuracy on so many samples, the report reminds that the model may have been trained on them."""
-
-STEPS_FOR_ROUNDING = 5
-"""So often bounds are widened by a hundredth where rounding alone crosses them."""
 
 
 @dataclass

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Self
 
 import pandas as pd
-import torch
 
-from flipproof.engine.progress import progress_bar
 from flipproof.errors import ConfigError
 from flipproof.hardening.bounds.bounded import Smooth
 from flipproof.hardening.fitting.calibration import cross_entropy
-from flipproof.hardening.fitting.training import Schedule, train_thresholds
+from flipproof.hardening.fitting.training import Schedule, Stage, train_stages
 from flipproof.hardening.methods.base import HELD_OUT, Hardening, Work, check_fields
 
 
@@ -70,18 +67,9 @@ class FitAct(Hardening):
     def fit(self, work: Work) -> pd.DataFrame:
         parts = work.calibration.split(self.held_out, self.seed)
         bounds = list(work.place(Smooth, "neuron", self.slack, slope=self.slope).values())
-        generator = torch.Generator().manual_seed(self.seed)
-        with progress_bar(self.epochs, 0, show=work.progress) as step:
-            train = partial(
-                train_thresholds,
-                *(work, bounds, parts, cross_entropy, self._schedule()),
-                generator=generator,
-                step=step,
-                label="all",
-            )
-            rows = work.stage("all", bounds, train, step=step, steps=self.epochs, generator=generator)
-        if not any(row["accepted"] for row in rows):
+        history = train_stages(work, [Stage("all", bounds, self._schedule())], parts, cross_entropy, self.seed)
+        if not history["accepted"].any():
             work.notes.append(
                 f"no epoch of FitAct held the budget of {self.budget:.1%}: bounds stay where training began"
             )
-        return pd.DataFrame(rows)
+        return history

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Self
 
 import pandas as pd
-import torch
 from torch import Tensor
 
-from flipproof.engine.progress import progress_bar
 from flipproof.errors import ConfigError
 from flipproof.hardening.bounds.bounded import Smooth
 from flipproof.hardening.fitting.calibration import cross_entropy, distillation
-from flipproof.hardening.fitting.training import Schedule, train_thresholds
+from flipproof.hardening.fitting.training import Schedule, Stage, train_stages
 from flipproof.hardening.methods.base import HELD_OUT, Hardening, Work, check_fields
 from flipproof.hardening.rewriting.sites import Site
 
@@ -91,23 +88,11 @@ class ProAct(Hardening):
                 f"before any training the bounds already cost accuracy, {start:.2%} against {parts[1].accuracy:.2%} "
                 f"unbounded: HyReLU halves a value that equals its bound"
             )
-        generator = torch.Generator().manual_seed(self.seed)
-        rows = []
-        total = self.epochs_last + self.epochs * (len(bounds) - 1)
-        with progress_bar(total, 0, show=work.progress) as step:
-            for site in reversed(bounds):
-                schedule = self._schedule(self.epochs_last if site is last else self.epochs)
-                train = partial(
-                    train_thresholds,
-                    *(work, [bounds[site]], parts, self._loss, schedule),
-                    generator=generator,
-                    step=step,
-                    label=site.name,
-                )
-                rows += work.stage(
-                    site.name, [bounds[site]], train, step=step, steps=schedule.epochs, generator=generator
-                )
-        return pd.DataFrame(rows)
+        stages = [
+            Stage(site.name, [bounds[site]], self._schedule(self.epochs_last if site is last else self.epochs))
+            for site in reversed(bounds)
+        ]
+        return train_stages(work, stages, parts, self._loss, self.seed)
 
 
 def last_rectifier(sites: list[Site]) -> Site:
