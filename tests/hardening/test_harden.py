@@ -17,8 +17,9 @@ from flipproof.errors import ConfigError, DataError, ModelError
 from flipproof.hardening.bounds.bounded import Saturate, ZeroAbove
 from flipproof.hardening.fitting.calibration import Calibration
 from flipproof.hardening.fitting.profile import profile
+from flipproof.hardening.fitting.work import Work
 from flipproof.hardening.harden import harden
-from flipproof.hardening.methods.base import Hardening, Work
+from flipproof.hardening.methods.base import Hardening
 from flipproof.hardening.methods.fitact import FitAct
 from flipproof.hardening.methods.ft_clipact import FTClipAct
 from flipproof.hardening.methods.guard import Guard

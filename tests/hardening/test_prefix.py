@@ -12,7 +12,7 @@ from flipproof.datasets import digits
 from flipproof.hardening.bounds.bounded import Smooth
 from flipproof.hardening.fitting.calibration import Calibration
 from flipproof.hardening.fitting.prefix import Prefix, PrefixDiffers, Prefixes
-from flipproof.hardening.methods.base import put_bound
+from flipproof.hardening.fitting.work import put_bound
 from flipproof.hardening.rewriting.sites import rewrite
 from flipproof.models import digits_cnn, resnet20
 

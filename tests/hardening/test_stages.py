@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import flipproof as fp
 from flipproof.errors import JournalError, JournalMismatch
-from flipproof.hardening.methods.base import Hardening, Work
+from flipproof.hardening.fitting.work import Work
+from flipproof.hardening.methods.base import Hardening
 from flipproof.hardening.report import hardening_report
 
 Data = list[tuple[Tensor, Tensor]]
@@ -51,10 +52,10 @@ def test_interrupted_and_resumed(method, finished, model, blobs, tmp_path, monke
     if finished or not isinstance(method, fp.FitAct):
         expected = finished if not isinstance(method, fp.FitAct) else 1
         with suppress(KeyboardInterrupt):  # FitAct has one stage and is done after it
-            fp.harden(model, method, data=blobs, journal=tmp_path / "stages")
-        assert len(list((tmp_path / "stages").glob("*"))) == expected
+            fp.harden(model, method, data=blobs, journal=tmp_path / "stages.jsonl")
+        assert len((tmp_path / "stages.jsonl").read_bytes().splitlines()) == 1 + expected
     monkeypatch.setattr(Work, "stage", real)
-    resumed = fp.harden(model, method, data=blobs, journal=tmp_path / "stages")
+    resumed = fp.harden(model, method, data=blobs, journal=tmp_path / "stages.jsonl")
     assert thresholds(resumed).keys() == thresholds(whole).keys()
     assert all(torch.equal(value, thresholds(whole)[name]) for name, value in thresholds(resumed).items())
     pd.testing.assert_frame_equal(hardening_report(resumed).history, hardening_report(whole).history)
@@ -63,39 +64,56 @@ def test_interrupted_and_resumed(method, finished, model, blobs, tmp_path, monke
 
 def test_a_finished_run_trains_nothing_again(model, blobs, tmp_path, monkeypatch):
     method = METHODS[2]
-    first = fp.harden(model, method, data=blobs, journal=tmp_path)
+    first = fp.harden(model, method, data=blobs, journal=tmp_path / "stages.jsonl")
 
     def trains(*args, **kwargs):
         raise AssertionError("trained again")
 
     monkeypatch.setattr("flipproof.hardening.fitting.training.train_thresholds", trains)
-    again = fp.harden(model, method, data=blobs, journal=tmp_path)
+    again = fp.harden(model, method, data=blobs, journal=tmp_path / "stages.jsonl")
     assert all(torch.equal(value, thresholds(first)[name]) for name, value in thresholds(again).items())
 
 
 def test_another_hardening_is_refused_with_what_differs(model, blobs, tmp_path):
-    fp.harden(model, METHOD, data=blobs, journal=tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(JournalMismatch, match=r"method: FTClipAct\(points=2.* → FTClipAct\(points=3"):
-        fp.harden(model, replace(METHOD, points=3), data=blobs, journal=tmp_path)
+    fp.harden(model, METHOD, data=blobs, journal=tmp_path / "stages.jsonl")
+    before = (tmp_path / "stages.jsonl").read_bytes()
+    with pytest.raises(JournalMismatch, match=r"method: .FTClipAct\(points=2.* → .FTClipAct\(points=3"):
+        fp.harden(model, replace(METHOD, points=3), data=blobs, journal=tmp_path / "stages.jsonl")
     with pytest.raises(JournalMismatch, match="data: "):
-        fp.harden(model, METHOD, data=blobs[:1] * 2, journal=tmp_path)
+        fp.harden(model, METHOD, data=blobs[:1] * 2, journal=tmp_path / "stages.jsonl")
     with torch.no_grad():
         model[0].weight[0, 0] += 1
     with pytest.raises(JournalMismatch, match="weights: "):
-        fp.harden(model, METHOD, data=blobs, journal=tmp_path)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+        fp.harden(model, METHOD, data=blobs, journal=tmp_path / "stages.jsonl")
+    assert (tmp_path / "stages.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("content", [b"", b"not a stage", b"\x08\0\0\0\0\0\0\0{}      "])
-def test_foreign_and_torn_files_are_refused(model, blobs, tmp_path, content):
-    (tmp_path / "001.safetensors").write_bytes(content)
-    with pytest.raises(JournalError, match=r"001\.safetensors is not a finished stage"):
-        fp.harden(model, METHOD, data=blobs, journal=tmp_path)
-    assert (tmp_path / "001.safetensors").read_bytes() == content
+def test_foreign_and_damaged_files_are_refused(model, blobs, tmp_path):
+    journal = tmp_path / "stages.jsonl"
+    journal.write_bytes(b"not a stage\n")
+    with pytest.raises(JournalError, match=r"stages\.jsonl is not a flipproof journal"):
+        fp.harden(model, METHOD, data=blobs, journal=journal)
+    assert journal.read_bytes() == b"not a stage\n"
+    journal.unlink()
+    fp.harden(model, METHOD, data=blobs, journal=journal)
+    lines = journal.read_bytes().splitlines(keepends=True)
+    for damage in (
+        b"{}\n",
+        lines[1].replace(b'"dtype":"float32"', b'"dtype":"object"'),
+        lines[1].replace(b'"stage":1', b'"stage":0'),
+    ):
+        journal.write_bytes(lines[0] + damage)
+        with pytest.raises(JournalError, match="line 2: not a record of a hardening"):
+            fp.harden(model, METHOD, data=blobs, journal=journal)
+    journal.write_bytes(lines[0] + lines[1][:-9])  # torn by a kill: the stage is done again
+    fp.harden(model, METHOD, data=blobs, journal=journal)
+    assert len(journal.read_bytes().splitlines()) == len(lines)
+    fp.assess(model, blobs, faults=fp.RandomBits(1), trials=2, journal=tmp_path / "campaign.jsonl")
+    with pytest.raises(JournalError, match="is the journal of a campaign, expected that of a hardening"):
+        fp.harden(model, METHOD, data=blobs, journal=tmp_path / "campaign.jsonl")
 
 
 def test_a_folder_that_cannot_be_made(model, blobs, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(JournalError, match="cannot write"):
-        fp.harden(model, METHOD, data=blobs, journal=tmp_path / "file")
+        fp.harden(model, METHOD, data=blobs, journal=tmp_path / "file" / "stages.jsonl")

@@ -19,8 +19,8 @@ from flipproof.hardening.fitting.calibration import Calibration, cross_entropy, 
 from flipproof.hardening.fitting.prefix import Prefixes
 from flipproof.hardening.fitting.profile import profile
 from flipproof.hardening.fitting.training import Schedule, Stage, train_thresholds
+from flipproof.hardening.fitting.work import Work
 from flipproof.hardening.harden import harden
-from flipproof.hardening.methods.base import Work
 from flipproof.hardening.methods.fitact import FitAct
 from flipproof.hardening.methods.proact import ProAct
 from flipproof.hardening.methods.ranger import Ranger

@@ -36,7 +36,6 @@ harden = command(
     verb,
     show,
     folder="flipproof-hardened",
-    journal="stages",
     example="Run the same command again to resume. Then: "
     "`flipproof assess MODEL --hardened OUT/hardened.safetensors …`, "
     "or `fp.load_hardened(model, file)` in Python.\n\nExample: `flipproof harden flipproof.demo:trained_digits_cnn "

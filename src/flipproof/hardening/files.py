@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from flipproof._fields import HINT, Fields, read_json, wrong
 from flipproof._files import replacing
 from flipproof.errors import ConfigError, ModelError
-from flipproof.hardening.bounds.bounded import Bounded, ClampInput, Saturate, Smooth, ZeroAbove
+from flipproof.hardening import bounds
+from flipproof.hardening.bounds import Bounded
 from flipproof.hardening.example import from_plain, inputs_like, to_plain
 from flipproof.hardening.fitting.acceptance import Acceptance
-from flipproof.hardening.methods.base import put_bound
+from flipproof.hardening.fitting.work import put_bound
 from flipproof.hardening.methods.guard import GuardedLinear, put_guard
 from flipproof.hardening.report import REPORT, HardeningReport, hardening_report
 from flipproof.hardening.rewriting.recurrent import Opened
-from flipproof.hardening.rewriting.sites import Rewritten, Site, Unreachable, rewrite
+from flipproof.hardening.rewriting.sites import ActivationSite, Rewritten, Unreachable, rewrite
 from flipproof.running.data import call
 from flipproof.running.device import device_of
 from flipproof.running.evaluation import eval_mode
@@ -32,7 +33,8 @@ from flipproof.running.evaluation import eval_mode
 VERSION = 2
 """Of the format: counts up whenever what is written changes. A file of another version is refused."""
 
-KINDS: dict[str, type[Bounded]] = {kind.__name__: kind for kind in (Saturate, ZeroAbove, Smooth, ClampInput)}
+KINDS: dict[str, type[Bounded]] = {name: getattr(bounds, name) for name in bounds.__all__ if name != "Bounded"}
+"""What can be saved: all kinds that `bounds` exports."""
 
 
 def save_hardened(hardened: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -63,7 +65,7 @@ def save_hardened(hardened: nn.Module, path: str | os.PathLike[str]) -> Path:
         bound = hardened.get_submodule(site.module)
         if type(bound).__name__ not in KINDS or not isinstance(bound, Bounded):
             raise ModelError(f"{site.name} is bounded by a {type(bound).__name__}; only {list(KINDS)} can be saved")
-        more = {"slope": bound.slope} if isinstance(bound, Smooth) else {}
+        more = {name: float(getattr(bound, name)) for name in bound.constants}
         sites.append({**vars(site), "kind": type(bound).__name__, "more": more})
     about = {
         "version": VERSION,
@@ -141,7 +143,7 @@ class _About:
     """
 
     method: str
-    sites: tuple[tuple[Site, str, dict[str, float]], ...]
+    sites: tuple[tuple[ActivationSite, str, dict[str, float]], ...]
     unreachable: tuple[Unreachable, ...]
     notes: tuple[str, ...]
     parameters: int
@@ -199,16 +201,15 @@ def _judged(fields: Fields) -> Acceptance:
     return found
 
 
-def _site(fields: Fields) -> tuple[Site, str, dict[str, float]]:
+def _site(fields: Fields) -> tuple[ActivationSite, str, dict[str, float]]:
     """The site, the kind of its bound, and what else that kind takes."""
-    site = Site(fields.text("name"), fields.text("module"), fields.text("function"), fields.whole("calls"))
+    site = ActivationSite(fields.text("name"), fields.text("module"), fields.text("function"), fields.whole("calls"))
     kind = fields.text("kind", among=KINDS)
     more = Fields(fields.take("more"), fields.at("more"))
-    options: dict[str, float] = {}
-    if kind == "Smooth":
-        slope = options["slope"] = more.number("slope")
-        if not 0 < slope < float("inf"):
-            raise wrong(more.at("slope"), "a number above 0", slope)
+    options = {name: more.number(name) for name in KINDS[kind].constants}
+    for name, value in options.items():
+        if not 0 < value < float("inf"):
+            raise wrong(more.at(name), "a number above 0", value)
     more.end()
     return site, kind, options
 

@@ -18,10 +18,11 @@ from flipproof.hardening.example import shapes_of
 from flipproof.hardening.fitting.acceptance import ROUNDING_SAMPLES, Acceptance, unsteady_layers
 from flipproof.hardening.fitting.calibration import Calibration
 from flipproof.hardening.fitting.profile import profile, ranges_of
-from flipproof.hardening.methods.base import Hardening, Work
+from flipproof.hardening.fitting.stages import Fitted, Stages
+from flipproof.hardening.fitting.work import Work
+from flipproof.hardening.methods.base import Hardening
 from flipproof.hardening.report import REPORT, HardeningReport
 from flipproof.hardening.rewriting.sites import Rewritten, refuse_what_hides_its_values, rewrite
-from flipproof.hardening.stages import Stages
 from flipproof.running.data import Data, Output, tensor_bytes
 from flipproof.running.device import device_of
 from flipproof.running.outcomes import DecisionChoice
@@ -62,7 +63,7 @@ def harden(
         strict: raise instead of warning where an activation cannot be bounded.
         output: picks the tensor to judge out of what the model returns: function, dict key or tuple index.
         decision: how outputs become classes, as for `assess`.
-        journal: folder for the finished stages (layers) of a method that searches or trains: run again after an
+        journal: file for the finished stages (layers) of a method that searches or trains: run again after an
             interruption and it resumes there, to the same thresholds. None keeps nothing.
         progress: show a bar; None shows it on a terminal.
 
@@ -88,9 +89,7 @@ def harden(
     refuse_what_hides_its_values(model)
     whole = Calibration.read(model, data, device_of(model), output, decision)
     calibration, held = whole.split(method.held_out, method.seed)
-    identity = {"method": repr(method), "weights": _weights(model), "data": whole.batches.digest()}
-    identity["decision"] = whole.decision.describe()
-    stages = Stages(journal, identity)
+    about = Fitted(repr(method), _weights(model), whole.batches.digest(), whole.decision.describe())
     rewritten = rewrite(model, whole.batches.inputs[0], open_recurrent=method.open_recurrent)
     ranges = profile(rewritten, calibration)
     if whole.cut is None:  # inputs may have sizes that the data to fit on does not show
@@ -98,12 +97,13 @@ def harden(
         for site, seen in ranges.items():
             if site.module in elsewhere:
                 seen.admit(elsewhere[site.module].shapes)
-    work = Work(rewritten, ranges, calibration, progress, stages=stages, samples=whole.samples, seed=method.seed)
-    work.spend(whole, 1.0)  # the unbounded model's answers
-    work.spend(calibration, 1.0)  # ranges
-    if whole.cut is None:
-        work.spend(held, 1.0)
-    history = method.fit(work)
+    with Stages(journal, about) as stages:
+        work = Work(rewritten, ranges, calibration, progress, stages=stages, samples=whole.samples, seed=method.seed)
+        work.spend(whole, 1.0)  # the unbounded model's answers
+        work.spend(calibration, 1.0)  # ranges
+        if whole.cut is None:
+            work.spend(held, 1.0)
+        history = method.fit(work)
     _check(rewritten)
     unsteady = _steady(model, method, work, held)
     judged = Acceptance.of(held, rewritten.model)

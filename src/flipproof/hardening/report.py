@@ -10,7 +10,7 @@ from torch import nn
 
 from flipproof.errors import ModelError
 from flipproof.hardening.fitting.acceptance import Acceptance
-from flipproof.hardening.rewriting.sites import Site, Unreachable
+from flipproof.hardening.rewriting.sites import ActivationSite, Unreachable
 
 REPORT = "_flipproof_hardening"
 """Attribute of a hardened model that holds its report."""
@@ -39,7 +39,7 @@ class HardeningReport:
     """
 
     method: str
-    sites: tuple[Site, ...]
+    sites: tuple[ActivationSite, ...]
     unreachable: tuple[Unreachable, ...]
     notes: tuple[str, ...]
     parameters: int

@@ -228,7 +228,7 @@ def _hardened(
             model,
             hardening,
             data=subject.calibration,
-            journal=out / "stages" / f"{slug(subject.name)}-{slug(method)}",
+            journal=out / "stages" / f"{slug(subject.name)}-{slug(method)}.jsonl",
         )
     report = hardening_report(safe)
     rows.append(

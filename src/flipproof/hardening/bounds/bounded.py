@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,9 @@ class Bounded(Activation, ABC):
     Raises:
         ValueError: if a bound is not floating point, or ReLU is given a lower one.
     """
+
+    constants: ClassVar[tuple[str, ...]] = ()
+    """What else the kind takes by keyword, each a positive number that is an attribute: files keep it."""
 
     def __init__(
         self,
@@ -180,6 +183,8 @@ class Smooth(Bounded):
         >>> Smooth(2.0)(torch.tensor([-1.0, 1.0, 2.0, 5.0, float("inf")]))
         tensor([0.0000e+00, 1.0000e+00, 1.0000e+00, 4.3783e-26, 0.0000e+00])
     """
+
+    constants: ClassVar[tuple[str, ...]] = ("slope",)
 
     def __init__(
         self,

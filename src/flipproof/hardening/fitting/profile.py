@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flipproof.errors import ModelError
 from flipproof.hardening.fitting.calibration import Calibration
-from flipproof.hardening.rewriting.sites import Rewritten, Site
+from flipproof.hardening.rewriting.sites import ActivationSite, Rewritten
 from flipproof.running.data import call
 from flipproof.running.evaluation import eval_mode
 
@@ -56,7 +56,7 @@ class Range:
             return "layer"
         return "channel"
 
-    def of(self, per: Per, site: Site | None = None) -> tuple[Tensor, Tensor]:
+    def of(self, per: Per, site: ActivationSite | None = None) -> tuple[Tensor, Tensor]:
         """(low, high) per layer, channel or neuron, as fine as `finest` says; `site` plays no part."""
         chosen = self.finest(per)
         if chosen == "neuron":
@@ -95,7 +95,7 @@ def _both(extreme: Callable[[Tensor, Tensor], Tensor], one: Tensor | None, other
 
 def profile(
     rewritten: Rewritten, calibration: Calibration, *, of: Literal["input", "output"] = "output"
-) -> Mapping[Site, Range]:
+) -> Mapping[ActivationSite, Range]:
     """One pass over the data; the range of every site's activation, in the order of execution.
 
     Sites that the data never reach are given up (`Rewritten.dismiss`): nothing is known about them.
@@ -155,7 +155,7 @@ def ranges_of(
     return found
 
 
-def _note(found: dict[str, Range], site: Site, values: Tensor) -> None:
+def _note(found: dict[str, Range], site: ActivationSite, values: Tensor) -> None:
     if values.numel() == 0:
         return
     low, high = torch.aminmax(values)

@@ -12,7 +12,7 @@ from flipproof.hardening.bounds.bounded import Bounded
 from flipproof.hardening.fitting.acceptance import disturbed, usual_lead
 from flipproof.hardening.fitting.calibration import Calibration
 from flipproof.hardening.fitting.profile import Per, Range
-from flipproof.hardening.rewriting.sites import Rewritten, Site
+from flipproof.hardening.rewriting.sites import ActivationSite, Rewritten
 
 LADDER = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 """Multiples of the largest values that are tried, from below."""
@@ -91,8 +91,8 @@ def search_slack(
     rewritten: Rewritten,
     parts: Sequence[Calibration],
     seen: Sequence[Mapping[str, Range]],
-    bounds: Mapping[Site, Bounded],
-    per: Mapping[Site, Per],
+    bounds: Mapping[ActivationSite, Bounded],
+    per: Mapping[ActivationSite, Per],
     *,
     spend: Callable[[Calibration, float], None],
 ) -> Slack:
@@ -140,9 +140,9 @@ def union(parts: Sequence[Mapping[str, Range]]) -> dict[str, Range]:
 
 
 def set_bounds(
-    bounds: Mapping[Site, Bounded],
+    bounds: Mapping[ActivationSite, Bounded],
     seen: Mapping[str, Range],
-    per: Mapping[Site, Per],
+    per: Mapping[ActivationSite, Per],
     slack: float,
     *,
     rounding: bool = True,

@@ -18,7 +18,7 @@ from flipproof.errors import ConfigError, ModelError
 from flipproof.hardening.bounds.bounded import Bounded
 from flipproof.hardening.fitting.calibration import Calibration, Loss, logits
 from flipproof.hardening.fitting.prefix import Prefix, PrefixDiffers, Prefixes
-from flipproof.hardening.methods.base import Work
+from flipproof.hardening.fitting.work import Work
 from flipproof.running.data import call, pick
 from flipproof.running.metrics import accuracy
 from flipproof.running.values import same

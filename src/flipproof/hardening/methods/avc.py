@@ -8,7 +8,8 @@ from typing import ClassVar
 import pandas as pd
 
 from flipproof.hardening.bounds.bounded import ClampInput, Saturate
-from flipproof.hardening.methods.base import HELD_OUT, Hardening, Work, check_fields
+from flipproof.hardening.fitting.work import Work
+from flipproof.hardening.methods.base import HELD_OUT, Hardening, check_fields
 
 
 @dataclass(frozen=True)

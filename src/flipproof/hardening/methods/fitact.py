@@ -11,7 +11,8 @@ from flipproof.errors import ConfigError
 from flipproof.hardening.bounds.bounded import Smooth
 from flipproof.hardening.fitting.calibration import cross_entropy
 from flipproof.hardening.fitting.training import Schedule, Stage, train_stages
-from flipproof.hardening.methods.base import HELD_OUT, Hardening, Work, check_fields
+from flipproof.hardening.fitting.work import Work
+from flipproof.hardening.methods.base import HELD_OUT, Hardening, check_fields
 
 
 @dataclass(frozen=True)

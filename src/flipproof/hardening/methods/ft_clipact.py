@@ -19,7 +19,8 @@ from flipproof.faults import BitErrorRate
 from flipproof.formats import FixedPoint, Format
 from flipproof.hardening.bounds.bounded import Bounded, ZeroAbove
 from flipproof.hardening.fitting.calibration import Calibration
-from flipproof.hardening.methods.base import HELD_OUT, Hardening, Work, check_fields
+from flipproof.hardening.fitting.work import Work
+from flipproof.hardening.methods.base import HELD_OUT, Hardening, check_fields
 from flipproof.spaces.parameters import FaultSpace
 
 

@@ -18,7 +18,8 @@ from flipproof.errors import ConfigError
 from flipproof.hardening.bounds.activations import take_hooks
 from flipproof.hardening.bounds.bounded import Saturate, ZeroAbove
 from flipproof.hardening.fitting.profile import Per
-from flipproof.hardening.methods.base import HELD_OUT, Hardening, Work, check_fields
+from flipproof.hardening.fitting.work import Work
+from flipproof.hardening.methods.base import HELD_OUT, Hardening, check_fields
 from flipproof.running.data import call, pick
 from flipproof.running.evaluation import eval_mode
 

@@ -12,8 +12,9 @@ from flipproof.errors import ConfigError
 from flipproof.hardening.bounds.bounded import Smooth
 from flipproof.hardening.fitting.calibration import cross_entropy, distillation
 from flipproof.hardening.fitting.training import Schedule, Stage, train_stages
-from flipproof.hardening.methods.base import HELD_OUT, Hardening, Work, check_fields
-from flipproof.hardening.rewriting.sites import Site
+from flipproof.hardening.fitting.work import Work
+from flipproof.hardening.methods.base import HELD_OUT, Hardening, check_fields
+from flipproof.hardening.rewriting.sites import ActivationSite
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class ProAct(Hardening):
         return train_stages(work, stages, parts, self._loss, self.seed)
 
 
-def last_rectifier(sites: list[Site]) -> Site:
+def last_rectifier(sites: list[ActivationSite]) -> ActivationSite:
     """The last ReLU executed, or the last activation of all where there is no ReLU."""
     rectifiers = [site for site in sites if site.function == "relu"]
     return (rectifiers or sites)[-1]

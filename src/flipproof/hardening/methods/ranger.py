@@ -9,7 +9,8 @@ import pandas as pd
 
 from flipproof.errors import ConfigError
 from flipproof.hardening.bounds.bounded import Saturate, ZeroAbove
-from flipproof.hardening.methods.base import HELD_OUT, Hardening, Work, check_fields
+from flipproof.hardening.fitting.work import Work
+from flipproof.hardening.methods.base import HELD_OUT, Hardening, check_fields
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from flipproof.running.evaluation import eval_mode
 
 
 @dataclass(frozen=True)
-class Site:
+class ActivationSite:
     """One activation call that can be bounded.
 
     Attributes:
@@ -71,16 +71,16 @@ class Rewritten:
     """
 
     model: nn.Module
-    sites: list[Site]
+    sites: list[ActivationSite]
     unreachable: list[Unreachable]
     originals: dict[str, nn.Module] = field(default_factory=dict)
 
-    def swap(self, site: Site, module: nn.Module) -> None:
+    def swap(self, site: ActivationSite, module: nn.Module) -> None:
         """Put another module in a site's place."""
         parent, _, name = site.module.rpartition(".")
         self.model.get_submodule(parent)._modules[name] = module
 
-    def dismiss(self, site: Site, reason: str) -> None:
+    def dismiss(self, site: ActivationSite, reason: str) -> None:
         """Give a site up: what it replaced comes back, and it is listed as unreachable."""
         if site.module in self.originals:
             self.swap(site, self.originals[site.module])
@@ -445,7 +445,9 @@ def _collect(
         if activation in present:
             base = bases[activation]
             sites.append(
-                Site(f"{base}:{numbers[base]}", present[activation], activation.function, executed[activation])
+                ActivationSite(
+                    f"{base}:{numbers[base]}", present[activation], activation.function, executed[activation]
+                )
             )
             numbers[base] += 1
     if not sites:
