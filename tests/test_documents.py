@@ -21,6 +21,8 @@ PAGES = (
     "benchmarks/README.md",
     "docs/honest-numbers.md",
     "docs/recurrent.md",
+    "docs/architecture.md",
+    "docs/references.md",
 )
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import flipproof as fp
-from flipproof.analysis.drawn_inputs import drawn
+from flipproof.analysis._drawn_inputs import drawn
+from flipproof.analysis._two_phase import CRITICAL, HARMLESS, correction, counted, distances, signed
 from flipproof.analysis.layer_vulnerability import VERDICTS
-from flipproof.analysis.two_phase import CRITICAL, HARMLESS, correction, counted, distances, signed
 from flipproof.errors import FlipproofWarning
 from flipproof.reports.vulnerability import range_figure
 from flipproof.running.data import read_batches

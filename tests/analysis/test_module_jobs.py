@@ -17,9 +17,9 @@ from killed_analysis import VERBS, Deep, samples
 from torch import Tensor, nn
 
 import flipproof as fp
+from flipproof.analysis._module_jobs import AnalysisHeader
 from flipproof.analysis.deepvigor import KIND
 from flipproof.analysis.layer_vulnerability import ModuleVulnerability
-from flipproof.analysis.module_jobs import AnalysisHeader
 from flipproof.analysis.opened_model import opened
 from flipproof.engine.journal import Journal
 from flipproof.errors import ConfigError, JournalError, JournalMismatch, ModelError

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import flipproof as fp
-from flipproof.analysis.multiplications import Multiplications
+from flipproof.analysis._multiplications import Multiplications
 
 BATCH, STEPS = 3, 5
 

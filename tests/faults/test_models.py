@@ -61,7 +61,7 @@ def uneven() -> FaultSpace:
 
 @pytest.mark.parametrize(("ber", "count"), [(1e-3, 32), (1e-4, 3), (0.0, 0), (1.0, 32_320)])
 def test_the_count_is_taken_over_the_whole_space(uneven, ber, count):
-    """PAPERS: existing tools floor it per layer or tensor, so that small layers are never hit."""
+    """Existing tools floor it per layer or tensor, so that small layers are never hit."""
     assert len(draw(fp.BitErrorRate(ber), uneven)) == count
 
 
@@ -86,7 +86,7 @@ def test_spread_over_layers_passes_over_full_layers(uneven):
 
 
 def test_flips_of_one_draw_are_distinct_however_dense():
-    """PAPERS: a bit that is drawn twice would cancel out."""
+    """A bit that is drawn twice would cancel out."""
     space = FaultSpace(nn.Linear(3, 1))
     for trial in range(50):
         positions = draw(fp.BitErrorRate(0.45), space, trial).positions
@@ -107,7 +107,7 @@ def test_bit_position_takes_that_bit_of_every_value_and_skips_narrow_ones():
 
 @pytest.mark.parametrize("value", [0, 1])
 def test_stuck_cells_read_their_value_and_come_back_from_saved_words(value):
-    """A second XOR would set cells that already held the value: DESIGN, rule 5."""
+    """A second XOR would set cells that already held the value."""
     net = nn.Linear(8, 8)
     space = FaultSpace(net)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}

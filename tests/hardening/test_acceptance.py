@@ -14,10 +14,10 @@ from torch import Tensor, nn
 import flipproof as fp
 from flipproof.errors import ConfigError, ModelError
 from flipproof.hardening.bounds.bounded import Bounded
+from flipproof.hardening.fitting._slack import widened
 from flipproof.hardening.fitting.acceptance import Acceptance, paired_interval
 from flipproof.hardening.fitting.calibration import Calibration
 from flipproof.hardening.fitting.profile import Range
-from flipproof.hardening.fitting.slack import widened
 from flipproof.hardening.harden import harden
 from flipproof.hardening.methods.base import Hardening
 from flipproof.hardening.overhead import wait_for

@@ -27,7 +27,7 @@ def scalar_zero(x: float, bound: float) -> float:
 
 
 def scalar_smooth(x: float, bound: float, k: float = 20.0) -> float:
-    """max(0, x · (1 − σ(k (x − λ)))), as PAPERS has it, in double precision."""
+    """max(0, x · (1 − σ(k (x − λ)))), as Mousavi et al. 2024 have it, in double precision."""
     if math.isnan(x) or math.isinf(x) or x <= 0:
         return 0.0
     z = k * (x - bound)

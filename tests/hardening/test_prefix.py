@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import flipproof as fp
 from flipproof.datasets import digits
 from flipproof.hardening.bounds.bounded import Smooth
+from flipproof.hardening.fitting._prefix import Prefix, PrefixDiffers, Prefixes
 from flipproof.hardening.fitting.calibration import Calibration
-from flipproof.hardening.fitting.prefix import Prefix, PrefixDiffers, Prefixes
 from flipproof.hardening.fitting.work import put_bound
 from flipproof.hardening.rewriting.sites import rewrite
 from flipproof.models import digits_cnn, resnet20

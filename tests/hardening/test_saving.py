@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 
 import flipproof as fp
 from flipproof.errors import ConfigError, ModelError
+from flipproof.hardening._example_inputs import _is_shape as is_shape
+from flipproof.hardening._example_inputs import from_plain, shapes_of, to_plain
 from flipproof.hardening.bounds.bounded import Saturate
-from flipproof.hardening.example import _is_shape as is_shape
-from flipproof.hardening.example import from_plain, shapes_of, to_plain
 from flipproof.hardening.methods.base import Hardening
 from flipproof.hardening.report import hardening_report
 

@@ -15,8 +15,8 @@ from flipproof.datasets import digits
 from flipproof.engine.progress import progress_bar
 from flipproof.errors import ModelError
 from flipproof.hardening.bounds.bounded import Smooth
+from flipproof.hardening.fitting._prefix import Prefixes
 from flipproof.hardening.fitting.calibration import Calibration, cross_entropy, distillation, logits
-from flipproof.hardening.fitting.prefix import Prefixes
 from flipproof.hardening.fitting.profile import profile
 from flipproof.hardening.fitting.training import Schedule, Stage, train_thresholds
 from flipproof.hardening.fitting.work import Work

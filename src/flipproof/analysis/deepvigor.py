@@ -1,4 +1,4 @@
-"""DeepVigor: how large an error each neuron bears (PAPERS: deepvigor), from searches instead of injections.
+"""DeepVigor: how large an error each neuron bears (Ahmadilivani et al. 2023), from searches instead of injections.
 
 For a neuron, an input and a sign, the errors that its bit flips make are sorted by size; the first critical one is
 found by galloping down from the largest and bisecting, on the assumption that larger errors of that sign stay critical.
@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from flipproof.analysis._module_jobs import AnalysisHeader, ModuleJobs, check_run
+from flipproof.analysis._two_phase import LEFT, PROVEN, TRIED, signed
 from flipproof.analysis.layer_vulnerability import LayerVulnerability, ModuleVulnerability, distinct
-from flipproof.analysis.module_jobs import AnalysisHeader, ModuleJobs, check_run
 from flipproof.analysis.opened_model import check_subject, opened
 from flipproof.analysis.probes import ProbedSite, Prober
 from flipproof.analysis.search import Search
-from flipproof.analysis.two_phase import LEFT, PROVEN, TRIED, signed
 from flipproof.analysis.vulnerability import VulnerabilityMap
 from flipproof.campaigns.statistics import wilson_interval
 from flipproof.engine.jobs import do_all

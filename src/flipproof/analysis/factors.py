@@ -1,4 +1,4 @@
-"""Vulnerability factors to a margin, from audited searches (PAPERS: deepvigor, and its successor's goal)."""
+"""Vulnerability factors to a margin, from audited searches (Ahmadilivani et al. 2023, and its successor's goal)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,9 @@ from scipy import stats
 from torch import Tensor, nn
 
 from flipproof._fields import Fields
-from flipproof.analysis.drawn_inputs import drawn
-from flipproof.analysis.module_jobs import AnalysisHeader, ModuleJobs, check_run
-from flipproof.analysis.opened_model import check_subject, opened
-from flipproof.analysis.probes import Probe, ProbedSite, Prober
-from flipproof.analysis.search import Search
-from flipproof.analysis.two_phase import (
+from flipproof.analysis._drawn_inputs import drawn
+from flipproof.analysis._module_jobs import AnalysisHeader, ModuleJobs, check_run
+from flipproof.analysis._two_phase import (
     ASKED,
     CRITICAL,
     TRIED,
@@ -33,6 +30,9 @@ from flipproof.analysis.two_phase import (
     signed,
     t_distance,
 )
+from flipproof.analysis.opened_model import check_subject, opened
+from flipproof.analysis.probes import Probe, ProbedSite, Prober
+from flipproof.analysis.search import Search
 from flipproof.campaigns.statistics import Interval, half_width, mean_interval
 from flipproof.engine.jobs import do_all
 from flipproof.engine.journal import Journal, Key

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from flipproof.analysis._suffix import InPlaceChange, Suffix, cut_behind
 from flipproof.analysis.probes import Probe, Prober
-from flipproof.analysis.suffix import InPlaceChange, Suffix, cut_behind
 from flipproof.errors import InfrastructureError, ModelError
 from flipproof.formats.base import bit_pattern
 from flipproof.running.data import Batches, Output, call, pick
@@ -324,8 +324,8 @@ class NeuronProbe(Probe):
         return self.critical(rows, places, values, shortcuts=False)
 
     def gradient(self) -> Tensor:
-        """∂L/∂a of every neuron for every sample, with L = Σ_j σ(E_c − E_j) (PAPERS: deepvigor, Eq. 1); NaN where the
-        rest of the network cannot be differentiated; (samples, neurons).
+        """∂L/∂a of every neuron for every sample, with L = Σ_j σ(E_c − E_j) (Ahmadilivani et al. 2023, Eq. 1); NaN
+        where the rest of the network cannot be differentiated; (samples, neurons).
         """
         unknown = super().gradient()
         if self._suffix is None:

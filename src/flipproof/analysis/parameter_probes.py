@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from flipproof.analysis._suffix import Suffix
 from flipproof.analysis.neuron_probes import NeuronProber, row_wise
 from flipproof.analysis.probes import Probe, Prober
-from flipproof.analysis.suffix import Suffix
 from flipproof.errors import FaultSpaceError, InfrastructureError
 from flipproof.formats.base import Stored, dense, word_dtype
 from flipproof.running.data import Batches, Output, call, pick

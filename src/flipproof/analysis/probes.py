@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from flipproof.analysis.multiplications import Multiplications
+from flipproof.analysis._multiplications import Multiplications
 from flipproof.errors import ModelError
 from flipproof.formats import Format
 from flipproof.running.data import Batches, Output

@@ -1,4 +1,4 @@
-"""How far errors travel: activations with faults beside those without (PAPERS: proact, Eq. 9, Figs. 3 and 6)."""
+"""How far errors travel: activations with faults beside those without (Mousavi et al. 2024, Eq. 9, Figs. 3 and 6)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from flipproof._hooks import hooked
+from flipproof._hooks import check_hooks_run, hooked
 from flipproof._interrupts import given_back
 from flipproof.analysis.opened_model import check_subject
 from flipproof.errors import ConfigError, DataError, InfrastructureError, ModelError
@@ -20,7 +20,6 @@ from flipproof.faults.sampling import TrialGenerator
 from flipproof.running.data import Data, call, read_batches
 from flipproof.running.device import device_of
 from flipproof.running.evaluation import eval_mode, is_infrastructure
-from flipproof.running.hooks import check_hooks_run
 from flipproof.running.snapshots import Snapshot
 from flipproof.spaces.contract import Draw
 from flipproof.spaces.parameters import FaultSpace

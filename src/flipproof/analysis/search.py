@@ -1,4 +1,4 @@
-"""Searching the smallest critical error (PAPERS: deepvigor): gallop, bisect, narrow, and look for holes."""
+"""Searching the smallest critical error (Ahmadilivani et al. 2023): gallop, bisect, narrow, and look for holes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from math import inf, nan
 import torch
 from torch import Tensor
 
+from flipproof.analysis._two_phase import CRITICAL, HARMLESS, PROVEN, TRIED
 from flipproof.analysis.probes import Probe
-from flipproof.analysis.two_phase import CRITICAL, HARMLESS, PROVEN, TRIED
 
 
 class Search:

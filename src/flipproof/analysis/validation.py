@@ -1,4 +1,4 @@
-"""Ranges held against injection (PAPERS: deepvigor, section II-D)."""
+"""Ranges held against injection (Ahmadilivani et al. 2023, section II-D)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def clustered_interval(right: ArrayLike, asked: ArrayLike, *, confidence: float 
 
     Wilson's interval, with as many independent flips as would leave the same spread: p (1 − p) / V, V the variance of
     a ratio of sums over inputs (G / (G − 1) · Σ (right − p · asked)² / (Σ asked)²), and Student's t of G − 1 degrees
-    (as Korn and Graubard, Survey Methodology 1998, do for surveys). p and V are taken with one input more that is wrong
+    (as Korn and Graubard 1998 do for surveys). p and V are taken with one input more that is wrong
     half of the time: a few inputs that all agree do not show that all others do. Its coverage is simulated in the
     tests.
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from flipproof._interrupts import given_back
-from flipproof.campaigns.arguments import check_numbers
+from flipproof.campaigns._arguments import check_numbers
 from flipproof.campaigns.assessment import CHECK_EVERY, Assessment, answer, narrow, planned
 from flipproof.campaigns.audit import Audit, audit_of
 from flipproof.campaigns.header import header_of

@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from math import isfinite
 
+from flipproof.campaigns._golden_interval import golden_interval
 from flipproof.campaigns.answers import encode_golden
 from flipproof.campaigns.fingerprint import fingerprint_of
-from flipproof.campaigns.golden import golden_interval
 from flipproof.campaigns.plan import AuditPlan, FaultPoint, Header, Plan, Reading, StoredSite
 from flipproof.campaigns.trial import TrialRunner, versions
 from flipproof.errors import DataError

@@ -19,7 +19,7 @@ FloatArray = NDArray[np.float64]
 def sample_size(population: int, *, margin: float = 0.01, confidence: float = 0.95, p: float = 0.5) -> int:
     """Injections needed to estimate a proportion of a finite fault population.
 
-    n = N / (1 + e² (N − 1) / (t² p (1 − p))), rounded up (Leveugle et al., DATE 2009; PAPERS: deepvigor, Eq. 7), with
+    n = N / (1 + e² (N − 1) / (t² p (1 − p))), rounded up (Leveugle et al. 2009; Ahmadilivani et al. 2023, Eq. 7), with
     t the two-sided normal quantile.
 
     Args:
@@ -256,7 +256,7 @@ def two_way_interval(
     """Interval of a mean over trials × samples when both could have been others.
 
     Trials and samples are crossed random effects: Var = S_T²/T + S_I²/N − S_TI²/(TN), where both one-way variances
-    hold the residual and it is taken off once (Cameron, Gelbach and Miller 2011; Owen 2007). The distances to the
+    hold the residual and it is taken off once (Cameron et al. 2011; Owen 2007). The distances to the
     one-way ends add as squares (MOVER), so that a skewed interval over trials stays skewed.
 
     Args:

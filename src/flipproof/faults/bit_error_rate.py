@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from flipproof.errors import FaultModelError
+from flipproof.faults._rates import check_rate, draw_at_rate, nothing_to_draw
 from flipproof.faults.base import FaultModel
-from flipproof.faults.rates import check_rate, draw_at_rate, nothing_to_draw
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.spaces.contract import Faults, Positions, Space
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from flipproof.errors import FormatError
+from flipproof.formats._rounding import cast
 from flipproof.formats.base import Coding, Format, word_dtype
-from flipproof.formats.rounding import cast
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from flipproof.formats._rounding import cast
 from flipproof.formats.base import Coding, Format, word_dtype
-from flipproof.formats.rounding import cast
 
 
 @dataclass(frozen=True)

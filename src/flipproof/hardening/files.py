@@ -18,8 +18,8 @@ from flipproof._fields import HINT, Fields, read_json, wrong
 from flipproof._files import replacing
 from flipproof.errors import ConfigError, ModelError
 from flipproof.hardening import bounds
+from flipproof.hardening._example_inputs import from_plain, inputs_like, to_plain
 from flipproof.hardening.bounds import Bounded
-from flipproof.hardening.example import from_plain, inputs_like, to_plain
 from flipproof.hardening.fitting.acceptance import Acceptance
 from flipproof.hardening.fitting.work import put_bound
 from flipproof.hardening.methods.guard import GuardedLinear, put_guard

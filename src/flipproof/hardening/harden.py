@@ -13,8 +13,8 @@ from torch import nn
 from flipproof._interrupts import gives_back
 from flipproof.errors import ConfigError, FlipproofWarning, ModelError
 from flipproof.hardening import methods
+from flipproof.hardening._example_inputs import shapes_of
 from flipproof.hardening.bounds.bounded import Bounded
-from flipproof.hardening.example import shapes_of
 from flipproof.hardening.fitting.acceptance import ROUNDING_SAMPLES, Acceptance, unsteady_layers
 from flipproof.hardening.fitting.calibration import Calibration
 from flipproof.hardening.fitting.profile import profile, ranges_of

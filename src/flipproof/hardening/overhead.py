@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from flipproof._interrupts import given_back
 from flipproof.errors import ConfigError
-from flipproof.hardening.example import inputs_like
+from flipproof.hardening._example_inputs import inputs_like
 from flipproof.hardening.report import REPORT, HardeningReport
 from flipproof.running.data import call
 from flipproof.running.evaluation import eval_mode

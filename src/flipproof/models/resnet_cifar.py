@@ -1,4 +1,4 @@
-"""The CIFAR ResNets of He et al. (2016, section 4.2), 6n+2 layers with shortcuts that have no parameters (option A).
+"""The CIFAR ResNets of He et al. 2016, section 4.2, 6n+2 layers with shortcuts that have no parameters (option A).
 
 Module names follow the widely used checkpoints for them (`conv1`, `layer1.0.conv1`, …, `linear`), so that
 `flipproof.models.load_weights` reads those.

@@ -1,4 +1,4 @@
-"""FORTUNE (Nazari et al., 2024): quantise, protect the MSB with the bits saved; Tables I, II, figures 5–7 (PAPERS).
+"""FORTUNE (Nazari et al. 2024): quantise, protect the MSB with the bits saved; Tables I, II, figures 5–7.
 
 The paper's networks (VGG-11, ResNet-18, AlexNet at 227 × 227, Inception-v3) are `paper`; `smoke` is three that two
 cores train or load in minutes: a quarter-width VGG-11 on CIFAR-10, ResNet-20 from a public checkpoint if there is one,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from flipproof._hooks import check_hooks_run
 from flipproof.errors import DataError
 from flipproof.running.data import Batches, Output, call, pick
-from flipproof.running.hooks import check_hooks_run
 from flipproof.running.snapshots import Snapshot
 from flipproof.spaces.contract import Forwards, Space, Where
 from flipproof.spaces.neurons import NeuronSpace

@@ -1,4 +1,4 @@
-"""What a fault did to each sample: masked, non-critical SDC, critical SDC or DUE (PAPERS: lstm-clipping, III-A)."""
+"""What a fault did to each sample: masked, non-critical SDC, critical SDC or DUE (Parchekani et al. 2024, III-A)."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from flipproof._hooks import hooked
 from flipproof.errors import FaultSpaceError, FormatError
+from flipproof.spaces._observer import Observer
 from flipproof.spaces.contract import Draw, Forwards, Positions, Space, Start, Upsets
-from flipproof.spaces.observing import Observer
 from flipproof.spaces.sites import Neurons, NeuronSite, choose_neuron_format
 from flipproof.spaces.tensors import FormatChoice, check_format, check_model
 

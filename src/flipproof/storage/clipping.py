@@ -1,4 +1,4 @@
-"""Which stored bits are constant, which are critical, and which to clip (PAPERS: lstm-clipping, III-B and IV-B)."""
+"""Which stored bits are constant, which are critical, and which to clip (Parchekani et al. 2024, III-B and IV-B)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FORTUNE's exploration: how few bits a network can be stored in and still survive (PAPERS: fortune, Algorithm 1)."""
+"""FORTUNE's exploration: in how few bits a network can be stored and still survive (Nazari et al. 2024)."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def explore(
     device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> Exploration:
-    """Which stored form of a network is small, accurate and survives (PAPERS: fortune, Algorithm 1 and beyond).
+    """Which stored form of a network is small, accurate and survives (Nazari et al. 2024, Algorithm 1 and beyond).
 
     The bisection tries widths between `bits` and ends with the narrowest whose protected form has an accuracy without
     faults of at least `accuracy` and loses at most `drop` at every rate. (As printed, Algorithm 1 moves by the same

@@ -11,7 +11,7 @@ UPSET_RATE = 1.33e-15
 
 
 def p_drop(*, parameters: int, width: int, ber: float, accuracy_drop: float, upset_rate: float = UPSET_RATE) -> float:
-    """Probability of experiencing an accuracy drop over the device's life (PAPERS: fortune, Eq. 6).
+    """Probability of experiencing an accuracy drop over the device's life (Nazari et al. 2024, Eq. 6).
 
     P_drop = (N · W)² · BER · accuracy_drop · upset_rate
 
@@ -44,7 +44,7 @@ def p_drop(*, parameters: int, width: int, ber: float, accuracy_drop: float, ups
 
 
 def rap(*, accuracy_drop: float, memory: float, time: float) -> float:
-    """Reliability-aware performance, smaller is better (PAPERS: fortune, Eq. 7).
+    """Reliability-aware performance, smaller is better (Nazari et al. 2024, Eq. 7).
 
     RAP = accuracy_drop · memory · time
 

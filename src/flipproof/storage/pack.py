@@ -1,4 +1,4 @@
-"""Models whose parameters really live as packed words (PAPERS: fortune; DESIGN: simulated and real storage agree)."""
+"""Models whose parameters really live as packed words (Nazari et al. 2024), bit by bit as they are simulated."""
 
 from __future__ import annotations
 

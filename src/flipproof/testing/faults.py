@@ -53,7 +53,10 @@ class FaultModelContract:
         return point.draw(self.space(), TrialGenerator(seed, repr(point), trial))
 
     def test_repr_rebuilds_the_model(self) -> None:
-        names = {**vars(flipproof), type(self.model).__name__: type(self.model)}
+        names = {
+            **{name: getattr(flipproof, name) for name in flipproof.__all__},
+            type(self.model).__name__: type(self.model),
+        }
         for model in (self.model, *self.model.points()):
             assert eval(repr(model), names) == model
 

@@ -212,7 +212,10 @@ class FormatContract:
 
 def namespace(thing: object) -> dict[str, Any]:
     """Names with which a repr is evaluated: flipproof's, the class of `thing` and of what it wraps."""
-    names: dict[str, Any] = {**vars(flipproof), type(thing).__name__: type(thing)}
+    names: dict[str, Any] = {
+        **{name: getattr(flipproof, name) for name in flipproof.__all__},
+        type(thing).__name__: type(thing),
+    }
     for field in fields(thing):  # type: ignore[arg-type]
         inner = getattr(thing, field.name)
         if isinstance(inner, Format):

@@ -71,7 +71,10 @@ class HardeningContract:
             return harden(model, self.method, data=self.data(), progress=False)
 
     def test_frozen_and_rebuilt_from_its_repr(self) -> None:
-        names = {**vars(flipproof), type(self.method).__name__: type(self.method)}
+        names = {
+            **{name: getattr(flipproof, name) for name in flipproof.__all__},
+            type(self.method).__name__: type(self.method),
+        }
         assert eval(repr(self.method), names) == self.method
         with pytest.raises(FrozenInstanceError):
             self.method.anything = 1  # type: ignore[attr-defined]

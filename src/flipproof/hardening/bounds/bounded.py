@@ -1,4 +1,4 @@
-"""Activation functions with an upper bound λ that is stored with the model (PAPERS: proact, sections III and V).
+"""Activation functions with an upper bound λ that is stored with the model (Mousavi et al. 2024, sections III and V).
 
 Every bound leaves only finite values: NaN, −∞ and +∞ at the input come out finite, always, and so they do where a
 fault turned the bound itself into NaN, ±∞ or a negative number. What they become is in the table:

@@ -90,7 +90,7 @@ class Acceptance:
 def paired_interval(lost: int, won: int, both: int, samples: int, *, confidence: float = 0.95) -> tuple[float, float]:
     """Interval of (lost − won) / samples, the difference of two accuracies on the same samples.
 
-    Newcombe's method 10 (Statistics in Medicine 17, 1998, 2635–2650): Wilson's intervals of both accuracies, combined
+    Method 10 of Newcombe 1998: Wilson's intervals of both accuracies, combined
     with the correlation of the pairs.
 
     Args:

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from flipproof.engine.progress import Step, progress_bar
 from flipproof.errors import ConfigError, ModelError
 from flipproof.hardening.bounds.bounded import Bounded
+from flipproof.hardening.fitting._prefix import Prefix, PrefixDiffers, Prefixes
 from flipproof.hardening.fitting.calibration import Calibration, Loss, logits
-from flipproof.hardening.fitting.prefix import Prefix, PrefixDiffers, Prefixes
 from flipproof.hardening.fitting.work import Work
 from flipproof.running.data import call, pick
 from flipproof.running.metrics import accuracy

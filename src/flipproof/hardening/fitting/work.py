@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from flipproof.engine.progress import Step
 from flipproof.hardening.bounds.activations import Activation, take_place
 from flipproof.hardening.bounds.bounded import Bounded
+from flipproof.hardening.fitting._slack import FOLDS, search_slack, set_bounds, union, widened
 from flipproof.hardening.fitting.calibration import Calibration
 from flipproof.hardening.fitting.profile import Per, Range, ranges_of
-from flipproof.hardening.fitting.slack import FOLDS, search_slack, set_bounds, union, widened
 from flipproof.hardening.fitting.stages import Fitted, Rows, Stages
 from flipproof.hardening.rewriting.sites import ActivationSite, Rewritten
 

@@ -14,7 +14,7 @@ from flipproof.hardening.methods.base import HELD_OUT, Hardening, check_fields
 
 @dataclass(frozen=True)
 class AVC(Hardening):
-    """Activation value clipping (AVC), for recurrent networks and any others (PAPERS: lstm-clipping, III-B).
+    """Activation value clipping (AVC), for recurrent networks and any others (Parchekani et al. 2024, III-B).
 
     The smallest and the largest *input* of every activation are profiled on the calibration data; at inference inputs
     are clamped to them. Outputs cannot be: sigmoid and tanh are bounded by themselves. Each gate of `nn.LSTM`,

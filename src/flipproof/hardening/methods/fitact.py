@@ -1,4 +1,4 @@
-"""FitAct: one smooth threshold a neuron, all trained together (PAPERS: proact, sections III and IV)."""
+"""FitAct: one smooth threshold a neuron, all trained together (Ghavami et al. 2022)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FT-ClipAct: one clipping threshold a layer, found by searching with real faults (PAPERS: proact, section III)."""
+"""FT-ClipAct: one clipping threshold a layer, found by searching with real faults (Hoang et al. 2020)."""
 
 from __future__ import annotations
 

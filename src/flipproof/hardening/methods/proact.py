@@ -1,4 +1,4 @@
-"""ProAct: hybrid smooth thresholds, trained layer by layer from the last to the first (PAPERS: proact, section V)."""
+"""ProAct: hybrid smooth thresholds, trained from the last layer to the first (Mousavi et al. 2024, section V)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranger: bounds are the largest values seen without faults (PAPERS: proact, section III; Chen et al., 2021)."""
+"""Ranger: bounds are the largest values seen without faults (Mousavi et al. 2024, section III; Chen et al. 2021)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LSTM, GRU and RNN layers whose gates are modules, so that each can be bounded (PAPERS: lstm-clipping, III-B).
+"""LSTM, GRU and RNN layers whose gates are modules, so that each can be bounded (Parchekani et al. 2024, III-B).
 
 PyTorch's recurrent layers compute their gates in one kernel that shows nothing of them. The classes here take their
 place with the same parameters under the same names and compute the same values up to rounding.
@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from flipproof.hardening.bounds.bounded import ClampInput
 from flipproof.hardening.bounds.clamping import is_plain
-from flipproof.hardening.rewriting.gates import gru_sequence, gru_step, lstm_sequence, lstm_step
+from flipproof.hardening.rewriting._gates import gru_sequence, gru_step, lstm_sequence, lstm_step
 
 State = tuple[Tensor, ...]
 """(h, c) of an LSTM, (h,) of the others; rows first."""

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 from flipproof.errors import DataError, ModelError
 from flipproof.formats.base import bit_pattern
 from flipproof.hardening.bounds.activations import CALLABLES, Activation, function_of
-from flipproof.hardening.rewriting.recurrent import Opened, open_recurrent_
-from flipproof.hardening.rewriting.tracing import (
+from flipproof.hardening.rewriting._calls import Call, Pattern, Watch
+from flipproof.hardening.rewriting._tracing import (
     Replacement,
     Rewriting,
     Untraceable,
@@ -24,7 +24,7 @@ from flipproof.hardening.rewriting.tracing import (
     restore_forward,
     rewrite_forward,
 )
-from flipproof.hardening.rewriting.watching import Call, Pattern, Watch
+from flipproof.hardening.rewriting.recurrent import Opened, open_recurrent_
 from flipproof.running.data import call
 from flipproof.running.evaluation import eval_mode
 

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from flipproof.errors import ModelError
 from flipproof.hardening.bounds.activations import CALLABLES, METHODS, Activation, function_of
-from flipproof.hardening.rewriting.watching import TENSOR, Call, Pattern
+from flipproof.hardening.rewriting._calls import TENSOR, Call, Pattern
 
 
 class Untraceable(Exception):
