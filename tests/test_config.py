@@ -1,115 +1,60 @@
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Callable
-from typing import Any
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import nn
+import torch
 
-import flipproof as fp
-from flipproof.config import MODEL, arguments, effective, options_of, read_toml, written
+from flipproof.config import load_data, load_model, load_object, read_metrics, read_toml
 from flipproof.errors import ConfigError
-from flipproof.running.data import Data
-from flipproof.spaces.sites import Neurons, Parameters
-
-OPTIONS = {**options_of(fp.assess), **MODEL}
-REQUIRED = {"model": "torch.nn:Linear(2, 3)", "data": "mine:batches", "faults": "RandomBits(2)"}
-TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20)
-CONFIGS = st.fixed_dictionaries(
-    {"model": TEXT, "data": TEXT, "faults": TEXT},
-    optional={
-        "format": st.lists(TEXT, min_size=1) | st.dictionaries(TEXT, TEXT, min_size=1, max_size=3),
-        "weights": TEXT,
-        "where": TEXT,
-        "trials": st.integers(1, 10**6),
-        "seed": st.integers(0, 2**40),
-        "margin": st.floats(1e-6, 0.5),
-        "output": TEXT | st.integers(-3, 3),
-        "cache_bytes": st.integers(0, 2**40),
-        "progress": st.booleans(),
-    },
-)
 
 
-@given(CONFIGS)
-def test_what_is_written_reads_back(config):
-    values = effective(OPTIONS, config, "test")
-    assert effective(OPTIONS, tomllib.loads(written("assess", values)), "file") == values
+def test_objects_of_modules_and_files(tmp_path, monkeypatch):
+    (tmp_path / "mynet.py").write_text(
+        "import torch\nclass Nets:\n    def small(width=2):\n        return torch.nn.Linear(width, 2)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert load_object("torch.nn:Linear") is torch.nn.Linear
+    assert load_object("torch:nn.Linear(3, 4)").out_features == 4
+    assert load_object("mynet:Nets.small(width=5)").in_features == 5
+    assert load_object(f"{tmp_path}/mynet.py:Nets.small()").in_features == 2
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("text", "message"),
     [
-        ({"trails": 5}, "campaign.toml: unknown trails; known are model, data, faults"),
-        ({"model": None}, "campaign.toml: model must be given"),
-        ({"trials": "many"}, "trials takes a whole number, got 'many'"),
-        ({"trials": 2.5}, "trials takes a whole number, got 2.5"),
-        ({"trials": True}, "trials takes a whole number, got True"),
-        ({"progress": 1}, "progress takes true or false, got 1"),
-        ({"format": 3}, r"format takes texts or a table {pattern: text}, got 3"),
-        ({"metrics": 3}, "metrics takes texts"),
-        ({"format": {"a": 1}}, r"format takes texts or a table {pattern: text}, got {'a': 1}"),
-        ({"margin": 10**400}, "margin takes a number"),
+        ("torch.nn", "expected MODULE:NAME"),
+        (":Linear", "expected MODULE:NAME"),
+        ("torch.nn:", "expected MODULE:NAME"),
+        ("torch.nothing_here:x", "cannot import torch.nothing_here"),
+        ("torch.nn:Nothing", "torch.nn has no 'Nothing'"),
+        ("absent.py:net", "there is no file absent.py"),
+        ("torch.nn:Linear(2)", "out_features"),
+        ("torch.nn:Linear(in_features=open('x'), out_features=1)", "cannot read"),
     ],
 )
-def test_what_makes_no_sense_is_named(change, message):
+def test_what_cannot_be_loaded_says_why(text, message):
     with pytest.raises(ConfigError, match=message):
-        effective(OPTIONS, {**REQUIRED, **change}, "campaign.toml")
+        load_object(text)
 
 
-def test_whole_numbers_are_floats_too_and_one_text_needs_no_list():
-    values = effective(OPTIONS, {**REQUIRED, "margin": 1, "metrics": "auroc"}, "test")
-    assert (values["margin"], values["metrics"]) == (1.0, ["auroc"])
+@pytest.mark.parametrize("text", [".a:b", "..:x", ":x", "x:", "x"])
+def test_a_place_that_is_none(text):
+    with pytest.raises(ConfigError, match="expected MODULE:NAME or FILE"):
+        load_object(text)
 
 
-def paint(
-    model: nn.Module,
-    data: Data,
-    where: Parameters | Neurons | None = None,
-    *,
-    coats: int = 2,
-    colours: Callable[[], None] | None = None,
-    widths: tuple[int, int] = (3, 8),
-    shine: bool = False,
-) -> dict[str, Any]:
-    """A verb that was never heard of.
-
-    Args:
-        model: what is painted.
-        data: what it answers.
-        where: which parts; all by default.
-        coats: how many.
-        colours: cannot be written as text.
-        widths: of the brush.
-        shine: whether it is varnished. Twice.
-    """
-    return {"where": where, "coats": coats, "widths": widths, "shine": shine}
-
-
-def test_a_verb_declares_its_options_by_signature_and_docstring(mine):
-    options = options_of(paint)
-    assert list(options) == ["model", "data", "where", "coats", "widths", "shine"]
-    assert {name: option.help for name, option in options.items()}["shine"] == "whether it is varnished"
-    given = {**REQUIRED, "data": mine["data"], "where": "Neurons(include='a*')", "widths": "2:4", "shine": True}
-    del given["faults"]
-    found = paint(**arguments(options, effective(options, given, "test")))
-    assert found == {"where": fp.Neurons("a*"), "coats": 2, "widths": (2, 4), "shine": True}
-    with pytest.raises(ConfigError, match=r"expected NARROWEST:WIDEST, e.g. 3:8, got '3-8'"):
-        arguments(options, {"widths": "3-8"})
-    with pytest.raises(ConfigError, match="Everything is not among Neurons, Parameters"):
-        arguments(options, {"where": "Everything()"})
-
-
-def test_every_verb_can_be_called_from_text():
-    shared = {"seed", "output", "decision", "progress"}
-    for verb in (fp.assess, fp.explore, fp.explore_mixed):
-        options = options_of(verb)
-        assert {"model", "data"} <= {name for name, option in options.items() if option.required}
-        assert shared | {"workers", "device"} <= options.keys()
-        assert all(option.help for option in options.values()), verb
+@pytest.mark.parametrize(
+    ("read", "given", "message"),
+    [
+        (load_model, "builtins:dict", "gives a dict, not a torch.nn.Module"),
+        (load_model, "torch.nn:Linear", "Linear cannot be called without arguments"),
+        (load_data, "builtins:int(3)", r"data 'builtins:int\(3\)' gives a int, expected batches"),
+        (read_metrics, ["exactness"], "unknown metric 'exactness': choose among accuracy, auroc.*, or name a MODULE:F"),
+        (read_metrics, ["torch.nn:absent"], "torch.nn has no 'absent'"),
+    ],
+)
+def test_what_is_of_another_kind(read, given, message):
+    with pytest.raises(ConfigError, match=message):
+        read(given)
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -118,55 +63,6 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "broken.toml").write_text("model = ")
     with pytest.raises(ConfigError, match=r"broken\.toml is not TOML"):
         read_toml(tmp_path / "broken.toml")
-
-
-@pytest.fixture
-def mine(tmp_path, monkeypatch):
-    (tmp_path / "mine_for_config.py").write_text(
-        "import torch\n"
-        "def batches():\n"
-        "    x = torch.arange(12.).reshape(6, 2) / 6 - 1\n"
-        "    yield x, torch.arange(6) % 3\n"
-        "def head(output):\n"
-        "    return output[:, :3]\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    return {**REQUIRED, "data": "mine_for_config:batches", "trials": 4}
-
-
-def run(given: dict[str, Any]) -> fp.Assessment:
-    return fp.assess(**arguments(OPTIONS, effective(OPTIONS, given, "test")), progress=False)
-
-
-def test_a_file_repeats_a_run(tmp_path, mine):
-    given = {**mine, "format": {"weight": "Float16"}}
-    first = run(given)
-    (tmp_path / "campaign.toml").write_text(written("assess", effective(OPTIONS, given, "test")))
-    second = run(read_toml(tmp_path / "campaign.toml"))
-    columns = [name for name in first.trials if name != "seconds"]
-    assert first.trials[columns].equals(second.trials[columns])
-
-
-def test_outputs_by_function(mine):
-    assert run(mine).golden == run({**mine, "output": "mine_for_config:head"}).golden
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model": "builtins:dict"}, "gives a dict, not a torch.nn.Module"),
-        ({"model": "torch.nn:Linear"}, "Linear cannot be called without arguments"),
-        ({"weights": "absent.safetensors"}, "cannot read weights from absent.safetensors"),
-        ({"metrics": ["exactness"]}, "unknown metric 'exactness': choose among accuracy, auroc.*, or name a MODULE:F"),
-        ({"metrics": ["mine_for_config:absent"]}, "mine_for_config has no 'absent'"),
-        ({"data": "builtins:int(3)"}, r"data 'builtins:int\(3\)' gives a int, expected batches"),
-        ({"format": "Float12"}, "Float12 is not among"),
-        ({"faults": "Float32()"}, "Float32 is not among"),
-    ],
-)
-def test_bad_input_is_refused(mine, change, message):
-    with pytest.raises(ConfigError, match=message):
-        run({**mine, **change})
 
 
 @pytest.mark.parametrize("content", [b"= 3", b"\xff\xfe", b"a = " + b"[" * 5000])

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer import Context
 from typer.main import get_command
 
 from flipproof.cli import app
@@ -52,15 +53,71 @@ def test_the_readmes_example_runs_and_resumes(tmp_path):
     assert {path: path.read_bytes() for path in journals} == journals  # every trial was there already
 
 
-def test_contributings_files_pass_the_contracts(tmp_path):
+def write_contributings_files(folder: Path) -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     files = re.findall(r"<!-- file: (\S+) -->\n```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     assert len(files) == len(python_in("CONTRIBUTING.md"))
     for name, content in files:
-        (tmp_path / name).write_text(content)
+        (folder / name).write_text(content)
+
+
+def test_contributings_files_pass_the_contracts(tmp_path):
+    write_contributings_files(tmp_path)
     out = in_a_fresh_process(tmp_path, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", ".")
     (passed,) = re.findall(r"(\d+) passed", out)
     assert int(passed) > 2 * 10
+
+
+EXPORTED = """
+import sys
+from bursts import Burst
+from constants import Constants
+from flipproof import faults, formats, spaces
+from flipproof.cli import main
+from flipproof.hardening import methods
+from power_of_two import PowerOfTwo
+from share import Share
+
+for package, thing in ((formats, PowerOfTwo), (spaces, Constants), (faults, Burst), (methods, Share)):
+    setattr(package, thing.__name__, thing)
+    package.__all__.append(thing.__name__)
+sys.argv[0] = "flipproof"
+main()
+"""
+"""What one line in each package's `__init__.py` does, and then the command line."""
+
+GIVEN = """
+import torch
+from test_constants import Scaled
+
+def net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+
+def data():
+    return [(torch.linspace(-1, 1, 240).reshape(80, 3), torch.arange(80) % 2)]
+"""
+
+
+def test_contributings_files_need_one_export_line(tmp_path):
+    write_contributings_files(tmp_path)
+    (tmp_path / "exported.py").write_text(EXPORTED)
+    (tmp_path / "given.py").write_text(GIVEN)
+    listed = in_a_fresh_process(tmp_path, "exported.py", "list")
+    for name in ("PowerOfTwo", "Constants", "Burst", "Share"):
+        assert re.search(rf"^  {name} +\S", listed, re.MULTILINE), listed
+    data, trials = ("--data", "given.py:data"), ("--faults", "Burst([2, 4])", "--trials", "3")
+    form = ("--format", "PowerOfTwo(bits=3)", "--out", "stored")
+    assert "stored as PowerOfTwo(bits=3)" in in_a_fresh_process(
+        tmp_path, "exported.py", "assess", "given.py:net", *data, *trials, *form
+    )
+    where = ("--where", "Constants('scale')", "--out", "constants")
+    assert "64 bits can be hit" in in_a_fresh_process(
+        tmp_path, "exported.py", "assess", "given.py:Scaled", *data, *trials, *where
+    )
+    assert "1 activation" in in_a_fresh_process(
+        tmp_path, "exported.py", "harden", "given.py:net", *data, "--method", "Share(0.9)"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -73,7 +130,8 @@ def test_links_lead_somewhere(page):
 def test_commands_in_the_readme_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     verbs = set(re.findall(r"^flipproof (\w+)", text, re.MULTILINE))
-    commands = get_command(app).commands
+    group = get_command(app)
+    commands = {name: group.resolve_command(Context(group), [name])[1] for name in group.commands}
     assert verbs
     assert verbs <= set(commands)
     options = {name for command in commands.values() for parameter in command.params for name in parameter.opts}

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import flipproof as fp
-from flipproof.config import load_object
 from flipproof.errors import ConfigError
 from flipproof.faults import parse_faults
 from flipproof.formats import parse_format
@@ -79,42 +77,7 @@ def test_wrong_arguments_are_refused_with_the_text_that_was_given():
         parse_format("Affine(bits=16)")
 
 
-def test_objects_of_modules_and_files(tmp_path, monkeypatch):
-    (tmp_path / "mynet.py").write_text(
-        "import torch\nclass Nets:\n    def small(width=2):\n        return torch.nn.Linear(width, 2)\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    assert load_object("torch.nn:Linear") is torch.nn.Linear
-    assert load_object("torch:nn.Linear(3, 4)").out_features == 4
-    assert load_object("mynet:Nets.small(width=5)").in_features == 5
-    assert load_object(f"{tmp_path}/mynet.py:Nets.small()").in_features == 2
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("torch.nn", "expected MODULE:NAME"),
-        (":Linear", "expected MODULE:NAME"),
-        ("torch.nn:", "expected MODULE:NAME"),
-        ("torch.nothing_here:x", "cannot import torch.nothing_here"),
-        ("torch.nn:Nothing", "torch.nn has no 'Nothing'"),
-        ("absent.py:net", "there is no file absent.py"),
-        ("torch.nn:Linear(2)", "out_features"),
-        ("torch.nn:Linear(in_features=open('x'), out_features=1)", "cannot read"),
-    ],
-)
-def test_what_cannot_be_loaded_says_why(text, message):
-    with pytest.raises(ConfigError, match=message):
-        load_object(text)
-
-
 def test_a_range_that_would_fill_the_memory_is_refused():
     assert len(parse_faults("BitPosition(range(64))").points()) == 64
     with pytest.raises(ConfigError, match="at most 10,000 numbers"):
         parse_faults("BitErrorRate(range(1000000000000))")
-
-
-@pytest.mark.parametrize("text", [".a:b", "..:x", ":x", "x:", "x"])
-def test_a_place_that_is_none(text):
-    with pytest.raises(ConfigError, match="expected MODULE:NAME or FILE"):
-        load_object(text)

@@ -28,7 +28,7 @@ def read_typed(text: str, kind: type | tuple[type, ...], known: Iterable[object]
     Raises:
         ConfigError: showing the text, and the names that may be called.
     """
-    callables = _callables(kind, known)
+    callables = {"range": _range, **constructors(kind, known)}
     tree = parse(text if "(" in text else f"{text}()")
     value = build(tree, text, callables)
     if not isinstance(value, kind):
@@ -36,8 +36,9 @@ def read_typed(text: str, kind: type | tuple[type, ...], known: Iterable[object]
     return value
 
 
-def _callables(kind: type | tuple[type, ...], known: Iterable[object]) -> dict[str, Callable[..., Any]]:
-    found: dict[str, Callable[..., Any]] = {"range": _range}
+def constructors(kind: type | tuple[type, ...], known: Iterable[object]) -> dict[str, Callable[..., Any]]:
+    """What may be called by name: of `known`, concrete classes of a kind and their public class methods."""
+    found: dict[str, Callable[..., Any]] = {}
     for thing in known:
         if not isinstance(thing, type) or not issubclass(thing, kind) or inspect.isabstract(thing):
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 import flipproof as fp
 import flipproof.models
-from flipproof.cli import main
+from flipproof.cli import VERBS, main
 
 LSTM = '''
 import torch
@@ -139,8 +140,8 @@ def test_compare_names_gains(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("assess",), "model, data, faults must be given"),
-        ((*ASSESS, "--faults", "BitErrorRate(2)"), "FaultModelError"),
+        (("assess",), "command line: model, data, faults must be given"),
+        ((*ASSESS, "--faults", "BitErrorRate(2)"), "command line: faults takes BitErrorRate([1e-6, 1e-5]), got"),
         ((*ASSESS, "--faults", "BitErrorRate(1e-3)", "--metrics", "f1"), "average_precision"),
         ((*ASSESS, "--faults", "BitErrorRate(1e-3)", "--where", "Parameters('conv*')"), "FaultSpaceError"),
         (("assess", "ours.py:nothing", "--data", "ours.py:batches", "--faults", "RandomBits(1)"), "has no 'nothing'"),
@@ -164,12 +165,37 @@ def test_list_and_version(run):
         "Affine ",
         "BitErrorRate ",
         "Guard ",
+        "ProAct.quick ",
+        "Neurons ",
         "auroc",
         "flipproof.models:resnet18",
         "flipproof.datasets:digits",
     ):
         assert name in out
     assert run("--version")[1].strip() == f"flipproof {fp.__version__}"
+
+
+def test_help_is_there_before_torch():
+    code = "import sys\nfrom flipproof.cli import app\ntry:\n    app()\nfinally:\n    print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "False"
+    assert all(f" {verb} " in done.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(run, verb):
+    code, out, _ = run(verb, "--help")
+    assert code == 0
+    assert verb in out
+    (options,) = re.findall(r"Options ─.*", out, re.DOTALL)
+    assert "--help" in options
+
+
+def test_an_unknown_verb_is_refused_with_a_likely_one(run):
+    code, _, err = run("asess")
+    assert code == 2
+    assert "Did you mean 'assess'" in err
 
 
 def test_help_teaches(run):

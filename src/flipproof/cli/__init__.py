@@ -1,44 +1,60 @@
-"""The command line: one file a verb, each one call of the function of that name."""
+"""The command line: one file a verb, each one call of the function of that name.
+
+A verb's file is imported when the verb is called: `flipproof --help` needs no torch.
+"""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from importlib import import_module
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from flipproof.cli._analyze import analyze
-from flipproof.cli._assess import assess
-from flipproof.cli._compare import compare
 from flipproof.cli._console import errors, out
-from flipproof.cli._demo import demo
-from flipproof.cli._estimate import estimate_factors
-from flipproof.cli._explore import explore
-from flipproof.cli._harden import harden
-from flipproof.cli._list import list_names
-from flipproof.cli._report import report
-from flipproof.cli._reproduce import reproduce
 from flipproof.errors import FlipproofError, FlipproofWarning
+
+VERBS = {
+    "demo": "Train a small CNN, sweep the bit error rate, flip every bit position. Under a minute.",
+    "assess": "How a model behaves when the memory that holds it loses bits.",
+    "analyze": "Which errors in which neurons, or in which weights, change the class, layer by layer.",
+    "estimate-factors": "The vulnerability factor of each layer or parameter to ± margin.",
+    "harden": "A copy of a model whose activations are bounded.",
+    "explore": "Which stored form of a network is small, accurate and survives.",
+    "compare": "Put campaigns side by side: drops, outcomes, gains over the first one with intervals.",
+    "report": "Write one self-contained HTML page of campaigns.",
+    "reproduce": "Run a paper's experiments and print its numbers beside ours.",
+    "list": "Name what can be chosen: formats, fault models, hardenings, metrics, models, data sets.",
+}
+"""Each verb is `command` in the file of its name."""
+
+
+class _Verbs(TyperGroup):
+    """Knows every verb by name and imports the one that is called."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for name, says in VERBS.items():
+            self.add_command(TyperCommand(name, help=says))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, _, rest = super().resolve_command(ctx, args)
+        alone = typer.Typer(rich_markup_mode="markdown", add_completion=False)
+        alone.command(name)(import_module(f"flipproof.cli._{str(name).replace('-', '_')}").command)
+        return name, typer.main.get_command(alone), rest
+
 
 app = typer.Typer(
     name="flipproof",
+    cls=_Verbs,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="How a PyTorch network behaves when the memory that holds it loses bits. Start with `flipproof demo`.",
 )
-app.command()(demo)
-app.command()(assess)
-app.command()(analyze)
-app.command(name="estimate-factors")(estimate_factors)
-app.command()(harden)
-app.command()(explore)
-app.command()(compare)
-app.command(name="list")(list_names)
-app.command()(report)
-app.command()(reproduce)
 
 
 @app.callback(invoke_without_command=True)

@@ -8,8 +8,9 @@ import pandas as pd
 
 from flipproof.analysis.deepvigor import analyze as verb
 from flipproof.analysis.vulnerability import VulnerabilityMap
-from flipproof.cli._command import Call, command
-from flipproof.config import Option, load_data
+from flipproof.cli._command import Call, command_of
+from flipproof.cli._options import FACTORY, Option, Reading
+from flipproof.config import load_data
 from flipproof.reports.figures import save
 from flipproof.reports.vulnerability import (
     bit_layer_figure,
@@ -57,14 +58,14 @@ def show(call: Call) -> None:
     call.say(f"Written to {folder}/")
 
 
-analyze = command(
+command = command_of(
     verb,
     show,
     folder="flipproof-analysis",
     extras=(
-        Option("validate", bool, bool, "Hold the ranges against injection on the same data"),
-        Option("unseen", str, load_data, "MODULE:FACTORY of batches not analysed, to hold the ranges against too"),
-        Option("budget", float, float, "Memory that protection may add, as a share", 0.05),
+        Option("validate", Reading((bool,), bool), "Hold the ranges against injection on the same data"),
+        Option("unseen", Reading((str,), load_data, FACTORY), "Batches not analysed, to hold the ranges against too"),
+        Option("budget", Reading((float,), float), "Memory that protection may add, as a share", 0.05),
     ),
     example="Example: `flipproof analyze mynet.py:build --data mydata.py:batches "
     '--where "Parameters(include=\'conv*\')" --method "DeepVigor(neurons=200)" --validate`',

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flipproof.campaigns.assess import assess as verb
 from flipproof.campaigns.assessment import Assessment
-from flipproof.cli._command import Call, command
+from flipproof.cli._command import Call, command_of
 from flipproof.cli._console import out
 from flipproof.reports.figures import metric_figure, outcome_figure, save
 from flipproof.reports.tables import findings
@@ -35,7 +35,7 @@ def show(call: Call) -> None:
     )
 
 
-assess = command(
+command = command_of(
     verb,
     show,
     folder="flipproof-results",

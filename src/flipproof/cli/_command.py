@@ -11,7 +11,13 @@ from typing import Annotated, Any
 import typer
 
 from flipproof.cli._console import out
-from flipproof.config import MODEL, Option, arguments, effective, options_of, read_toml, written
+from flipproof.cli._options import Option, Reading, arguments, effective, options_of, written
+from flipproof.config import read_toml
+from flipproof.hardening.files import load_hardened
+from flipproof.models.weights import load_weights
+
+WEIGHTS = Option("weights", Reading((str,), str), "State dict to load: .safetensors, or .pt/.pth (never unpickled)")
+HARDENED = Option("hardened", Reading((str,), str), "What `flipproof harden` wrote for this model: bounds and weights")
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Call:
         out.print(text, markup=False, highlight=False)
 
 
-def command(
+def command_of(
     verb: Callable[..., Any],
     show: Callable[[Call], None],
     *,
@@ -56,50 +62,58 @@ def command(
         extras: options of the command itself: they are passed to `show`.
         example: last lines of the help.
     """
-    own = {option.name: option for option in extras}
+    name = verb.__name__.replace("_", "-")
     asked = options_of(verb)
-    results = Option("out", str, Path, "Folder for results", folder)
-    options = {**asked, **MODEL, **own, "out": results}
-    keeps = "journal" in inspect.signature(verb).parameters
+    keeps = asked.pop("journal", None) is not None
+    results = Option("out", Reading((str,), Path), "Folder for results", folder)
+    options = {**asked, **{option.name: option for option in (WEIGHTS, HARDENED, *extras, results)}}
 
-    def run(**given: Any) -> None:
-        file = given.pop("config")
-        source = "command line" if file is None else f"{file} and command line"
-        typed = {name: value for name, value in given.items() if value is not None and value != []}
-        values = effective(options, (read_toml(file) if file else {}) | typed, source)
-        found = arguments(options, values)
+    def run(**typed: Any) -> None:
+        file = typed.pop("config")
+        sources = [] if file is None else [(str(file), read_toml(file))]
+        given = effective(options, *sources, ("command line", typed))
+        found = arguments(options, given)
+        weights, hardened = found.pop("weights", None), found.pop("hardened", None)
+        if weights is not None:
+            load_weights(found["model"], weights)
+        if hardened is not None:
+            found["model"] = load_hardened(found["model"], hardened)
         where = found.pop("out", Path(folder))
-        more = {name: found.pop(name, option.default) for name, option in own.items()}
-        kept = {"journal": where / journal} if keeps else {}
-        called = Call(verb(**found, **kept), found, more, where)
+        more = {option.name: found.pop(option.name, option.default) for option in extras}
+        if keeps:
+            found["journal"] = where / journal
+        called = Call(verb(**found), found, more, where)
         where.mkdir(parents=True, exist_ok=True)
-        name = verb.__name__
-        (where / (config or f"{name}.toml")).write_text(written(name.replace("_", "-"), values), encoding="utf-8")
+        (where / (config or f"{verb.__name__}.toml")).write_text(written(name, given), encoding="utf-8")
         show(called)
 
     parameters = [_parameter(option) for option in options.values()]
     file = Annotated[Path | None, typer.Option(help="TOML file with the same options; the command line wins.")]
     parameters.append(inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=file))
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__name__ = verb.__name__.replace("_", "-")
     said = inspect.cleandoc(verb.__doc__ or "").partition("\nArgs:")[0].rstrip()
     run.__doc__ = f"{said}\n\n{example}".rstrip()
     return run
 
 
 def _parameter(option: Option) -> inspect.Parameter:
-    """An option as typer takes it: given or not, since a file may have it."""
-    kinds: dict[type, Any] = {str: str, int: int, float: float, bool: bool, list: list[str]}
-    kind = kinds[option.kind] | None
-    help_ = option.help[:1].upper() + option.help[1:] + "."
-    if option.written_as:
-        help_ += f" {option.written_as}."
-    if option.kind is list:
+    """An option as typer takes it. None by default: not given, since a file may have it."""
+    kind: Any = list[str] if list in option.reading.kinds else option.reading.kinds[0]
+    help_ = f"{option.help[:1].upper()}{option.help[1:]}."
+    if option.reading.takes:
+        help_ += f" Takes {option.reading.takes}."
+    if list in option.reading.kinds:
         help_ += " Repeatable."
-    if option.default not in (None, ()) and not isinstance(option.default, (bool, type)):
-        default = option.default if isinstance(option.default, (tuple, list)) else [option.default]
-        help_ += f" [{', '.join(map(str, default))}]"
+    if option.default not in (None, ()) and not isinstance(option.default, bool):
+        help_ += f" [{_shown(option.default)}]"
     place = typer.Argument(help=help_) if option.name == "model" else typer.Option(help=help_)
     return inspect.Parameter(
-        option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, place]
+        option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, place]
     )
+
+
+def _shown(default: Any) -> str:
+    """A default as it would be typed."""
+    if isinstance(default, tuple):
+        return (":" if all(isinstance(part, int) for part in default) else ", ").join(map(str, default))
+    return str(default)

@@ -11,13 +11,12 @@ from flipproof.campaigns.assessment import Assessment
 from flipproof.cli._console import out
 from flipproof.errors import ConfigError
 from flipproof.reports.figures import metric_figure, save
-from flipproof.reports.tables import compare as compare_assessments
-from flipproof.reports.tables import gain_text, number
+from flipproof.reports.tables import compare, gain_text, number
 from flipproof.reports.terminal import summary_table
 from flipproof.running.scales import Scale
 
 
-def compare(
+def command(
     journals: Annotated[list[str], typer.Argument(help="NAME=JOURNAL.jsonl, the baseline first.")],
     csv: Annotated[Path | None, typer.Option(help="Also write the whole table as CSV.")] = None,
     figure: Annotated[
@@ -26,7 +25,7 @@ def compare(
 ) -> None:
     """Put campaigns side by side: drops, outcomes, gains over the first one with intervals."""
     assessments = loaded(journals)
-    table = compare_assessments(**assessments)
+    table = compare(**assessments)
     metric = next(iter(assessments.values())).metrics[0]
     for name, assessment in assessments.items():
         out.print(summary_table(assessment, title=name))

@@ -11,7 +11,7 @@ from flipproof.cli._console import out
 from flipproof.demo import run_demo
 
 
-def demo(
+def command(
     folder: Annotated[Path, typer.Option("--out", help="Folder for journals, tables and figures.")] = Path(
         "flipproof-demo"
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flipproof.cli._command import Call, command
+from flipproof.cli._command import Call, command_of
 from flipproof.reports.figures import save
 from flipproof.reports.tradeoff import tradeoff_figure
 from flipproof.storage.explore import explore as verb
@@ -18,7 +18,7 @@ def show(call: Call) -> None:
     call.say(f"Memory and time are relative to Affine(bits=8). Written to {call.folder}/")
 
 
-explore = command(
+command = command_of(
     verb,
     show,
     folder="flipproof-exploration",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flipproof.cli._command import Call, command
+from flipproof.cli._command import Call, command_of
 from flipproof.cli._console import out
 from flipproof.hardening.files import save_hardened
 from flipproof.hardening.harden import harden as verb
@@ -32,7 +32,7 @@ def show(call: Call) -> None:
     call.say(f"Written to {call.folder}/: hardened.safetensors, activations.csv")
 
 
-harden = command(
+command = command_of(
     verb,
     show,
     folder="flipproof-hardened",

@@ -29,7 +29,7 @@ class Scale(StrEnum):
     paper = "paper"
 
 
-def reproduce(
+def command(
     paper: Annotated[str, typer.Argument(help=f"{' | '.join(PAPERS)}")],
     scale: Annotated[Scale, typer.Option(help="smoke: minutes on two cores; paper: what was published.")] = Scale.smoke,
     data_root: Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flipproof.analysis.factors import estimate_factors as verb
-from flipproof.cli._command import Call, command
+from flipproof.cli._command import Call, command_of
 
 
 def show(call: Call) -> None:
@@ -18,4 +18,4 @@ def show(call: Call) -> None:
 
 
 # analyze may have a journal of its own in the same folder
-estimate_factors = command(verb, show, folder="flipproof-factors", journal="factors.jsonl")
+command = command_of(verb, show, folder="flipproof-factors", journal="factors.jsonl")
