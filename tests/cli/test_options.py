@@ -122,7 +122,7 @@ def test_a_verb_declares_its_options_by_signature_and_docstring(mine):
         arguments(options, {"where": Given("Everything()", "test")})
 
 
-PYTHON_ONLY = {"explore": {"protect"}, "overhead": {"inputs"}}
+PYTHON_ONLY = {"explore": {"protect"}, "harden": {"given"}, "overhead": {"inputs"}}
 """Parameters for which no text stands."""
 
 
