@@ -62,6 +62,11 @@ def test_interrupted_and_resumed(method, finished, model, blobs, tmp_path, monke
     assert hardening_report(resumed).forwards == pytest.approx(hardening_report(whole).forwards)
 
 
+def test_workers_give_the_same_thresholds(model, blobs):
+    one, two = (fp.harden(model, METHODS[0], data=blobs, workers=workers) for workers in (1, 2))
+    assert all(torch.equal(value, thresholds(one)[name]) for name, value in thresholds(two).items())
+
+
 def test_a_finished_run_trains_nothing_again(model, blobs, tmp_path, monkeypatch):
     method = METHODS[2]
     first = fp.harden(model, method, data=blobs, journal=tmp_path / "stages.jsonl")

@@ -44,6 +44,7 @@ def harden(
     output: Output = None,
     decision: DecisionChoice = None,
     journal: str | os.PathLike[str] | None = None,
+    workers: int = 1,
     progress: bool | None = None,
 ) -> nn.Module:
     """A copy of a model whose activations are bounded, so that faulty values are cut off where they arise.
@@ -65,6 +66,7 @@ def harden(
         decision: how outputs become classes, as for `assess`.
         journal: file for the finished stages (layers) of a method that searches or trains: run again after an
             interruption and it resumes there, to the same thresholds. None keeps nothing.
+        workers: processes for the campaigns that a method runs (`FTClipAct`); thresholds do not depend on it.
         progress: show a bar; None shows it on a terminal.
 
     Raises:
@@ -99,6 +101,7 @@ def harden(
                 seen.admit(elsewhere[site.module].shapes)
     with Stages(journal, about) as stages:
         work = Work(rewritten, ranges, calibration, progress, stages=stages, samples=whole.samples, seed=method.seed)
+        work.workers = workers
         work.spend(whole, 1.0)  # the unbounded model's answers
         work.spend(calibration, 1.0)  # ranges
         if whole.cut is None:

@@ -34,6 +34,7 @@ class Work:
         samples: of all calibration data, the held-out part included; None for those of `calibration`.
         seed: of random parts.
         slack: what `place` came to, for the report; None if no search was made.
+        workers: processes for the campaigns that a method runs.
     """
 
     rewritten: Rewritten
@@ -46,6 +47,7 @@ class Work:
     samples: int | None = None
     seed: int = 0
     slack: float | None = None
+    workers: int = 1
 
     @property
     def model(self) -> nn.Module:

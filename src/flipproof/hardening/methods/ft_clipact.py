@@ -142,6 +142,7 @@ class FTClipAct(Hardening):
                 format=self.format,
                 trials=self.trials,
                 seed=self.seed,
+                workers=work.workers,
                 output=part.output,
                 decision=part.decision.choice,
                 progress=False,
