@@ -34,6 +34,7 @@ from flipproof.hardening.harden import harden
 from flipproof.hardening.methods.base import Hardening
 from flipproof.hardening.overhead import devices_of, wait_for
 from flipproof.running.data import Data, Output, call, read_batches
+from flipproof.running.device import device_of
 from flipproof.running.evaluation import eval_mode, one_thread
 from flipproof.running.outcomes import DecisionChoice
 from flipproof.spaces.parameters import FaultSpace
@@ -364,7 +365,7 @@ class _Exploring:
 
         NaN where `pack_` cannot pack the model (tied parameters).
         """
-        device = next((t.device for t in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
         inputs = read_batches(self.first, device).inputs[0]
         try:
             ours = pack_(deepcopy(model), format, where=self.where)

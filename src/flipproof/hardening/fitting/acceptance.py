@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flipproof._hooks import hooked
 from flipproof.campaigns.statistics import wilson_interval
 from flipproof.hardening.bounds.bounded import Bounded
 from flipproof.hardening.fitting.calibration import Calibration
@@ -183,20 +183,13 @@ def _together_and_alone(model: nn.Module, some: Calibration, singles: list[Calib
 
 def _site_values(rewritten: Rewritten, data: Calibration) -> dict[str, list[Tensor]]:
     seen: dict[str, list[Tensor]] = {}
-    handles = []
-    for site in rewritten.sites:
-        place = rewritten.model.get_submodule(site.module)
-        if isinstance(place, Bounded):
+    places = {site.module: rewritten.model.get_submodule(site.module) for site in rewritten.sites}
+    bounds = {name: place for name, place in places.items() if isinstance(place, Bounded)}
 
-            def note(module: nn.Module, args: Any, result: Tensor, name: str = site.module) -> None:
-                seen.setdefault(name, []).append(result.detach().double().cpu())
+    def note(name: str, module: nn.Module, result: Tensor) -> None:
+        seen.setdefault(name, []).append(result.detach().double().cpu())
 
-            handles.append(place.register_forward_hook(note))
-    try:
-        with eval_mode(rewritten.model):
-            for inputs in data.batches.inputs:
-                call(rewritten.model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with eval_mode(rewritten.model), hooked(bounds, note):
+        for inputs in data.batches.inputs:
+            call(rewritten.model, inputs)
     return seen

@@ -243,7 +243,7 @@ def logits(outputs: Tensor, decision: Decision) -> Tensor:
     return outputs
 
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+DistillationLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(logits, targets, teacher's logits) → a scalar."""
 
 

@@ -17,7 +17,7 @@ from flipproof.engine.progress import Step, progress_bar
 from flipproof.errors import ConfigError, ModelError
 from flipproof.hardening.bounds.bounded import Bounded
 from flipproof.hardening.fitting._prefix import Prefix, PrefixDiffers, Prefixes
-from flipproof.hardening.fitting.calibration import Calibration, Loss, logits
+from flipproof.hardening.fitting.calibration import Calibration, DistillationLoss, logits
 from flipproof.hardening.fitting.work import Work
 from flipproof.running.data import call, pick
 from flipproof.running.metrics import accuracy
@@ -69,7 +69,7 @@ class Stage:
 
 
 def train_stages(
-    work: Work, stages: Sequence[Stage], parts: tuple[Calibration, Calibration], loss: Loss, seed: int
+    work: Work, stages: Sequence[Stage], parts: tuple[Calibration, Calibration], loss: DistillationLoss, seed: int
 ) -> pd.DataFrame:
     """Train one stage after the other; what an interrupted run has finished is taken from its journal.
 
@@ -101,7 +101,7 @@ def train_thresholds(
     work: Work,
     stage: Stage,
     parts: tuple[Calibration, Calibration],
-    loss: Loss,
+    loss: DistillationLoss,
     *,
     prefixes: Prefixes,
     generator: torch.Generator,
@@ -147,7 +147,12 @@ class _Training:
     """One stage under way."""
 
     def __init__(
-        self, work: Work, stage: Stage, parts: tuple[Calibration, Calibration], loss: Loss, prefix: Prefix | None
+        self,
+        work: Work,
+        stage: Stage,
+        parts: tuple[Calibration, Calibration],
+        loss: DistillationLoss,
+        prefix: Prefix | None,
     ) -> None:
         self.work, self.stage, self.loss, self.prefix = work, stage, loss, prefix
         self.fit, self.held = parts

@@ -55,10 +55,10 @@ class Work:
         return self.rewritten.model
 
     def bound(
-        self, site: ActivationSite, kind: type[Bounded], high: Tensor, low: Tensor | None = None, **more: Any
+        self, site: ActivationSite, kind: type[Bounded], threshold: Tensor, low: Tensor | None = None, **more: Any
     ) -> Bounded:
         """Put a bound in a site's place and give it back."""
-        return put_bound(self.rewritten, site, kind, high, low, **more)
+        return put_bound(self.rewritten, site, kind, threshold, low, **more)
 
     def place(
         self,
@@ -100,8 +100,8 @@ class Work:
                     f"{site.name} is computed for maps of different sizes, {sorted(whole[site.module].shapes)[:3]}: "
                     f"its bounds are one a {grain[site]}, not a neuron"
                 )
-            low, high = widened(whole[site.module], grain[site], 1.0, rounding=False)
-            bounds[site] = self.bound(site, kind if isinstance(kind, type) else kind(site), high, low, **more)
+            low, threshold = widened(whole[site.module], grain[site], 1.0, rounding=False)
+            bounds[site] = self.bound(site, kind if isinstance(kind, type) else kind(site), threshold, low, **more)
         if slack is None:
             found = search_slack(self.rewritten, parts, seen, bounds, grain, spend=self.spend)
             self.notes.append(str(found))
@@ -154,7 +154,7 @@ def put_bound(
     rewritten: Rewritten,
     site: ActivationSite,
     kind: type[Bounded],
-    high: Tensor,
+    threshold: Tensor,
     low: Tensor | None = None,
     **more: Any,
 ) -> Bounded:
@@ -162,7 +162,7 @@ def put_bound(
     current = rewritten.model.get_submodule(site.module)
     assert isinstance(current, Activation)
     new = kind(
-        high,
+        threshold,
         current.function,
         low=None if current.rectifies else low,
         arguments=current.arguments,

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from flipproof._hooks import hooked
 from flipproof.errors import ConfigError
 from flipproof.hardening.bounds.activations import take_hooks
 from flipproof.hardening.bounds.bounded import Saturate, ZeroAbove
@@ -142,16 +143,12 @@ def _scoring_layer(work: Work) -> str | None:
     for name, module in work.model.named_modules(remove_duplicate=False):
         if type(module) is nn.Linear and name:
             places.setdefault(module, []).append(name)
-    given: dict[nn.Module, list[Tensor]] = {}
-    handles = [
-        module.register_forward_hook(lambda called, args, result: given.setdefault(called, []).append(result))
-        for module in places
-    ]
-    try:
-        with eval_mode(work.model):
-            judged = pick(call(work.model, work.calibration.batches.inputs[0]), work.calibration.output)
-    finally:
-        for handle in handles:
-            handle.remove()
-    found = [m for m, results in given.items() if any(r is judged for r in results) and len(results) == 1]
-    return places[found[0]][0] if found and len(places[found[0]]) == 1 else None
+    given: dict[str, list[Tensor]] = {}
+    once = {names[0]: module for module, names in places.items()}
+    with (
+        eval_mode(work.model),
+        hooked(once, lambda name, module, result: given.setdefault(name, []).append(result)),
+    ):
+        judged = pick(call(work.model, work.calibration.batches.inputs[0]), work.calibration.output)
+    found = [name for name, results in given.items() if any(r is judged for r in results) and len(results) == 1]
+    return found[0] if found and len(places[once[found[0]]]) == 1 else None
