@@ -69,11 +69,10 @@ def test_contributings_files_pass_the_contracts(tmp_path):
 
 
 EXPORTED = """
-import sys
 from bursts import Burst
 from constants import Constants
 from flipproof import faults, formats, spaces
-from flipproof.cli import main
+from flipproof.cli import app
 from flipproof.hardening import methods
 from power_of_two import PowerOfTwo
 from share import Share
@@ -81,8 +80,14 @@ from share import Share
 for package, thing in ((formats, PowerOfTwo), (spaces, Constants), (faults, Burst), (methods, Share)):
     setattr(package, thing.__name__, thing)
     package.__all__.append(thing.__name__)
-sys.argv[0] = "flipproof"
-main()
+given = ["--data", "given.py:data", "--faults", "Burst([2, 4])", "--trials", "3"]
+for command in (
+    ["list"],
+    ["assess", "given.py:net", *given, "--format", "PowerOfTwo(bits=3)", "--out", "stored"],
+    ["assess", "given.py:Scaled", *given, "--where", "Constants('scale')", "--out", "constants"],
+    ["harden", "given.py:net", "--data", "given.py:data", "--method", "Share(0.9)"],
+):
+    app(command, standalone_mode=False)
 """
 """What one line in each package's `__init__.py` does, and then the command line."""
 
@@ -103,21 +108,11 @@ def test_contributings_files_need_one_export_line(tmp_path):
     write_contributings_files(tmp_path)
     (tmp_path / "exported.py").write_text(EXPORTED)
     (tmp_path / "given.py").write_text(GIVEN)
-    listed = in_a_fresh_process(tmp_path, "exported.py", "list")
+    said = in_a_fresh_process(tmp_path, "exported.py")
     for name in ("PowerOfTwo", "Constants", "Burst", "Share"):
-        assert re.search(rf"^  {name} +\S", listed, re.MULTILINE), listed
-    data, trials = ("--data", "given.py:data"), ("--faults", "Burst([2, 4])", "--trials", "3")
-    form = ("--format", "PowerOfTwo(bits=3)", "--out", "stored")
-    assert "stored as PowerOfTwo(bits=3)" in in_a_fresh_process(
-        tmp_path, "exported.py", "assess", "given.py:net", *data, *trials, *form
-    )
-    where = ("--where", "Constants('scale')", "--out", "constants")
-    assert "64 bits can be hit" in in_a_fresh_process(
-        tmp_path, "exported.py", "assess", "given.py:Scaled", *data, *trials, *where
-    )
-    assert "1 activation" in in_a_fresh_process(
-        tmp_path, "exported.py", "harden", "given.py:net", *data, "--method", "Share(0.9)"
-    )
+        assert re.search(rf"^  {name} +\S", said, re.MULTILINE), name
+    for line in ("stored as PowerOfTwo(bits=3)", "64 bits can be hit", "1 activation"):
+        assert line in said
 
 
 @pytest.mark.parametrize("page", PAGES)

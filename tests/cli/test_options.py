@@ -123,7 +123,7 @@ def test_a_verb_declares_its_options_by_signature_and_docstring(mine):
 
 
 PYTHON_ONLY = {"explore": {"protect"}, "harden": {"given"}, "overhead": {"inputs"}}
-"""Parameters for which no text stands."""
+"""Parameters for which no text stands; `given` is data and method, which also have names."""
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,8 @@ BASES: tuple[tuple[type | tuple[type, ...], Callable[[str], Any], str], ...] = (
     (FaultModel, parse_faults, "BitErrorRate([1e-6, 1e-5])"),
     (Format, parse_format, "Float16 or Affine(bits=4)"),
     (Hardening, parse_hardening, "Guard() or ProAct.quick()"),
-    ((Parameters, Neurons, Where), parse_where, "Parameters(include='conv*')"),
+    (Parameters, parse_where, "Parameters(include='conv*')"),
+    ((Parameters, Neurons, Where), parse_where, "Parameters(include='conv*') or Neurons()"),
 )
 """Kinds of which a package exports several: base, reader, example."""
 
