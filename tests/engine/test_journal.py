@@ -252,7 +252,7 @@ class TestDamage:
 
 class TestUnwritable:
     def test_a_folder_as_the_file(self, mlp, setup, tmp_path):
-        with pytest.raises(JournalError, match="Is a directory"):
+        with pytest.raises(JournalError, match="is a folder"):
             fp.assess(mlp, **{**setup, "journal": tmp_path})
 
     def test_a_file_as_the_folder(self, mlp, setup, tmp_path):
@@ -358,3 +358,18 @@ def test_a_folder_that_takes_no_files_is_not_called_another_writer(mlp, blobs):
     with pytest.raises(fp.errors.JournalError, match="takes no new file") as error:
         fp.assess(mlp, data=blobs, faults=fp.RandomBits(1), trials=1, journal="/proc/journal.jsonl")
     assert not isinstance(error.value, fp.errors.JournalLocked)
+
+
+def test_a_folder_is_no_journal(mlp, setup, tmp_path):
+    for use in (lambda: fp.assess(mlp, **{**setup, "journal": tmp_path}), lambda: fp.Assessment.load(tmp_path)):
+        with pytest.raises(JournalError, match=r"is a folder; a journal is a file, such as .*journal\.jsonl"):
+            use()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JournalError, match="is a file; explore takes journal= a folder"):
+        fp.explore(mlp, setup["data"], accuracy=0.5, drop=0.5, trials=2, journal=tmp_path / "file")
+
+
+def test_another_format_is_named(mlp, setup, journal):
+    fp.assess(mlp, **setup)
+    with pytest.raises(JournalMismatch, match=r"format: 'Float32\(\) .*' → 'Float16\(\)"):
+        fp.assess(mlp, **setup, format=fp.Float16())

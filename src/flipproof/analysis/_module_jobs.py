@@ -48,6 +48,7 @@ class AnalysisHeader:
                 "code": code_digest(model),
                 "data": batches.digest(),
                 "batches": list(batches.sizes),
+                "formats": ", ".join(sorted({repr(site.format) for site in prober.sites})),
                 "sites": digest_of([(site.name, site.values, repr(site.format)) for site in prober.sites]),
                 "output": digest_of(output) if callable(output) else output,
                 "decision": prober.decision.describe(),

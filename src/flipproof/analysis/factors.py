@@ -300,7 +300,7 @@ class _Pairs:
                 self._more_pairs()
         after = prober.costs
         golden = (2 * prober.batches.samples + prober.batches.sizes[0]) / layers
-        set_up = golden + after.preparing - before.preparing + (after.checking - before.checking) * self._share
+        set_up = golden + (after.preparing - before.preparing) + (after.checking - before.checking) * self._share
         forwards = set_up + (after.probes - before.probes) * self._share
         factor = self._factor()
         injections = injections_for(factor, margin, self._confidence)

@@ -139,7 +139,9 @@ class Header:
     @property
     def identity(self) -> tuple[Mapping[str, Any], ...]:
         """What must be the same to resume: the fingerprint, then the golden run."""
-        return asdict(self.fingerprint), {"golden": dict(self.golden)}
+        formats = ", ".join(sorted({site.format for site in self.stored}))  # a digest alone says nothing to a reader
+        fingerprint = asdict(self.fingerprint) | {"format": f"{formats} ({self.fingerprint.format})"}
+        return fingerprint, {"golden": dict(self.golden)}
 
     def to_json(self) -> dict[str, Any]:
         """As the first line of a journal."""

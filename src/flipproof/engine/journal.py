@@ -105,6 +105,7 @@ class Journal(Generic[HeaderT, RecordT]):
             JournalMismatch: if it belongs to other work, with every differing field.
             JournalError: if it cannot be written or is not a journal.
         """
+        self._refuse_folder()
         lock = FileLock(f"{self.path}.lock")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,6 +127,10 @@ class Journal(Generic[HeaderT, RecordT]):
                 self._descriptor = None
         finally:
             lock.release()
+
+    def _refuse_folder(self) -> None:
+        if self.path.is_dir():
+            raise JournalError(f"{self.path} is a folder; a journal is a file, such as {self.path / 'journal.jsonl'}")
 
     def note_failed_audit(self, error: AuditError) -> None:
         """Write that an audit failed: the records before this line count no more; the shortcut is switched off."""
@@ -174,6 +179,7 @@ class Journal(Generic[HeaderT, RecordT]):
 
     def _parse(self) -> tuple[HeaderT, list[RecordT], int]:
         """Header, records, and the number of bytes in whole lines."""
+        self._refuse_folder()
         try:
             content = self.path.read_bytes()
         except OSError as error:

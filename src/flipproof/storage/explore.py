@@ -27,7 +27,7 @@ from flipproof.campaigns.assessment import Assessment
 from flipproof.campaigns.fingerprint import digest_of
 from flipproof.campaigns.plan import Fingerprint
 from flipproof.engine.journal import Journal
-from flipproof.errors import ConfigError, FormatError
+from flipproof.errors import ConfigError, FormatError, JournalError
 from flipproof.faults import BitErrorRate
 from flipproof.formats import Affine, Format, TripleMSB
 from flipproof.hardening.harden import harden
@@ -321,6 +321,8 @@ class _Exploring:
             yield
             return
         question = Question(self.fault_free(self.plain, format=BASELINE).header.fingerprint)
+        if self.folder.is_file():
+            raise JournalError(f"{self.folder} is a file; explore takes journal= a folder, for a journal of each form")
         self._journal = Journal(self.folder / "forms.jsonl", Question, _Form, kind="width exploration")
         with self._journal.writing(question) as known:
             self._known = {form.name: form for form in known}
