@@ -12,16 +12,18 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flipproof.errors import FaultModelError, FaultSpaceError
 from flipproof.formats.base import Format
 from flipproof.formats.layout import Layout
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Positions = NDArray[np.int64]
 """Global bit numbers of a space."""
@@ -256,6 +258,8 @@ class Space(ABC):
         """Where faults lie: one row a bit with its `site`, `value` (flat index) and `bit`."""
         which, value, bit = self.located(draw.positions)
         names = np.array([site.name for site in self.sites], dtype=object)[which]
+        import pandas as pd  # no draw needs it
+
         return pd.DataFrame({"site": names, "value": value, "bit": bit})
 
     def places(self, draw: Draw) -> list[tuple[str, int, int]]:
