@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from flipproof._files import replacing
+from flipproof.errors import ConfigError
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -24,7 +25,8 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [page]
 
 
-def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path):
+def test_a_place_that_takes_no_file_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"), replacing(tmp_path / "file" / "page.html") as temporary:
-        temporary.touch()
+    for path in (tmp_path / "file" / "page.html", "/proc/page.html"):
+        with pytest.raises(ConfigError, match=r"cannot write .*page\.html"), replacing(path) as temporary:
+            temporary.write_text("page")

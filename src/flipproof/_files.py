@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from flipproof.errors import ConfigError
+
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -18,7 +22,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         path: of the file to write.
 
     Raises:
-        OSError: if the file cannot be written.
+        ConfigError: if the file cannot be written.
 
     Example:
         >>> import tempfile
@@ -29,11 +33,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         ['page.html']
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         with suppress(OSError):  # it was renamed, or never written
             temporary.unlink()

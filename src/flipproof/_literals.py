@@ -65,7 +65,7 @@ def parse(text: str) -> ast.expr:
     try:
         return ast.parse(text.strip(), mode="eval").body
     except SyntaxError as error:
-        raise ConfigError(f"cannot read {text[:200]!r}: {error.msg}") from None
+        raise ConfigError(f"cannot read {text[:200]!r}: {error.msg}; expected NAME(…) with literal arguments") from None
     except (ValueError, RecursionError, MemoryError) as error:  # a null byte; brackets in brackets without end
         raise ConfigError(f"cannot read {text[:200]!r}: {error or 'it is nested too deep'}") from None
 

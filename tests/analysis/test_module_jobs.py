@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -253,3 +254,20 @@ def test_a_model_on_another_device_is_not_given_to_workers():
     with opened(Small().eval(), data(), fp.Neurons(), None, None, 2**24, device="cpu") as prober:
         assert prober.device == torch.device("cpu")
         assert not prober.multiplications_behind("last")
+
+
+def test_a_record_that_lost_a_site_is_refused(tmp_path):
+    analysis, factors = tmp_path / "analysis.jsonl", tmp_path / "factors.jsonl"
+    method = fp.DeepVigor(neurons=2)
+    verbs = {
+        analysis: lambda: fp.analyze(Small().eval(), data(), method, journal=analysis),
+        factors: lambda: fp.estimate_factors(Small().eval(), data(), margin=0.2, journal=factors),
+    }
+    for path, verb in verbs.items():
+        verb()
+        lines = path.read_text().splitlines()
+        record = json.loads(lines[1])
+        record["sites" if path is analysis else "rows"] = []
+        path.write_text("\n".join([lines[0], json.dumps(record), *lines[2:]]) + "\n")
+        with pytest.raises(JournalError, match=rf"{path.name}: the line of the module of .* does not hold it"):
+            verb()

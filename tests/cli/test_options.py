@@ -38,8 +38,13 @@ CONFIGS = st.fixed_dictionaries(
 @given(CONFIGS)
 def test_what_is_written_reads_back(config):
     given = effective(OPTIONS, ("command line", config))
-    again = effective(OPTIONS, ("file", tomllib.loads(written("assess", given))))
-    assert {name: one.value for name, one in again.items()} == {name: one.value for name, one in given.items()}
+    again = effective(OPTIONS, ("file", tomllib.loads(written("assess", OPTIONS, given))))
+    was = {name: one.value for name, one in given.items()}
+    assert was.items() <= {name: one.value for name, one in again.items()}.items()
+    assert again["confidence"].value == 0.95  # a plain default is written too
+    assert {name: one.value for name, one in again.items() if name not in was} == {
+        name: OPTIONS[name].default for name in again if name not in was
+    }
 
 
 @pytest.mark.parametrize(
@@ -161,7 +166,7 @@ def run(given: dict[str, Any]) -> fp.Assessment:
 def test_a_file_repeats_a_run(tmp_path, mine):
     given = {**mine, "format": {"weight": "Float16"}}
     first = run(given)
-    (tmp_path / "campaign.toml").write_text(written("assess", effective(OPTIONS, ("test", given))))
+    (tmp_path / "campaign.toml").write_text(written("assess", OPTIONS, effective(OPTIONS, ("test", given))))
     second = run(read_toml(tmp_path / "campaign.toml"))
     columns = [name for name in first.trials if name != "seconds"]
     assert first.trials[columns].equals(second.trials[columns])

@@ -164,3 +164,17 @@ fp.explore_mixed(net, [(x, net(x).argmax(dim=1))], memory=960, ber=1e-2, trials=
     pd.testing.assert_frame_equal(resumed.table, fp.explore_mixed(net, [(x, net(x).argmax(dim=1))], **setup).table)
     with pytest.raises(JournalError, match="is the journal of a mixed-width exploration, expected that of a campaign"):
         fp.assess(net, [(x, net(x).argmax(dim=1))], faults=fp.BitErrorRate(1e-2), trials=3, journal=journal)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"options": ()}, "at least one"),
+        ({"options": (3,)}, "formats such as"),
+        ({"memory": "x"}, "whole number of bits"),
+    ],
+)
+def test_what_makes_no_sense_is_one_sentence(change, message):
+    net = nn.Linear(4, 3)
+    with pytest.raises(ConfigError, match=message):
+        fp.explore_mixed(net, [(torch.randn(6, 4), torch.arange(6) % 3)], **{"memory": 60, **change})

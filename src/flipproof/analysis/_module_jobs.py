@@ -12,8 +12,8 @@ import torch
 from flipproof._fields import Fields
 from flipproof.analysis.probes import ProbedSite, Prober
 from flipproof.campaigns.fingerprint import attributes_digest, code_digest, digest_of
-from flipproof.engine.journal import Key
-from flipproof.errors import ConfigError
+from flipproof.engine.journal import Journal, Key
+from flipproof.errors import ConfigError, JournalError
 
 R = TypeVar("R")
 
@@ -135,3 +135,19 @@ def check_run(verb: str, workers: object, journal: object) -> None:
         raise ConfigError(f"{verb} takes a whole number ≥ 1 for workers=, got {workers!r}")
     if journal is not None and not isinstance(journal, (str, os.PathLike)):
         raise ConfigError(f"{verb} takes the path of a journal for journal=, got {journal!r}")
+
+
+def in_order(found: Mapping[str, R], prober: Prober, journal: Journal[Any, Any] | None) -> list[R]:
+    """What was found of each site, in the order of the sites.
+
+    Raises:
+        JournalError: if the journal's records do not hold them all: a line was edited.
+    """
+    for site in prober.sites:
+        if site.name not in found:
+            place = "the records" if journal is None else str(journal.path)
+            raise JournalError(
+                f"{place}: the line of the module of {site.name} does not hold it; the file was edited. Nothing was "
+                f"changed: remove that line to do its job again"
+            )
+    return [found[site.name] for site in prober.sites]

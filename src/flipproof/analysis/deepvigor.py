@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from flipproof.analysis._module_jobs import AnalysisHeader, ModuleJobs, check_run
+from flipproof.analysis._module_jobs import AnalysisHeader, ModuleJobs, check_run, in_order
 from flipproof.analysis._two_phase import LEFT, PROVEN, TRIED, signed
 from flipproof.analysis.layer_vulnerability import LayerVulnerability, ModuleVulnerability, distinct
 from flipproof.analysis.opened_model import check_subject, opened
@@ -156,7 +156,7 @@ def analyze(
         file = Journal(journal, AnalysisHeader, ModuleVulnerability, kind=KIND) if journal is not None else None
         records = do_all(jobs, jobs.keys, header, file, workers=workers, progress=progress)
         by_site = {site.name: site for record in records.values() for site in record.sites}
-        layers = [by_site[site.name] for site in prober.sites]
+        layers = in_order(by_site, prober, file)
         samples, digest = prober.batches.samples, prober.batches.digest()
         coverage, left_out = prober.coverage()
         rule = prober.decision.choice

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flipproof._fields import Fields
 from flipproof.analysis._drawn_inputs import drawn
-from flipproof.analysis._module_jobs import AnalysisHeader, ModuleJobs, check_run
+from flipproof.analysis._module_jobs import AnalysisHeader, ModuleJobs, check_run, in_order
 from flipproof.analysis._two_phase import (
     ASKED,
     CRITICAL,
@@ -150,7 +150,7 @@ def estimate_factors(
             jobs = _jobs(prober, kind, order, margin, confidence, seed)
             records = do_all(jobs, jobs.keys, header, file, workers=workers, progress=progress)
             by_site = {str(row["layer"]): row for record in records.values() for row in record.rows}
-            rows = [by_site[site.name] for site in prober.sites]
+            rows = in_order(by_site, prober, file)
             coverage, left_out = prober.coverage()
         found = pd.DataFrame(rows)
         found["forwards"] += spent if spent.size else 0.0

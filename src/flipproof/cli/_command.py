@@ -84,7 +84,7 @@ def command_of(
             found["journal"] = where / journal
         called = Call(verb(**found), found, more, where)
         where.mkdir(parents=True, exist_ok=True)
-        (where / (config or f"{verb.__name__}.toml")).write_text(written(name, given), encoding="utf-8")
+        (where / (config or f"{verb.__name__}.toml")).write_text(written(name, options, given), encoding="utf-8")
         show(called)
 
     parameters = [_parameter(option) for option in options.values()]

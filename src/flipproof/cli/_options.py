@@ -172,9 +172,14 @@ def arguments(options: Mapping[str, Option], given: Mapping[str, Given]) -> dict
     return found
 
 
-def written(command: str, given: Mapping[str, Given]) -> str:
-    """The effective options as TOML: `flipproof COMMAND --config` on it repeats the run."""
-    values = {name: one.value for name, one in given.items()}
+def written(command: str, options: Mapping[str, Option], given: Mapping[str, Given]) -> str:
+    """The effective options as TOML, plain defaults included: `flipproof COMMAND --config` on it repeats the run."""
+    defaults = {name: option.default for name, option in options.items() if type(option.default) in (int, float, str)}
+    values = {
+        name: given[name].value if name in given else defaults[name]
+        for name in options
+        if name in {**defaults, **given}
+    }
     return f"# flipproof {command} --config THIS_FILE repeats or resumes this run\n{tomli_w.dumps(values)}"
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flipproof._files import replacing
-from flipproof.errors import DataError
+from flipproof.errors import ConfigError, DataError
 
 Batch = tuple[Tensor, Tensor] | tuple[Mapping[str, Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -108,6 +108,6 @@ def cached(name: str, build: Callable[[], nn.Module], train: Callable[[nn.Module
             return model.eval()
     model = train(model)
     # a read-only home costs a few seconds of training next time, nothing else
-    with suppress(OSError), replacing(path) as temporary:
+    with suppress(ConfigError), replacing(path) as temporary:
         save_file(model.state_dict(), temporary)
     return model

@@ -21,7 +21,7 @@ from flipproof.reports.style import OUTCOME_STYLE, SERIES, SWEEPS, sweep_of
 from flipproof.reports.tables import between, compare, coverage_text, findings, number
 from flipproof.running.scales import OUTCOMES, Scale
 
-_STYLE = """
+STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc }
 table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; display: block }
@@ -87,7 +87,7 @@ def report(path: str | os.PathLike[str], /, **assessments: Assessment) -> Path:
     body.append("<h2>How to read this</h2>" + _READING)
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>flipproof report</title>'
-        f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>\n<body>{''.join(body)}</body></html>\n"
+        f"<style>{STYLE}</style><script>{get_plotlyjs()}</script></head>\n<body>{''.join(body)}</body></html>\n"
     )
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -115,7 +115,7 @@ def _campaigns(assessments: Mapping[str, Assessment]) -> str:
                 "seed": str(fingerprint.seed),
             }
         )
-    return _html_table(
+    return html_table(
         pd.DataFrame(rows), text=("campaign", "model", "stored as", "without faults [over samples]", "faults")
     )
 
@@ -188,7 +188,7 @@ def _gains(table: pd.DataFrame, first: Assessment) -> str:
             shown[f"{_title(name)} [over trials and samples]"] = "–" if row["draws"] == "none" else both
         draws = f"{row['draws']}{'; no flips in ' + row['fault_free'] if row['fault_free'] else ''}"
         rows.append({**shown, "draws": draws, "memory": f"{row['memory']:.3f} ×"})
-    return _html_table(pd.DataFrame(rows), text=("campaign", "draws"))
+    return html_table(pd.DataFrame(rows), text=("campaign", "draws"))
 
 
 def _signed(row: pd.Series[Any], name: str, scale: Scale) -> str:
@@ -202,15 +202,15 @@ def _signed(row: pd.Series[Any], name: str, scale: Scale) -> str:
 def _one(assessment: Assessment) -> str:
     said = "".join(f"<li>{escape(sentence)}</li>" for sentence in findings(assessment))
     header = assessment.header
-    stored = _html_table(pd.DataFrame([asdict(site) for site in header.stored]), text=("name", "kind", "format"))
+    stored = html_table(pd.DataFrame([asdict(site) for site in header.stored]), text=("name", "kind", "format"))
     left_out = [{"name": name, "why": str(why)} for name, why in dict(header.left_out).items()]
-    outside = _html_table(pd.DataFrame(left_out), text=("name", "why")) if left_out else "<p>none</p>"
+    outside = html_table(pd.DataFrame(left_out), text=("name", "why")) if left_out else "<p>none</p>"
     facts = {**asdict(header.fingerprint), **asdict(header.plan), **header.versions, "started": header.created}
-    identity = _html_table(
+    identity = html_table(
         pd.DataFrame([{"field": name, "value": str(value)} for name, value in facts.items()]), text=("field", "value")
     )
     return (
-        f"<ul>{said}</ul>{_outcome_plot(assessment)}{_html_table(_summary(assessment))}"
+        f"<ul>{said}</ul>{_outcome_plot(assessment)}{html_table(_summary(assessment))}"
         f"<details><summary>Tensors in the fault space: {len(header.stored)}</summary>{stored}</details>"
         f"<details><summary>Tensors outside it: {len(left_out)}</summary>{outside}</details>"
         f"<details><summary>What identifies this campaign</summary>{identity}</details>"
@@ -233,7 +233,9 @@ def _summary(assessment: Assessment) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _html_table(table: pd.DataFrame, *, text: tuple[str, ...] = ()) -> str:
+def html_table(table: pd.DataFrame, *, text: tuple[str, ...] = ()) -> str:
+    """A table as HTML, every cell escaped; columns of `text` to the left, numbers to the right."""
+
     def cell(tag: str, column: Any, value: Any) -> str:
         kind = ' class="text"' if column in text else ""
         return f"<{tag}{kind}>{escape(str(value))}</{tag}>"

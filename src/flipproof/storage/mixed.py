@@ -114,6 +114,10 @@ def explore_mixed(
         >>> sorted(chosen.formats), chosen.bits <= 960
         (['0.weight', '2.weight'], True)
     """
+    if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
+        raise ConfigError(f"explore_mixed takes memory= a whole number of bits, got {memory!r}")
+    if not options or not all(isinstance(option, Format) for option in options):
+        raise ConfigError(f"explore_mixed takes options= formats such as fp.Affine(4), at least one, got {options!r}")
     sites = [site for site in FaultSpace(model, format=Affine(), where=WEIGHTS).sites if site.format == Affine()]
     campaign = partial(
         assess,
