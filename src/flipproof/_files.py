@@ -33,7 +33,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         ['page.html']
     """
     target = Path(path)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{os.getpid()}.{target.name}")  # the ending stays: ".csv.gz" is compressed by it
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -349,6 +349,9 @@ def test_select_covers_what_it_says(unit):
     assert chosen.table["covered"].iloc[-1] == pytest.approx(covered / sum(int(t.sum()) for t in counts_of.values()))
     with pytest.raises(fp.FlipproofError, match="budget"):
         fp.select_bits(found, budget=-1)
+    for wrong in ("a", True):
+        with pytest.raises(fp.FlipproofError, match="budget in"):
+            fp.select_bits(found, budget=wrong)
 
 
 def test_protection_pays_where_the_map_says_so():

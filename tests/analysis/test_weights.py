@@ -255,6 +255,14 @@ def test_a_selection_of_neuron_bits_becomes_formats_too():
     assert safe.summary["critical_total"][0] < plain.summary["critical_total"][0]
 
 
+def test_a_selection_of_another_map_is_refused():
+    net, data = made(Convs, seed=1)
+    neurons, parameters = fp.analyze(net, data), fp.analyze(net, data, where=fp.Parameters())
+    for mine, other in ((neurons, parameters), (parameters, neurons)):
+        with pytest.raises(fp.FlipproofError, match="the selection is of another map"):
+            fp.measure_protection(mine, fp.select_bits(other, budget=0.1), data)
+
+
 def test_packed_models_are_refused_by_name():
     net, data = made(Tokens)
     packed = fp.pack_(net, {"conv.weight": fp.Affine(bits=4)})

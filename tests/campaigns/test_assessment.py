@@ -188,6 +188,16 @@ def test_csv_and_parquet_bring_every_number_back(result, tmp_path, table):
     pd.testing.assert_frame_equal(read, expected, check_exact=True, check_dtype=False)
 
 
+def test_a_table_is_compressed_by_its_ending_and_written_whole_or_not_at_all(result, tmp_path):
+    written = result.to_csv(tmp_path / "table.csv.gz")
+    assert written.read_bytes()[:2] == b"\x1f\x8b"
+    assert len(pd.read_csv(written)) == len(result.trials)
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ConfigError, match=r"cannot write .*table\.csv"):
+        result.to_csv(tmp_path / "file" / "table.csv")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "table.csv.gz"]
+
+
 def test_other_tables_are_refused(result, tmp_path):
     with pytest.raises(ConfigError, match="'trials' or 'summary', got 'trial'"):
         result.to_csv(tmp_path / "table.csv", table="trial")

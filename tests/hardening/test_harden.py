@@ -156,6 +156,8 @@ def test_wrong_arguments(mlp: nn.Module, blobs: Data) -> None:
         harden(Ranger(), mlp, data=blobs)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="takes a hardening"):
         harden(mlp, "ranger", data=blobs)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"takes an instance: Ranger\(\), not the class Ranger"):
+        harden(mlp, blobs, Ranger)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="was not hardened by flipproof"):
         hardening_report(mlp)
     for make in (

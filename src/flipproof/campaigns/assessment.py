@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from flipproof._files import replacing
 from flipproof.campaigns.estimates import Point, scale_in
 from flipproof.campaigns.plan import Header
 from flipproof.campaigns.record import Trial
@@ -146,23 +147,29 @@ class Assessment:
         return float(low), float(high)
 
     def to_csv(self, path: str | os.PathLike[str], *, table: str = "trials") -> Path:
-        """Write `trials` or `summary` as CSV."""
-        target = _parent_of(path)
-        self._table(table).to_csv(target, index=False)
-        return target
+        """Write `trials` or `summary` as CSV.
+
+        Raises:
+            ConfigError: if the file cannot be written.
+        """
+        chosen = self._table(table)
+        with replacing(path) as target:
+            chosen.to_csv(target, index=False)
+        return Path(path)
 
     def to_parquet(self, path: str | os.PathLike[str], *, table: str = "trials") -> Path:
         """Write `trials` or `summary` as Parquet.
 
         Raises:
-            ConfigError: if pyarrow is not installed.
+            ConfigError: if pyarrow is not installed, or the file cannot be written.
         """
-        target = _parent_of(path)
+        chosen = self._table(table)
         try:
-            self._table(table).to_parquet(target, index=False)
+            with replacing(path) as target:
+                chosen.to_parquet(target, index=False)
         except ImportError as error:
             raise ConfigError("Parquet needs pyarrow: pip install 'flipproof[parquet]'") from error
-        return target
+        return Path(path)
 
     def _table(self, name: str) -> pd.DataFrame:
         if name not in ("trials", "summary"):
@@ -212,9 +219,3 @@ def narrow(records: Sequence[Trial], header: Header) -> bool:
         return False
     estimates = [point.estimate(name) for name in header.golden]
     return not any(abs(found.mean - found.tail) > margin for found in estimates)
-
-
-def _parent_of(path: str | os.PathLike[str]) -> Path:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target

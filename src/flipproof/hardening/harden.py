@@ -163,6 +163,10 @@ def _data_and_method(
     """What was given by position and by keyword; a hardening is known by its type."""
     chosen = [each for each in (*given, method) if isinstance(each, Hardening)]
     others = [each for each in (*given, data) if each is not None and not isinstance(each, Hardening)]
+    everything: tuple[object, ...] = (*given, method)
+    for each in everything:
+        if isinstance(each, type) and issubclass(each, Hardening):
+            raise ConfigError(f"harden takes an instance: {each.__name__}(), not the class {each.__name__}")
     if method is not None and not isinstance(method, Hardening):
         raise ConfigError(f"harden takes a hardening such as fp.Ranger() for method=, got {method!r}")
     if len(chosen) != 1:

@@ -50,7 +50,7 @@ class Selection:
         last, count = self.table.iloc[-1], len(self.table)
         places = _PLACES[self.unit] if count > 1 else _PLACES[self.unit][:-1]
         return (
-            f"Selection({count:,} {places}, {100 * last['memory']:.2g} % more memory, "
+            f"Selection({count:,} {places}, {100 * last['memory']:.3g} % more memory, "
             f"{100 * last['covered']:.3g} % of the critical flips covered)"
         )
 
@@ -119,12 +119,13 @@ def select_bits(found: VulnerabilityMap, *, budget: float | None, unit: str = "b
         >>> data = [(torch.tensor([[3.0, 1.0]]), torch.tensor([0]))]
         >>> chosen = fp.select_bits(fp.analyze(net, data, where=fp.Parameters("weight")), budget=0.1)
         >>> chosen
-        Selection(1 bit position, 6.2 % more memory, 22.2 % of the critical flips covered)
+        Selection(1 bit position, 6.25 % more memory, 22.2 % of the critical flips covered)
         >>> chosen.table[["bit", "bits", "added", "memory"]]
            bit  bits  added  memory
         0   30     4      8  0.0625
     """
-    if unit not in _PLACES or not (budget is None or 0 <= budget <= 1):
+    share = isinstance(budget, int | float) and not isinstance(budget, bool) and 0 <= budget <= 1
+    if unit not in _PLACES or not (budget is None or share):
         raise ConfigError(
             f"select_bits takes a budget in [0, 1] or None, and unit bits, neurons or layers, got {budget!r}, {unit!r}"
         )
@@ -155,8 +156,12 @@ def select_bits(found: VulnerabilityMap, *, budget: float | None, unit: str = "b
     chosen = ranked.drop(columns="gain").reset_index(drop=True)
     chosen["memory"] = chosen["added"].cumsum() / everything
     chosen["covered"] = (chosen["factor"] * chosen["bits"]).cumsum() / (critical or 1.0)
-    plain = {layer.module: layer.stored_as for layer in found.layers_found}
-    return Selection(chosen, unit, plain, found.coverage, dict(found.left_out))
+    return Selection(chosen, unit, _plain(found), found.coverage, dict(found.left_out))
+
+
+def _plain(found: VulnerabilityMap) -> dict[str, Format]:
+    """How each layer or parameter of a map is stored without protection."""
+    return {layer.module: layer.stored_as for layer in found.layers_found}
 
 
 def _fitting(costs: pd.Series, room: float) -> list[bool]:
@@ -200,8 +205,13 @@ def measure_protection(
         interval over injections; in `gain_over_random` the same against "random".
 
     Raises:
-        ConfigError: if injections is below 2, or the map has no model.
+        ConfigError: if injections is below 2, the map has no model, or the selection is of another map.
     """
+    if chosen.plain != _plain(found):
+        raise ConfigError(
+            f"the selection is of another map: it was made from the layers {', '.join(chosen.plain)}, this map has "
+            f"{', '.join(_plain(found))}; give the map that select_bits was called with"
+        )
     if injections < 2:
         raise ConfigError(f"measure_protection needs at least 2 injections, got {injections}")
     draw = TrialGenerator(seed, "protection", 0)
