@@ -106,6 +106,16 @@ class Fields:
         except OverflowError:
             raise wrong(self.at(name), "a number that fits 64 bits", value) from None
 
+    def as_is(self, name: str) -> float | int:
+        """A number that stays whole if it is written so."""
+        self.number(name)
+        value: float | int = self._values[name]
+        return value
+
+    def inside(self, name: str) -> Fields:
+        """The fields of an object in a field."""
+        return Fields(self.take(name), self.at(name))
+
     def flag(self, name: str) -> bool:
         """True or false."""
         value = self.take(name)

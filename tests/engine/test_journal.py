@@ -207,6 +207,44 @@ class TestDamage:
         with pytest.raises(JournalError, match=rf"journal\.jsonl, line 1: not the header of a campaign .*{said}"):
             fp.Assessment.load(journal)
 
+    @pytest.mark.parametrize(
+        ("field", "value", "said"),
+        [
+            (("point",), 7, "point 7 of a sweep of"),
+            (("point",), "x", "point: expected a whole number"),
+            (("trial",), -1, "trial: expected a whole number"),
+            (("faults",), None, "faults: expected a whole number"),
+            (("flips",), 10**6, "flips: expected at most the"),
+            (("samples",), 6, "samples: expected"),
+            (("digest",), 7, "digest: expected a text"),
+            (("audited",), "x", "audited: expected true or false"),
+            (("error",), 7, "error: expected a text"),
+            (("seconds",), [], "seconds: expected a number"),
+            (("metrics", "accuracy"), "x", "metrics, accuracy: expected a number"),
+            (("metrics", "other"), 0.5, "metrics: expected"),
+            (("outcomes", "due"), -5, "outcomes, due: expected a whole number"),
+            (("outcomes", "due"), 500, "sum of outcomes: expected"),
+            (("outcomes", "other"), 0, "outcomes: expected"),
+            (("coordinates", "count"), -5, "coordinates: expected"),
+            (("coordinates", "count"), "x", "coordinates, count: expected a number"),
+            (("extra",), 1, "extra"),
+        ],
+    )
+    def test_an_edited_record_is_refused_with_its_field(self, mlp, setup, journal, field, value, said):
+        fp.assess(mlp, **setup)
+        lines = journal.read_text().splitlines(keepends=True)
+        record = inside = json.loads(lines[1])
+        *outer, last = field
+        for name in outer:
+            inside = inside[name]
+        inside[last] = value
+        lines[1] = json.dumps(record) + "\n"
+        journal.write_text("".join(lines))
+        for use in (lambda: fp.assess(mlp, **setup), lambda: fp.Assessment.load(journal)):
+            with pytest.raises(JournalError, match=rf"journal\.jsonl, line 2: not a record of a campaign .*{said}"):
+                use()
+        assert journal.read_text() == "".join(lines)
+
     def test_a_damaged_plan_is_refused_with_its_line(self, mlp, setup, journal):
         fp.assess(mlp, **setup)
         with journal.open("a") as file:

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 import time
@@ -129,6 +130,13 @@ def test_resumed_or_with_workers_or_elsewhere_the_costs_are_the_same(tmp_path):
     smaller = fp.explore_mixed(net, data, **{**setup, "memory": 600}, journal=journal)  # what was measured still holds
     assert smaller.bits <= 600 < resumed.bits
     assert len(journal.read_text().splitlines()) == len(lines)
+    whole = journal.read_text()
+    edited = json.loads(lines[1])
+    for wrong in (-5, float("nan"), 1e30, "x"):
+        journal.write_text("".join([lines[0], json.dumps({**edited, "doubt": wrong}) + "\n", *lines[2:]]))
+        with pytest.raises(JournalError, match=r"costs\.jsonl, line 2: .*doubt: expected"):
+            fp.explore_mixed(net, data, **setup, journal=journal)
+    journal.write_text(whole)
     for changes in ({"ber": 1e-3}, {"trials": 4}, {"seed": 1}, {"options": OPTIONS[:2]}):
         with pytest.raises(JournalMismatch):
             fp.explore_mixed(net, data, **{**setup, **changes}, journal=journal)

@@ -14,14 +14,22 @@ from torch import nn
 
 from flipproof._interrupts import given_back
 from flipproof.campaigns._arguments import check_numbers
-from flipproof.campaigns.assessment import CHECK_EVERY, Assessment, answer, narrow, planned
+from flipproof.campaigns.assessment import (
+    CHECK_EVERY,
+    Assessment,
+    CampaignJournal,
+    answer,
+    campaign_journal,
+    narrow,
+    planned,
+)
 from flipproof.campaigns.audit import Audit, audit_of
 from flipproof.campaigns.header import header_of
 from flipproof.campaigns.plan import Header, Plan
 from flipproof.campaigns.record import Trial
 from flipproof.campaigns.trial import TrialRunner
 from flipproof.engine.jobs import crew
-from flipproof.engine.journal import Journal, Key, written
+from flipproof.engine.journal import Key, written
 from flipproof.errors import AuditError, ConfigError, FaultModelError, FlipproofWarning
 from flipproof.faults.base import FaultModel
 from flipproof.running.data import Data, Output, call, check_labels, pick, read_batches
@@ -189,7 +197,7 @@ def assess(
             runner = TrialRunner(faulty, points, chosen, rule, seed, target)
             runner.audit = _audit_on_copies(faulty, auditing)
             header = header_of(runner, faults, where or Parameters(), Plan(trials, margin, confidence))
-            file = Journal(journal, Header, Trial) if journal is not None else None
+            file = campaign_journal(journal) if journal is not None else None
             with written(file, header) as done:
                 off = file.switched_off if file is not None else frozenset()
                 records = {(r.point, r.trial): r for r in planned(done, trials)}
@@ -202,9 +210,6 @@ def assess(
                     with _noting(file):
                         runner.ask_without_faults(*max(records))
     return Assessment(header, answer(list(records.values()), header))
-
-
-CampaignJournal = Journal[Header, Trial]
 
 
 def _audit_on_copies(faulty: FaultyModel, audit: Audit | None) -> Audit | None:

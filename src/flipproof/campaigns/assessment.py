@@ -26,6 +26,32 @@ CHECK_EVERY = 20
 """With `margin`, intervals are looked at after every 20th trial of a point, whatever the number of workers."""
 
 
+CampaignJournal = Journal[Header, Trial]
+
+
+def campaign_journal(path: str | os.PathLike[str]) -> CampaignJournal:
+    """The journal of a campaign; a record that cannot be of it is refused."""
+    return Journal(path, Header, Trial, check=_belongs)
+
+
+def _belongs(header: Header, trial: Trial) -> None:
+    """Raise if a record contradicts its header: point, coordinates, metrics, samples, outcomes."""
+    if trial.point >= len(header.points):
+        raise ConfigError(f"point {trial.point} of a sweep of {len(header.points)}")
+    here = header.points[trial.point].coordinates
+    for name, was, expected in (
+        ("coordinates", trial.coordinates, dict(here)),
+        ("metrics", sorted(trial.metrics), sorted(header.golden)),
+        ("outcomes", sorted(trial.outcomes), sorted(OUTCOMES)),
+        ("samples", trial.samples, header.fingerprint.samples),
+        ("sum of outcomes", sum(trial.outcomes.values()), trial.samples),
+    ):
+        if was != expected:
+            raise ConfigError(f"{name}: expected {expected}, got {was}")
+    if trial.flips > trial.faults:
+        raise ConfigError(f"flips: expected at most the {trial.faults} faults, got {trial.flips}")
+
+
 @dataclass(frozen=True)
 class Assessment:
     """The records of a campaign and the tables made of them.
@@ -52,7 +78,7 @@ class Assessment:
         Raises:
             JournalError: if it is not one.
         """
-        header, trials = Journal(path, Header, Trial).read()
+        header, trials = campaign_journal(path).read()
         return cls(header, answer(trials, header))
 
     @property

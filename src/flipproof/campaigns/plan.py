@@ -168,22 +168,22 @@ class Header:
         if about.has("golden_answers") and about.take("golden_answers") is not None:
             given["golden_answers"] = about.text("golden_answers")
         if about.has("golden_intervals"):
-            intervals = _inside(about, "golden_intervals")
+            intervals = about.inside("golden_intervals")
             given["golden_intervals"] = {name: _interval(intervals, name) for name in about.mapping("golden_intervals")}
         if about.has("metrics"):
             place = about.at("metrics")
             scales = about.mapping("metrics").items()
             given["metrics"] = {name: Scale.from_json(scale, f"{place}, {name}") for name, scale in scales}
         if about.has("decision") and about.take("decision") is not None:
-            given["decision"] = _reading(_inside(about, "decision"))
+            given["decision"] = _reading(about.inside("decision"))
         if about.has("audit"):
-            given["audit"] = _audit(_inside(about, "audit"))
+            given["audit"] = _audit(about.inside("audit"))
         if about.has("coverage"):
             given |= {"coverage": about.number("coverage"), "left_out_bits": about.whole("left_out_bits")}
-        golden, left_out, versions = (_inside(about, name) for name in ("golden", "left_out", "versions"))
+        golden, left_out, versions = (about.inside(name) for name in ("golden", "left_out", "versions"))
         return cls(
             created=about.text("created"),
-            fingerprint=_fingerprint(_inside(about, "fingerprint")),
+            fingerprint=_fingerprint(about.inside("fingerprint")),
             golden={name: golden.number(name) for name in about.mapping("golden")},
             points=about.each("points", _point),
             stored=about.each("stored", _site),
@@ -192,10 +192,6 @@ class Header:
             versions={name: versions.text(name) for name in about.mapping("versions")},
             **given,
         )
-
-
-def _inside(about: Fields, name: str) -> Fields:
-    return Fields(about.take(name), about.at(name))
 
 
 def _fingerprint(about: Fields) -> Fingerprint:
@@ -236,9 +232,8 @@ def _audit(about: Fields) -> AuditPlan:
 
 
 def _point(about: Fields) -> FaultPoint:
-    coordinates, values = about.mapping("coordinates"), _inside(about, "coordinates")
-    for name in coordinates:
-        values.number(name)  # as it is: counts stay whole
+    values = about.inside("coordinates")
+    coordinates = {name: values.as_is(name) for name in about.mapping("coordinates")}
     return FaultPoint(about.text("faults"), coordinates, about.flag("repeats"))
 
 

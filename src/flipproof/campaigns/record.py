@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from math import isinf, isnan
+from math import isinf, isnan, nan
 from typing import Any
+
+from flipproof._fields import Fields
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,36 @@ class Trial:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Trial:
-        """The inverse of `to_json`."""
-        metrics = {name: float("nan") if value is None else float(value) for name, value in record["metrics"].items()}
-        where = [(str(name), int(value), int(bit)) for name, value, bit in record["where"]]
-        return cls(**{**record, "metrics": metrics, "where": where})
+        """The inverse of `to_json`, also for a record of an older version that lacks what came later.
+
+        Raises:
+            ConfigError: naming the field, what was expected and what came.
+        """
+        about = Fields(record, "the record")
+        coordinates, outcomes, versions = (about.inside(name) for name in ("coordinates", "outcomes", "versions"))
+        given: dict[str, Any] = {}
+        for name in ("error", "answers", "layer"):
+            if about.has(name) and about.take(name) is not None:
+                given[name] = about.text(name)
+        if about.has("audited"):
+            given["audited"] = about.flag("audited")
+        found = cls(
+            point=about.whole("point"),
+            trial=about.whole("trial"),
+            coordinates={name: coordinates.as_is(name) for name in about.mapping("coordinates")},
+            faults=about.whole("faults"),
+            flips=about.whole("flips"),
+            digest=about.text("digest"),
+            metrics={name: _metric(about, name, value) for name, value in about.mapping("metrics").items()},
+            outcomes={name: outcomes.whole(name) for name in about.mapping("outcomes")},
+            samples=about.whole("samples", 1),
+            seconds=about.number("seconds"),
+            versions={name: versions.text(name) for name in about.mapping("versions")},
+            where=[(str(name), int(value), int(bit)) for name, value, bit in about.take("where")],
+            **given,
+        )
+        about.end()
+        return found
 
     def row(self) -> dict[str, Any]:
         """As a flat row of `Assessment.trials`."""
@@ -83,3 +111,12 @@ class Trial:
             "error": self.error,
             "audited": self.audited,
         }
+
+
+def _metric(about: Fields, name: str, value: Any) -> float:
+    """A number, as `to_json` wrote it."""
+    if value is None:
+        return nan
+    if value in ("inf", "-inf"):
+        return float(value)
+    return Fields({name: value}, about.at("metrics")).number(name)

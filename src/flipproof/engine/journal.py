@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -75,14 +75,21 @@ class Journal(Generic[HeaderT, RecordT]):
         header: class of the first line.
         record: class of the lines after it.
         kind: of work, so that a journal of one verb is not taken for that of another.
+        check: holds a record that was read against the header, and raises ValueError if it cannot be of this work.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], header: type[HeaderT], record: type[RecordT], *, kind: str = CAMPAIGN
+        self,
+        path: str | os.PathLike[str],
+        header: type[HeaderT],
+        record: type[RecordT],
+        *,
+        kind: str = CAMPAIGN,
+        check: Callable[[HeaderT, RecordT], None] | None = None,
     ) -> None:
         self.path = Path(path)
         self.kind = kind
-        self._header, self._record = header, record
+        self._header, self._record, self._check = header, record, check
         self._descriptor: int | None = None
         self.switched_off: frozenset[str] = frozenset()
         """Shortcuts that an audit has found wrong; known once the journal was read."""
@@ -206,6 +213,8 @@ class Journal(Generic[HeaderT, RecordT]):
                     switched_off.add(str(record["audit_failed"]["shortcut"]))
                 else:
                     records.append(self._record.from_json(record))
+                    if self._check is not None:
+                        self._check(header, records[-1])
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise JournalError(
                     f"{self.path}, line {number}: not a record of a {self.kind} ({error}); the file was edited or "

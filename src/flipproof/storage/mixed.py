@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
+from flipproof._fields import Fields, wrong
 from flipproof._interrupts import gives_back
 from flipproof.campaigns.assess import assess
 from flipproof.campaigns.assessment import Assessment
@@ -182,7 +183,12 @@ class _Measurement:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> _Measurement:
-        return cls(int(record["tensor"]), int(record["option"]), float(record["doubt"]))
+        about = Fields(record, "the record")
+        found = cls(about.whole("tensor"), about.whole("option"), about.number("doubt"))
+        about.end()
+        if not 0 <= found.doubt <= 1:
+            raise wrong(about.at("doubt"), "a number in [0, 1]", found.doubt)
+        return found
 
 
 @dataclass(frozen=True)
