@@ -133,7 +133,7 @@ class Fields:
 
     def mapping(self, name: str) -> dict[str, Any]:
         """An object whose fields may have any names."""
-        return dict(Fields(self.take(name), self.at(name))._values)
+        return dict(self.inside(name)._values)
 
     def each(self, name: str, read: Callable[[Fields], T]) -> tuple[T, ...]:
         """A list of objects, each read by a function and then at its end."""

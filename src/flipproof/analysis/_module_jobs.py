@@ -14,6 +14,7 @@ from flipproof.analysis.probes import ProbedSite, Prober
 from flipproof.campaigns.fingerprint import attributes_digest, code_digest, digest_of
 from flipproof.engine.journal import Journal, Key
 from flipproof.errors import ConfigError, JournalError
+from flipproof.running.device import release_memory
 
 R = TypeVar("R")
 
@@ -121,8 +122,7 @@ class ModuleJobs(Generic[R]):
 
     def recover(self) -> None:
         """Give memory back to a device that ran out of it."""
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
 
 
 def check_run(verb: str, workers: object, journal: object) -> None:

@@ -20,6 +20,7 @@ from flipproof.errors import AuditError
 from flipproof.faults.base import FaultModel
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.running.data import call
+from flipproof.running.device import release_memory
 from flipproof.running.evaluation import Answers, FaultyRunError, answer, eval_mode, one_thread
 from flipproof.running.faulty import FaultyModel, same_answers
 from flipproof.running.metrics import Metric
@@ -243,8 +244,7 @@ class TrialRunner:
 
     def recover(self) -> None:
         """Give memory back to a device that ran out of it."""
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
 
     def __getstate__(self) -> dict[str, Any]:
         """What was recorded of this model's objects means nothing in another process."""

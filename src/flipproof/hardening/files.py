@@ -189,7 +189,7 @@ def _about(fields: Fields) -> _About:
         opened=fields.flag("opened"),
         guarded=fields.texts("guarded"),
         example=from_plain(fields.take("example"), fields.at("example")),
-        judged=None if fields.take("judged") is None else _judged(Fields(fields.take("judged"), fields.at("judged"))),
+        judged=None if fields.take("judged") is None else _judged(fields.inside("judged")),
         slack=None if fields.take("slack") is None else fields.number("slack"),
     )
 
@@ -205,7 +205,7 @@ def _site(fields: Fields) -> tuple[ActivationSite, str, dict[str, float]]:
     """The site, the kind of its bound, and what else that kind takes."""
     site = ActivationSite(fields.text("name"), fields.text("module"), fields.text("function"), fields.whole("calls"))
     kind = fields.text("kind", among=KINDS)
-    more = Fields(fields.take("more"), fields.at("more"))
+    more = fields.inside("more")
     options = {name: more.number(name) for name in KINDS[kind].constants}
     for name, value in options.items():
         if not 0 < value < float("inf"):

@@ -59,3 +59,9 @@ class on_device:
         for tensor, data in self._home:
             tensor.data = data
         self._home = []
+
+
+def release_memory() -> None:
+    """Give what PyTorch holds in reserve back to a device that ran out of memory."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
