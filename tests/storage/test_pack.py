@@ -102,7 +102,7 @@ def test_the_traceable_way_of_unpacking_agrees(width, monkeypatch):
         words = (words & (2**width - 1) if width < 64 else words).to(word_dtype(width))
     packed = pack(words, width)
     expected = unpack(packed, width, (4, 9))
-    monkeypatch.setattr(packing, "_in_reach", lambda tensor: False)
+    monkeypatch.setattr(packing, "in_reach", lambda tensor: False)
     assert torch.equal(unpack(packed, width, (4, 9)), expected)
     with pytest.raises(ValueError, match="bytes, got"):
         unpack(packed[:-1], width, (4, 9))
@@ -234,12 +234,12 @@ def test_what_cannot_be_stored_is_refused_and_nothing_changes():
 
 @given(st.floats(allow_nan=False, allow_infinity=False), st.floats(allow_nan=False, allow_infinity=False))
 def test_constants_survive_as_whole_numbers(one, other):
-    from flipproof.formats.packing import _as_float, _as_integers
+    from flipproof.formats.packing import Packed, _as_integers
 
     constant = torch.tensor([one, other], dtype=torch.float64)
     constant = torch.where(constant.abs() < 2.0**-960, torch.zeros_like(constant), constant)
-    assert torch.equal(_as_float(_as_integers(constant)), constant)
-    assert torch.equal(_as_float(_as_integers(constant[0])), constant[0])
+    assert torch.equal(Packed.constant(_as_integers(constant)), constant)
+    assert torch.equal(Packed.constant(_as_integers(constant[0])), constant[0])
 
 
 @pytest.mark.parametrize("stuck", [None, 0, 1])

@@ -16,7 +16,7 @@ import pandas as pd
 from flipproof._files import replacing
 from flipproof.campaigns.estimates import Point, scale_in
 from flipproof.campaigns.plan import Header
-from flipproof.campaigns.record import Trial
+from flipproof.campaigns.record import WORD_OUTCOMES, Trial
 from flipproof.campaigns.statistics import all_within, wilson_interval
 from flipproof.engine.journal import Journal
 from flipproof.errors import ConfigError
@@ -108,7 +108,12 @@ class Assessment:
 
     @cached_property
     def trials(self) -> pd.DataFrame:
-        """One row a trial: `point`, `ber`/`bit`/…, `trial`, `flips`, metrics (fractions), samples by outcome."""
+        """One row a trial: `point`, `ber`/`bit`/…, `trial`, `flips`, metrics (fractions), samples and words by outcome.
+
+        `corrected`, `detected` and `miscorrected` count the stored words that the trial's faults hit: read as without
+        faults, as the value that the format states for what it cannot repair, or as another value that nobody noticed.
+        Words that are decoded together count as one. They are NaN in campaigns over neurons.
+        """
         return pd.DataFrame([record.row() for record in self.records])
 
     @cached_property
@@ -125,7 +130,8 @@ class Assessment:
         `accuracy_tail` is the mean if a share q of trials, of a kind of which none was drawn, had the worst value
         (`tail`): what a rare fatal flip could still do. NaN where the worst value is not known. The same upwards for
         `critical_total_tail`. `critical_total` = critical SDC + DUE; `flips` is the mean number of changed bits a
-        trial. Points that draw nothing at random have intervals over trials of no width.
+        trial, and `corrected`, `detected` and `miscorrected` those of stored words. Points that draw nothing at random
+        have intervals over trials of no width.
         """
         rows = []
         for index, point in enumerate(self.header.points):
@@ -141,6 +147,8 @@ class Assessment:
                 row |= estimate.columns(outcome)
             row |= {"critical_total_tail": estimate.tail}
             row |= {"trials": len(found.records), "flips": float(np.mean([r.flips for r in found.records]))}
+            for name in WORD_OUTCOMES:
+                row[name] = float(np.mean([np.nan if r.words is None else r.words[name] for r in found.records]))
             row |= {"audited": sum(r.audited for r in found.records), "coverage": self.coverage}
             rows.append(row)
         return pd.DataFrame(rows)

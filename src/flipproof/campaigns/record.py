@@ -8,6 +8,9 @@ from typing import Any
 
 from flipproof._fields import Fields
 
+WORD_OUTCOMES = ("corrected", "detected", "miscorrected")
+"""How a stored word that faults hit is read: as before, as the value for what cannot be repaired, or as another."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -29,6 +32,7 @@ class Trial:
         answers: how each sample ended and whether it is correct, see `decode_answers`; None if nobody noted it.
         layer: the layer that a neuron campaign's upsets of this trial share; None for stored bits.
         audited: whether it ran again, whole, on a fresh copy of the model, with the same answers.
+        words: stored words that were hit, by how they were read (`WORD_OUTCOMES`); None where no words are hit.
     """
 
     point: int
@@ -47,6 +51,7 @@ class Trial:
     answers: str | None = None
     layer: str | None = None
     audited: bool = False
+    words: dict[str, int] | None = None
 
     @property
     def key(self) -> tuple[int, int]:
@@ -77,6 +82,10 @@ class Trial:
                 given[name] = about.text(name)
         if about.has("audited"):
             given["audited"] = about.flag("audited")
+        if about.has("words") and about.take("words") is not None:
+            words = about.inside("words")
+            given["words"] = {name: words.whole(name) for name in WORD_OUTCOMES}
+            words.end()
         found = cls(
             point=about.whole("point"),
             trial=about.whole("trial"),
@@ -105,6 +114,7 @@ class Trial:
             "flips": self.flips,
             **self.metrics,
             **self.outcomes,
+            **(self.words or dict.fromkeys(WORD_OUTCOMES)),
             "samples": self.samples,
             "seconds": self.seconds,
             "digest": self.digest,

@@ -135,6 +135,7 @@ class TrialRunner:
             answers=encode_answers(ended, self.decision.classes_of(outputs) == targets),
             layer=self.space.layer_of(draw),
             audited=audited,
+            words=None if answers.words is None else answers.words._asdict(),
         )
 
     def _check(self, audit: Audit, point: int, trial: int, draw: Draw, answers: Answers) -> None:

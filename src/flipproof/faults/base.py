@@ -103,7 +103,7 @@ def upset_each(space: Space, generator: TrialGenerator, bit: int | None = None) 
         bit: this position of a random value; None for any bit.
     """
     assert space.samples is not None
-    sizes = [s.bits if bit is None else s.values if bit < s.width else 0 for s in space.sites]
+    sizes = [s.bits if bit is None else s.words if bit < s.width else 0 for s in space.sites]
     borders = np.cumsum(sizes)
     chosen = space.sites[int(np.searchsorted(borders, generator.below(int(borders[-1]), 1)[0], side="right"))]
     if bit is None:

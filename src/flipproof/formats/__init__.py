@@ -3,14 +3,18 @@
 from flipproof._literals import read_typed
 from flipproof.formats.affine import Affine
 from flipproof.formats.base import Format, Stored
+from flipproof.formats.bch import BCH
 from flipproof.formats.clipped import BitClipped
 from flipproof.formats.fixed import FixedPoint
 from flipproof.formats.floating import BFloat16, Float8E4M3, Float8E5M2, Float16, Float32, Float64
 from flipproof.formats.integer import Integer
 from flipproof.formats.protected import Parity, TripleMSB
+from flipproof.formats.range_checked import RangeChecked
+from flipproof.formats.rounded import Rounded
 from flipproof.formats.secded import SECDED
 
 __all__ = [
+    "BCH",
     "SECDED",
     "Affine",
     "BFloat16",
@@ -24,6 +28,8 @@ __all__ = [
     "Format",
     "Integer",
     "Parity",
+    "RangeChecked",
+    "Rounded",
     "Stored",
     "TripleMSB",
     "parse_format",

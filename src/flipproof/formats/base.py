@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -51,6 +52,9 @@ class Format(ABC):
     A code over blocks sets `together`: its two methods then take whole blocks of so many consecutive words, row-major
     (what is left over at the end of a tensor belongs to its last block, which is longer), and the values of a block
     depend on all its words. Where its words are not equally wide it says so in `layout`; `width` is then the widest.
+
+    A format that keeps constants of the tensor in stored words, where faults hit them, sets `stored_constants`: so many
+    of the first entries of its coding are written to words behind those of the values, and read back from them.
     """
 
     @property
@@ -69,8 +73,34 @@ class Format(ABC):
         """Stored bits a value, check bits included; of the widest word, where they differ."""
 
     def layout(self, values: int) -> Layout:
-        """Which bits of the words of a tensor of so many values are stored, one behind the other."""
+        """Which bits of so many words are stored, one behind the other."""
         return Layout.even(values, self.width)
+
+    @property
+    def stored_constants(self) -> int:
+        """How many entries of the coding, from the first, are stored words themselves; the rest is protected."""
+        return 0
+
+    def constant_words(self, shape: tuple[int, ...]) -> int:
+        """How many words hold constants of a tensor of this shape, behind those of its values."""
+        return 0
+
+    def write_constants(self, coding: Coding) -> Tensor:
+        """The words that hold the stored part of a coding, in one dimension."""
+        raise NotImplementedError
+
+    def read_constants(self, words: Tensor, rest: Coding) -> Coding:
+        """The whole coding, as these words say and the protected `rest` of it."""
+        raise NotImplementedError
+
+    def stored_bits(self, shape: tuple[int, ...]) -> int:
+        """Stored bits of a tensor of this shape in all.
+
+        >>> import flipproof as fp
+        >>> fp.Affine(bits=5).stored_bits((8, 4)), fp.RangeChecked(fp.Float16()).stored_bits((8, 4))
+        (160, 608)
+        """
+        return self.layout(math.prod(shape) + self.constant_words(shape)).bits
 
     def fit(self, x: Tensor) -> Coding:
         """What has to be known of the whole tensor to encode it; nothing by default."""
@@ -83,6 +113,10 @@ class Format(ABC):
     @abstractmethod
     def decode_words(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> Tensor:
         """Words to values of `dtype`, element by element; `coding` broadcasts against `words`."""
+
+    def read(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """(`decode_words`, which words were found to be beyond repair and read as a stated value; None for never)."""
+        return self.decode_words(words, coding, dtype), None
 
     def is_native(self, dtype: torch.dtype) -> bool:
         """True if a tensor of `dtype` already holds exactly these words in its memory."""

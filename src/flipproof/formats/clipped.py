@@ -47,7 +47,7 @@ class BitClipped(Format):
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Format):
             raise FormatError(f"BitClipped clips the words of a Format, got {self.inner!r}")
-        if self.inner.together > 1:
+        if self.inner.together > 1 or self.inner.stored_constants:
             raise FormatError(f"BitClipped clips words that stand alone; put it inside {type(self.inner).__name__}")
         for name in ("zeros", "ones"):
             given = getattr(self, name)
@@ -100,8 +100,11 @@ class BitClipped(Format):
         return self.inner.encode_values(x, coding)
 
     def decode_words(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> Tensor:
+        return self.read(words, coding, dtype)[0]
+
+    def read(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         keep, force = self.masks
-        return self.inner.decode_words((words & keep) | force, coding, dtype)
+        return self.inner.read((words & keep) | force, coding, dtype)
 
 
 def _as_number(mask: int, dtype: torch.dtype) -> int:

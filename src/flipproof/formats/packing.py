@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flipproof._kernels import kernel
+from flipproof.formats._compiled import by_table, in_reach
 from flipproof.formats.base import Coding, Format, dense, word_dtype
 from flipproof.formats.layout import Layout, Whole
 
@@ -28,10 +29,9 @@ def pack(words: Tensor, width: int | Layout) -> Tensor:
         [157, 1]
     """
     flat = words.detach().reshape(-1).cpu().contiguous().numpy()
-    wide = flat.astype(np.int64).view(np.uint64)
     layout = _layout(width, flat.size)
     out = np.zeros(math.ceil(layout.bits / 8), np.uint8)
-    for words_, base, starts in _pieces(layout, wide):
+    for words_, base, starts in _pieces(layout, flat.view(f"u{flat.itemsize}")):
         _pack(words_, base, starts, out)
     return torch.from_numpy(out).to(words.device)
 
@@ -49,11 +49,16 @@ def unpack(packed: Tensor, width: int | Layout, shape: tuple[int, ...]) -> Tenso
             f"{count} words of {layout.widest} bits, {layout.bits} in all, fill {math.ceil(layout.bits / 8)} bytes, "
             f"got {packed.numel()}"
         )
-    if _in_reach(packed):
-        out = np.empty(count, np.uint64)
-        for words, base, starts in _pieces(layout, out):
-            _unpack(packed.contiguous().numpy(), base, starts, words)
-        return torch.from_numpy(out.view(np.int64)).to(word_dtype(layout.widest)).reshape(shape)
+    if in_reach(packed):
+        dtype, stream = word_dtype(layout.widest), packed.contiguous().numpy()
+        if layout.is_even and layout.widest == 8 * dtype.itemsize:  # the bytes are the words
+            found = stream.view(f"u{dtype.itemsize}")
+        else:
+            found = np.empty(count, f"u{dtype.itemsize}")
+            for words, base, starts in _pieces(layout, found):
+                _unpack(stream, base, starts, words)
+        signed = found if dtype == torch.uint8 else found.view(f"i{dtype.itemsize}")
+        return torch.from_numpy(signed).reshape(shape)
     widest = layout.widest
     # division and remainder instead of shifts: every exporter knows them
     powers = torch.tensor([1 << place for place in range(8)], device=packed.device)
@@ -73,7 +78,7 @@ def _layout(width: int | Layout, values: int) -> Layout:
     return Layout.even(values, width) if isinstance(width, int) else width
 
 
-def _pieces(layout: Layout, words: NDArray[np.uint64]) -> list[tuple[NDArray[np.uint64], int, Whole]]:
+def _pieces(layout: Layout, words: NDArray[Any]) -> list[tuple[NDArray[Any], int, Whole]]:
     """The words of the whole blocks and those behind them: (words, position of the first, starts within a block)."""
     inside, behind = layout.starts
     whole = len(layout.block) * layout.blocks
@@ -81,6 +86,18 @@ def _pieces(layout: Layout, words: NDArray[np.uint64]) -> list[tuple[NDArray[np.
     if layout.tail:
         pieces.append((words[whole:], layout.blocks * int(inside[-1]), behind))
     return pieces
+
+
+def words_at(packed: Tensor, first: Whole, width: Whole) -> Tensor:
+    """The words that lie at these bits of a stream, each of so many bits, in the type that the widest takes.
+
+    >>> words_at(torch.tensor([157, 1], dtype=torch.uint8), np.array([3, 6]), np.array([3, 3])).tolist()
+    [3, 6]
+    """
+    dtype = word_dtype(int(width.max(initial=1)))
+    found = np.empty(first.size, f"u{dtype.itemsize}")
+    _pick(packed.detach().cpu().contiguous().numpy(), first, width, found)
+    return torch.from_numpy(found if dtype == torch.uint8 else found.view(f"i{dtype.itemsize}"))
 
 
 class Packed(nn.Module):
@@ -98,16 +115,24 @@ class Packed(nn.Module):
 
     def right_inverse(self, values: Tensor) -> tuple[Tensor, ...]:
         """Values to (packed words, constants); constants as two whole numbers m · 2^e, which no `.half()` can round."""
-        stored = self.format.encode(values)
-        layout = self.format.layout(stored.words.numel())
-        return pack(stored.words, layout), *(_as_integers(c) for c in stored.coding)
+        stored, own = self.format.encode(values), self.format.stored_constants
+        words = stored.words.reshape(-1)
+        if own:
+            words = torch.cat([words, self.format.write_constants(stored.coding)])
+        return pack(words, self.format.layout(words.numel())), *(_as_integers(c) for c in stored.coding[own:])
 
     def forward(self, packed: Tensor, *constants: Tensor) -> Tensor:
         """The parameter."""
-        coding: Coding = tuple(_as_float(c) for c in constants)
+        coding: Coding = tuple(self.constant(c) for c in constants)
         count = math.prod(self.shape)
+        if self.format.stored_constants:
+            total = count + self.format.constant_words(self.shape)
+            every = unpack(packed, self.format.layout(total), (total,))
+            coding = self.format.read_constants(every[count:], coding)
+            words = every[:count].reshape(self.shape)
+            return self.format.decode_words(words, dense(coding, words.shape), self.dtype)
         rows = max([c.numel() for c in coding], default=1)
-        fast = _in_reach(packed) and self.dtype == torch.float32 and self.format.width <= TABLE_WIDTH
+        fast = in_reach(packed) and self.dtype == torch.float32 and self.format.width <= TABLE_WIDTH
         if fast and self.format.together == 1 and count >= 2**self.format.width * rows:
             every = torch.arange(2**self.format.width).to(word_dtype(self.format.width))
             shaped = tuple(c.reshape(-1, 1) if c.dim() else c for c in coding)
@@ -116,7 +141,12 @@ class Packed(nn.Module):
             _look_up(packed.numpy(), self.format.width, table.numpy(), count // rows, out.view(-1).numpy())
             return out
         words = unpack(packed, self.format.layout(count), self.shape)
-        return self.format.decode_words(words, dense(coding, words.shape), self.dtype)
+        return by_table(self.format, words, dense(coding, words.shape), self.dtype)[0]
+
+    @staticmethod
+    def constant(integers: Tensor) -> Tensor:
+        """A constant as float64, of the two whole numbers that `right_inverse` made of it."""
+        return integers[0].to(torch.float64) * torch.pow(2.0, integers[1].to(torch.float64))
 
     def extra_repr(self) -> str:
         """Format and shape."""
@@ -129,22 +159,13 @@ def _as_integers(constant: Tensor) -> Tensor:
     return torch.stack([(mantissa * 2.0**53).to(torch.int64), exponent.to(torch.int64) - 53])
 
 
-def _as_float(integers: Tensor) -> Tensor:
-    return integers[0].to(torch.float64) * torch.pow(2.0, integers[1].to(torch.float64))
-
-
-def _in_reach(packed: Tensor) -> bool:
-    """True where a compiled pass may read the bytes: a plain tensor on the CPU, nobody tracing."""
-    return type(packed) is Tensor and packed.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 @kernel()
 def _pack(words: Any, base: int, starts: Any, out: Any) -> None:
     """Words into a stream of zeros from bit `base` on; word j of a block lies at starts[j] to starts[j + 1] of it."""
     together = starts.size - 1
     for v in range(words.size):
         j = v % together
-        word, left = words[v], starts[j + 1] - starts[j]
+        word, left = np.uint64(words[v]), starts[j + 1] - starts[j]
         position = base + v // together * starts[together] + starts[j]
         while left > 0:
             shift = position & 7
@@ -170,12 +191,37 @@ def _word(packed: Any, position: int, width: int) -> Any:
 
 
 @kernel()
+def _pick(packed: Any, first: Any, width: Any, out: Any) -> None:
+    for i in range(first.size):
+        out[i] = _word(packed, first[i], width[i])
+
+
+@kernel()
 def _unpack(packed: Any, base: int, starts: Any, out: Any) -> None:
-    """The inverse of `_pack`."""
+    """The inverse of `_pack`: the stream is read once, a byte at a time, into a register that words are taken from."""
     together = starts.size - 1
-    for v in range(out.size):
-        j = v % together
-        out[v] = _word(packed, base + v // together * starts[together] + starts[j], starts[j + 1] - starts[j])
+    widest = 0
+    for j in range(together):
+        widest = max(widest, starts[j + 1] - starts[j])
+    if widest > 56:  # a register of 64 bits holds no such word and what is left of a byte
+        for v in range(out.size):
+            j = v % together
+            out[v] = _word(packed, base + v // together * starts[together] + starts[j], starts[j + 1] - starts[j])
+        return
+    byte, held, have = base >> 3, np.uint64(0), 0
+    if base & 7 and out.size:
+        held, have = np.uint64(packed[byte]) >> np.uint64(base & 7), 8 - (base & 7)
+        byte += 1
+    for first in range(0, out.size, together):
+        for j in range(together):
+            width = starts[j + 1] - starts[j]
+            while have < width:
+                held |= np.uint64(packed[byte]) << np.uint64(have)
+                byte += 1
+                have += 8
+            out[first + j] = held & np.uint64((1 << width) - 1)
+            held >>= np.uint64(width)
+            have -= width
 
 
 @kernel()

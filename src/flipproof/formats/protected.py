@@ -29,6 +29,10 @@ class Protected(Format):
             raise FormatError(
                 f"{self.inner!r} codes blocks of words; {type(self).__name__} can be inside it, not around"
             )
+        if self.inner.stored_constants:
+            raise FormatError(
+                f"{self.inner!r} stores constants of the tensor; {type(self).__name__} can be inside it, not around"
+            )
         if self.inner.width + self.checks > 64:
             raise FormatError(f"{self!r} would have {self.inner.width + self.checks} bits a word; at most 64 fit")
 
@@ -61,9 +65,14 @@ class Protected(Format):
         return self.protect_words(data).to(word_dtype(self.width))
 
     def decode_words(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> Tensor:
+        return self.read(words, coding, dtype)[0]
+
+    def read(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         data, lost = self.repair_words(unsigned(words, self.width))
-        values = self.inner.decode_words(data.to(word_dtype(self.inner.width)), coding, dtype)
-        return values if lost is None else torch.where(lost, torch.zeros_like(values), values)
+        values, inside = self.inner.read(data.to(word_dtype(self.inner.width)), coding, dtype)
+        if lost is None:
+            return values, inside
+        return torch.where(lost, torch.zeros_like(values), values), lost if inside is None else lost | inside
 
 
 @dataclass(frozen=True)

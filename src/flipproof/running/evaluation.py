@@ -17,6 +17,7 @@ from flipproof.errors import DataError, FlipproofError, InfrastructureError, Mod
 from flipproof.formats.base import bit_pattern
 from flipproof.running.data import Batches, Output, call, describe, pick
 from flipproof.running.snapshots import RandomState, Snapshot
+from flipproof.spaces.contract import WordOutcomes
 
 
 @contextmanager
@@ -59,11 +60,13 @@ class Answers:
         outputs: of all samples, on the CPU; None if the model raised.
         flips: bits that changed.
         error: what it raised.
+        words: how the stored words that were hit were read; None where no words are hit.
     """
 
     outputs: Tensor | None
     flips: int
     error: str | None = None
+    words: WordOutcomes | None = None
 
 
 def run_faulty(

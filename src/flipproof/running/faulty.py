@@ -69,7 +69,7 @@ class FaultyModel:
             self.state,
             self.randomness,
         )
-        return replace(found, error=errors[0]) if errors else found
+        return replace(found, error=errors[0] if errors else found.error, words=self.space.word_outcomes)
 
     def whole(self, **changes: Any) -> FaultyModel:
         """The same without cached cuts, and with other changes."""
@@ -209,6 +209,7 @@ class FaultyModel:
 
 def same_answers(left: Answers, right: Answers) -> bool:
     """Whether both are the same, bit by bit; two failures are the same whatever they say."""
+    counted = (left.flips, left.words) == (right.flips, right.words)
     if left.outputs is None or right.outputs is None:
-        return left.outputs is right.outputs and left.flips == right.flips
-    return left.flips == right.flips and same(left.outputs, right.outputs)
+        return left.outputs is right.outputs and counted
+    return counted and same(left.outputs, right.outputs)

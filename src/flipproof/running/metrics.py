@@ -198,7 +198,8 @@ def _named(metric: UserMetric | Metric, name: str) -> Metric:
 
 _RESERVED = {
     "point", "trial", "ber", "bit", "count", "stuck_at", "faults", "flips", "samples", "seconds", "trials", "error",
-    "masked", "non_critical_sdc", "critical_sdc", "due", "critical_total", "digest",
+    "masked", "non_critical_sdc", "critical_sdc", "due", "critical_total", "digest", "audited",
+    "corrected", "detected", "miscorrected",
 }  # fmt: skip
 
 

@@ -7,10 +7,35 @@ import torch
 from torch import Tensor
 
 from flipproof.errors import FormatError
-from flipproof.formats.base import Coding, blocks, dense, sparse, word_dtype
+from flipproof.formats.base import Coding, bit_pattern, blocks, dense, sparse
+from flipproof.formats.packing import Packed, words_at
 from flipproof.spaces.contract import Positions
 from flipproof.spaces.sites import Site
 from flipproof.spaces.words import FLIP, SET, Undo, as_words, gather, scatter
+
+
+class WordCount:
+    """Counts `WordOutcomes` while faults are put in place."""
+
+    def __init__(self) -> None:
+        self.corrected = self.detected = self.miscorrected = 0
+
+    def add(self, hit: Tensor, differs: Tensor, lost: Tensor | None, group: Tensor | None = None) -> None:
+        """Words that are hit or not, read as another value or not, known to be lost or not.
+
+        `group` says which words are decoded together, as ascending numbers; each group counts once.
+        """
+        found = torch.zeros_like(hit) if lost is None else lost
+        if group is not None:
+            _, group = torch.unique_consecutive(group, return_inverse=True)
+            count = int(group.max()) + 1 if group.numel() else 0
+            hit, differs, found = (
+                torch.zeros(count, dtype=torch.bool, device=part.device).index_put_((group[part],), part[part])
+                for part in (hit, differs, found)
+            )
+        self.corrected += int((hit & ~differs).sum())
+        self.detected += int((hit & differs & found).sum())
+        self.miscorrected += int((hit & differs & ~found).sum())
 
 
 class Cell:
@@ -19,15 +44,18 @@ class Cell:
     Attributes:
         site: its name, format and place in the space.
         tensor: the live tensor of the model.
-        packed: whether memory holds packed words: its bytes are the words, and stand for themselves.
+        packed: what decodes it, if memory holds packed words: its bytes are the words, and stand for themselves.
+        constants: what packed words are decoded with, as buffers.
         held: whether memory holds exactly these words; others are stored by decoding, see `store`.
         original: the values as they were before the format decoded them; None while they are in place.
         coding: the format's constants for the whole tensor, while stored.
     """
 
-    def __init__(self, site: Site, tensor: Tensor, *, packed: bool) -> None:
-        self.site, self.tensor, self.packed = site, tensor, packed
-        self.held = packed or site.format.is_native(tensor.dtype)
+    def __init__(
+        self, site: Site, tensor: Tensor, *, packed: Packed | None = None, constants: tuple[Tensor, ...] = ()
+    ) -> None:
+        self.site, self.tensor, self.packed, self.constants = site, tensor, packed, constants
+        self.held = packed is not None or site.format.is_native(tensor.dtype)
         self.original: Tensor | None = None
         self.coding: Coding = ()
 
@@ -37,7 +65,7 @@ class Cell:
         site, tensor = self.site, self.tensor
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
             return False
-        return self.packed or (site.format.is_native(tensor.dtype) and tensor.dtype == site.dtype)
+        return self.packed is not None or (site.format.is_native(tensor.dtype) and tensor.dtype == site.dtype)
 
     @property
     def place(self) -> tuple[int, int]:
@@ -80,7 +108,7 @@ class Cell:
             )
         return decoded
 
-    def corrupt(self, bits: Positions, operation: int, undo: Undo) -> int:
+    def corrupt(self, bits: Positions, operation: int, undo: Undo, read: WordCount) -> int:
         """Change bits and return how many changed; `undo` gets an entry before anything is written.
 
         What is touched is encoded, its words are changed, and they are decoded into the model.
@@ -89,31 +117,125 @@ class Cell:
             bits: of the site, counted from its first, ascending.
             operation: FLIP, SET or CLEAR.
             undo: learns what was there.
+            read: counts how the words are read.
         """
+        if self.packed is not None:
+            return self._corrupt_bytes(bits, operation, undo)
         site, tensor = self.site, self.tensor.data
-        width = 8 if self.packed else site.width
-        values, places = np.divmod(bits, width) if self.packed else site.locate(bits)
+        index, mask = self._words(bits)
+        everything, change = self._constants(index, mask, operation, read)
+        changed = change[1]
+        if everything is None:
+            index, mask = index[index < site.values], mask[index < site.values]
+            coding, within = self.coding, index
+        else:  # a constant of the tensor changed, so that all values are read anew
+            within = torch.arange(site.values, device=tensor.device)
+            inside = index < site.values
+            mask = torch.zeros(site.values, dtype=mask.dtype, device=mask.device).index_put_(
+                (index[inside],), mask[inside]
+            )
+            coding = everything
+        if not within.numel():
+            return changed
+        if site.format.together > 1:
+            every = blocks(within, site.format.together, site.values)
+            mask = torch.zeros_like(every, dtype=mask.dtype).index_put_((torch.searchsorted(every, within),), mask)
+            within = every
+        golden = gather(tensor, within)
+        before = site.format.encode_values(
+            golden if self.original is None else gather(self.original, within),
+            sparse(self.coding, tensor.shape, within),
+        )
+        after = _changed(before, mask, operation)
+        undo.append((tensor, within, golden))
+        values, lost = site.format.read(after, sparse(coding, tensor.shape, within), site.dtype)
+        scatter(tensor, within, values)
+        read.add(before != after, bit_pattern(values) != bit_pattern(golden), lost, self._groups(within))
+        return changed + _count(before, after)
+
+    def foresee(self, bits: Positions, operation: int, read: WordCount) -> None:
+        """Count how packed words will be read that are about to be hit; nothing is written."""
+        assert self.packed is not None
+        site = self.site
+        rest: Coding = tuple(self.packed.constant(c) for c in self.constants)
+        index, mask = self._words(bits)
+        shape = torch.Size(site.shape)
+        if site.format.stored_constants:
+            own = torch.arange(site.values, site.words, device=index.device)
+            self.coding = site.format.read_constants(self._stored(own), rest)
+        else:
+            self.coding = rest
+        everything, _ = self._constants(index, mask, operation, read)
+        index, mask = index[index < site.values], mask[index < site.values]
+        if not index.numel():
+            return
+        every = blocks(index, site.format.together, site.values)
+        if site.format.together > 1:
+            mask = torch.zeros_like(every, dtype=mask.dtype).index_put_((torch.searchsorted(every, index),), mask)
+        before = self._stored(every)
+        after = _changed(before, mask, operation)
+        golden, _ = site.format.read(before, sparse(self.coding, shape, every), site.dtype)
+        coding = self.coding if everything is None else everything
+        values, lost = site.format.read(after, sparse(coding, shape, every), site.dtype)
+        read.add(before != after, bit_pattern(values) != bit_pattern(golden), lost, self._groups(every))
+
+    def _words(self, bits: Positions) -> tuple[Tensor, Tensor]:
+        """The words that bits lie in, ascending, and which of their bits, as masks."""
+        values, places = self.site.locate(bits)
         starts = np.flatnonzero(np.diff(values, prepend=-1))
         masks = np.bitwise_or.reduceat(np.uint64(1) << places.astype(np.uint64), starts)
-        index = torch.from_numpy(values[starts]).to(tensor.device)
-        mask = as_words(masks, width).to(tensor.device)
-        if not self.packed and site.format.together > 1:
-            every = blocks(index, site.format.together, site.values)
-            mask = torch.zeros_like(every, dtype=mask.dtype).index_put_((torch.searchsorted(every, index),), mask)
-            index = every
+        device = self.tensor.device
+        return torch.from_numpy(values[starts]).to(device), as_words(masks, self.site.width).to(device)
+
+    def _constants(
+        self, index: Tensor, mask: Tensor, operation: int, read: WordCount
+    ) -> tuple[Coding | None, tuple[Tensor, int]]:
+        """What stored constants become: (coding, None for as before; (their words, how many bits changed))."""
+        site = self.site
+        inside = index >= site.values
+        if not bool(inside.any()):
+            return None, (index[:0], 0)
+        before = site.format.write_constants(self.coding)
+        full = torch.zeros_like(before).index_put_((index[inside] - site.values,), mask[inside])
+        after = _changed(before, full, operation)
+        kept = self.coding[site.format.stored_constants :]
+        coding = site.format.read_constants(after, kept)
+        hit = before != after
+        same = all(torch.equal(bit_pattern(a), bit_pattern(b)) for a, b in zip(coding, self.coding, strict=True))
+        read.add(hit, torch.full_like(hit, not same), None)
+        return (None if same else coding), (after, _count(before, after))
+
+    def _stored(self, index: Tensor) -> Tensor:
+        """Words of packed memory at these places."""
+        site = self.site
+        where = index.cpu().numpy()
+        first, width = site.layout.first(where), site.layout.width(where)
+        return words_at(self.tensor, first, width).to(index.device)
+
+    def _groups(self, index: Tensor) -> Tensor | None:
+        """Which words of these are decoded together."""
+        together = self.site.format.together
+        return None if together == 1 else (index // together).clamp(max=max(self.site.values // together - 1, 0))
+
+    def _corrupt_bytes(self, bits: Positions, operation: int, undo: Undo) -> int:
+        """Change packed bytes where they are: on another device than the CPU."""
+        places, inside = np.divmod(bits, 8)
+        starts = np.flatnonzero(np.diff(places, prepend=-1))
+        masks = np.bitwise_or.reduceat(np.uint8(1) << inside.astype(np.uint8), starts)
+        tensor = self.tensor.data
+        index, mask = (torch.from_numpy(part).to(tensor.device) for part in (places[starts], masks))
         golden = gather(tensor, index)
-        coding: Coding = ()
-        if self.packed:
-            before = golden
-        else:
-            coding = sparse(self.coding, tensor.shape, index)
-            before = site.format.encode_values(
-                golden if self.original is None else gather(self.original, index), coding
-            )
-        after = before ^ mask if operation == FLIP else before | mask if operation == SET else before & ~mask
+        after = _changed(golden, mask, operation)
         undo.append((tensor, index, golden))
-        scatter(tensor, index, after if self.packed else site.format.decode_words(after, coding, site.dtype))
-        if operation == FLIP:
-            return int(bits.size)
-        differing = (before ^ after).cpu().numpy().view(f"u{word_dtype(width).itemsize}")
-        return int(sum(int(word).bit_count() for word in differing))
+        scatter(tensor, index, after)
+        return _count(golden, after)
+
+
+def _changed(words: Tensor, mask: Tensor, operation: int) -> Tensor:
+    return words ^ mask if operation == FLIP else words | mask if operation == SET else words & ~mask
+
+
+def _count(before: Tensor, after: Tensor) -> int:
+    """How many bits differ."""
+    differing = (before ^ after).contiguous().view(torch.uint8).cpu().numpy()
+    return int(np.unpackbits(differing).sum())

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,21 @@ if TYPE_CHECKING:
 
 Positions = NDArray[np.int64]
 """Global bit numbers of a space."""
+
+
+class WordOutcomes(NamedTuple):
+    """How the stored words that faults hit were read; words of a block that is decoded together count as one.
+
+    Attributes:
+        corrected: as without faults.
+        detected: as the value that the format states for what it cannot repair.
+        miscorrected: as another value, and nothing noticed it. All changed words of formats without redundancy are.
+    """
+
+    corrected: int = 0
+    detected: int = 0
+    miscorrected: int = 0
+
 
 Forwards = Sequence[tuple[Callable[[], object], int]]
 """One function a batch that runs the model on it, and the samples of that batch."""
@@ -152,6 +167,11 @@ class Sized:
         return int(np.prod(self.shape, dtype=np.int64))
 
     @property
+    def words(self) -> int:
+        """Number of words: one a value, and behind them those of constants that the format stores."""
+        return self.values + self.format.constant_words(self.shape)
+
+    @property
     def width(self) -> int:
         """Stored bits a value; of the widest word, where check bits of a block make words differ."""
         return self.format.width
@@ -159,7 +179,7 @@ class Sized:
     @property
     def bits(self) -> int:
         """Stored bits in all."""
-        return self.values * self.width if self.is_even else self.layout.bits
+        return self.words * self.width if self.is_even else self.layout.bits
 
     @property
     def is_even(self) -> bool:
@@ -169,18 +189,18 @@ class Sized:
     @cached_property
     def layout(self) -> Layout:
         """Which of the words' bits are stored, one behind the other."""
-        return Layout.even(self.values, self.width) if self.is_even else self.format.layout(self.values)
+        return Layout.even(self.words, self.width) if self.is_even else self.format.layout(self.words)
 
     def locate(self, bits: Positions) -> tuple[Positions, Positions]:
-        """(value, bit of its word) of bits of this site, counted from its first."""
+        """(word, bit of it) of bits of this site, counted from its first; word v is value v, and then constants."""
         if self.is_even:
             value, bit = np.divmod(bits, self.width)
             return value, bit
         return self.layout.locate(bits)
 
     def positions(self, bit: int) -> Positions:
-        """Bit `bit` of every value that has one, counted from the site's first, ascending."""
-        values = np.arange(self.values, dtype=np.int64)
+        """Bit `bit` of every word that has one, counted from the site's first, ascending."""
+        values = np.arange(self.words, dtype=np.int64)
         if self.is_even:
             return values * self.width + bit if bit < self.width else values[:0]
         wide = values[self.layout.width(values) > bit]
@@ -295,6 +315,11 @@ class Space(ABC):
 
     def begin(self, batch: int, made: Mapping[str, int] | None = None) -> None:  # noqa: B027  # most spaces need not know
         """A run of this batch starts; `made` says how often layers were called before the place it starts at."""
+
+    @property
+    def word_outcomes(self) -> WordOutcomes | None:
+        """How the words hit by the latest draw were read; None for spaces that hold no words."""
+        return None
 
     def only(self, rows: Sequence[int]) -> AbstractContextManager[None]:
         """While active, only these rows of the batch are hit, where each has an upset of its own.

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from flipproof._interrupts import whole
 from flipproof.errors import FaultSpaceError, FlipproofWarning
-from flipproof.spaces.cell import Cell
-from flipproof.spaces.contract import Draw, Faults, Space, Start
+from flipproof.spaces.cell import Cell, WordCount
+from flipproof.spaces.contract import Draw, Faults, Positions, Space, Start, WordOutcomes
 from flipproof.spaces.sites import Parameters, Site, check_where
 from flipproof.spaces.tensors import (
     Candidate,
@@ -96,7 +96,7 @@ class FaultSpace(Space):
             names, shape = candidate.names, tuple(like.shape)
             site = Site(names[0], names[1:], candidate.owner, candidate.kind, shape, like.dtype, chosen, offset)
             offset += site.bits
-            cells.append(Cell(site, t, packed=candidate.packed is not None))
+            cells.append(Cell(site, t, packed=candidate.packed, constants=candidate.constants))
         if not cells:
             known = "\n  ".join(f"{c.name} ({c.kind}){f': {c.problem}' if c.problem else ''}" for c in found[:20])
             raise FaultSpaceError(
@@ -112,6 +112,8 @@ class FaultSpace(Space):
             )
         self.cells = tuple(cells)
         """What is stored, tensor by tensor."""
+        self._packed = [cell for cell in cells if cell.packed is not None]
+        self._hit = WordCount()
         self.sites: tuple[Site, ...] = tuple(cell.site for cell in cells)
         self.bits = offset
         self._index = {name: i for i, site in enumerate(self.sites) for name in (site.name, *site.aliases)}
@@ -185,11 +187,11 @@ class FaultSpace(Space):
                 raise FaultSpaceError(f"{name!r} is not in the fault space; it holds {[s.name for s in self.sites]}")
             site = self.sites[self._index[name]]
             width = site.width
-            if 0 <= value < site.values and not site.is_even:
+            if 0 <= value < site.words and not site.is_even:
                 width = int(site.layout.width(np.array([value]))[0])
-            if not (0 <= value < site.values and 0 <= bit < width):
+            if not (0 <= value < site.words and 0 <= bit < width):
                 raise FaultSpaceError(
-                    f"{name} has values 0 to {site.values - 1} of bits 0 to {width - 1}, got value {value}, bit {bit}"
+                    f"{name} has values 0 to {site.words - 1} of bits 0 to {width - 1}, got value {value}, bit {bit}"
                 )
             first = value * width if site.is_even else int(site.layout.first(np.array([value]))[0])
             positions.append(site.offset + first + bit)
@@ -259,13 +261,16 @@ class FaultSpace(Space):
         direct, coded = self._paths()
         log = UndoLog()
         undo: Undo = []
+        self._hit = read = WordCount()
         try:
+            for cell in self._packed:
+                if (mine := _of(cell, positions)).size:
+                    cell.foresee(mine, operation, read)
             changed = direct.apply(positions, operation, log) if direct is not None and positions.size else 0
+            read.miscorrected += log.words
             for cell in coded:
-                first_bit = cell.site.offset
-                first, last = np.searchsorted(positions, (first_bit, first_bit + cell.site.bits))
-                if first < last:
-                    changed += cell.corrupt(positions[first:last] - first_bit, operation, undo)
+                if (mine := _of(cell, positions)).size:
+                    changed += cell.corrupt(mine, operation, undo, read)
             yield changed
         finally:
             _to_the_end(lambda: _restore(log, undo))
@@ -279,6 +284,7 @@ class FaultSpace(Space):
                 [cell.tensor.data for cell in direct],
                 [cell.site.offset for cell in direct],
                 [cell.site.bits for cell in direct],
+                [0 if cell.packed is not None else cell.site.width for cell in direct],
             )
             coded = [cell for cell in self.cells if not cell.direct]
             moved = [cell.site.name for cell in coded if not cell.packed and cell.tensor.dtype != cell.site.dtype]
@@ -287,12 +293,24 @@ class FaultSpace(Space):
             self._paths_at = (where, memory if direct else None, coded)
         return self._paths_at[1], self._paths_at[2]
 
+    @property
+    def word_outcomes(self) -> WordOutcomes:
+        hit = self._hit
+        return WordOutcomes(hit.corrected, hit.detected, hit.miscorrected)
+
     def start(self, draw: Draw) -> Start:
         """Nothing changes before the first use of a tensor that is hit."""
         return Start(names=self.touched_names(draw))
 
     def starts(self) -> None:
         """None: it depends on the draw."""
+
+
+def _of(cell: Cell, positions: Positions) -> Positions:
+    """Those that lie in a cell, counted from its first bit."""
+    first = cell.site.offset
+    low, high = np.searchsorted(positions, (first, first + cell.site.bits))
+    return positions[low:high] - first
 
 
 def _restore(log: UndoLog, undo: Undo) -> None:

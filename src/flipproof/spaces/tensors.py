@@ -51,6 +51,8 @@ class Candidate:
     """What it takes in the model's memory, in its own type; memory that it shares with one before it is not its own."""
     packed: Packed | None = None
     """What decodes it, if `tensor` holds packed words."""
+    constants: tuple[Tensor, ...] = ()
+    """What it decodes them with, in the order that it takes."""
     problem: str = ""
     """Why its bits cannot be hit, if they cannot."""
     unread: bool = False
@@ -195,8 +197,9 @@ def _describe(model: nn.Module, tensor: Tensor, names: list[tuple[str, bool]], m
         full = f"{owner_name}.{attribute}".lstrip(".")
         if names[0][0].endswith(".original0"):
             kind = _kind(attribute, place, is_buffer=False)
-            bits = decoder.format.layout(int(torch.Size(decoder.shape).numel())).bits
-            return Candidate((full,), owner_name, kind, tensor, bits, decoder)
+            bits = decoder.format.stored_bits(decoder.shape)
+            rest = tuple(constant for label, constant in owner.named_buffers() if label != "original0")
+            return Candidate((full,), owner_name, kind, tensor, bits, decoder, rest)
         why = f"constants of {decoder.format!r}, which are taken to lie in protected memory"
         return Candidate(own, owner_name, "buffer", tensor, memory.fresh(tensor), problem=why, unread=True)
     if is_buffer and attribute == "num_batches_tracked" and not tensor.is_floating_point():

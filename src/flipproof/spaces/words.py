@@ -60,14 +60,18 @@ _fetch_byte: Any = intrinsic(_fetch)
 
 
 @kernel()
-def _apply(addresses, firsts, lasts, positions, operation, touched, saved, count):  # type: ignore[no-untyped-def]
+def _apply(addresses, firsts, lasts, widths, positions, operation, touched, saved, count):  # type: ignore[no-untyped-def]
     """Change every position that lies in a direct site; count[0] becomes the saved bytes, returns bits changed.
 
     Site i covers bits [firsts[i], lasts[i]) of the space and starts at byte addresses[i]; both lists ascend. The first
     pass only finds addresses (`saved` holds the masks meanwhile), so that the second can fetch ahead of itself.
+    count[1] becomes the words that changed, of sites whose words are widths[i] bits wide; 0 leaves a site uncounted.
     """
     site = 0
     found = 0
+    starts = np.empty(positions.size, np.bool_)  # whether another word begins here
+    uncounted = np.empty(positions.size, np.bool_)
+    counted = np.int64(-1)  # the last word seen, by the bit that it starts at
     for position in positions:
         while site < firsts.size and position >= lasts[site]:
             site += 1
@@ -78,10 +82,15 @@ def _apply(addresses, firsts, lasts, positions, operation, touched, saved, count
         local = position - firsts[site]
         touched[found] = addresses[site] + np.uint64(local >> 3)
         saved[found] = np.uint8(1 << (local & 7))
+        width = widths[site]
+        word = position - local % width if width else np.int64(-1)
+        starts[found] = word != counted
+        counted = word
+        uncounted[found] = width == 0
         found += 1
     for i in range(min(_AHEAD, found)):
         _fetch_byte(touched[i])
-    changed = 0
+    changed, words, fresh = 0, 0, False
     for i in range(found):
         if i + _AHEAD < found:
             _fetch_byte(touched[i + _AHEAD])
@@ -95,10 +104,14 @@ def _apply(addresses, firsts, lasts, positions, operation, touched, saved, count
         else:
             after = before & ~mask
         saved[i] = before
+        fresh = (fresh or starts[i]) and not uncounted[i]
         if after != before:
             changed += 1
+            words += fresh
+            fresh = False
             _store_byte(address, np.uint8(after))
     count[0] = found
+    count[1] = words
     return changed
 
 
@@ -117,15 +130,17 @@ class DirectMemory:
         tensors: contiguous CPU tensors whose dtype their format calls native.
         firsts: first bit of each in the space, ascending.
         bits: number of bits of each.
+        widths: bits a word of each; 0 where words are not to be counted.
     """
 
-    def __init__(self, tensors: list[Tensor], firsts: list[int], bits: list[int]) -> None:
+    def __init__(self, tensors: list[Tensor], firsts: list[int], bits: list[int], widths: list[int]) -> None:
         if sys.byteorder != "little":
             raise NotImplementedError("flipproof injects into memory byte by byte and needs a little-endian machine")
         self._tensors = tensors  # kept alive: the undo may run after the model has let go of them
         self._addresses = np.array([t.data_ptr() for t in tensors], np.uint64)
         self._firsts = np.array(firsts, np.int64)
         self._lasts = self._firsts + np.array(bits, np.int64)
+        self._widths = np.array(widths, np.int64)
 
     def apply(self, positions: Positions, operation: int, log: UndoLog) -> int:
         """Flip, clear or set bits and return how many changed; `log` can undo it at any moment.
@@ -135,17 +150,22 @@ class DirectMemory:
         """
         log.touched = np.empty(positions.size, np.uint64)
         log.saved = np.empty(positions.size, np.uint8)
-        addresses, firsts, lasts = self._addresses, self._firsts, self._lasts
-        return int(_apply(addresses, firsts, lasts, positions, operation, log.touched, log.saved, log.count))
+        sites = (self._addresses, self._firsts, self._lasts, self._widths)
+        return int(_apply(*sites, positions, operation, log.touched, log.saved, log.count))
 
 
 class UndoLog:
     """Bytes as they were before the faults."""
 
     def __init__(self) -> None:
-        self.count: NDArray[np.int64] = np.zeros(1, np.int64)
+        self.count: NDArray[np.int64] = np.zeros(2, np.int64)
         self.touched: NDArray[np.uint64] = np.empty(0, np.uint64)
         self.saved: NDArray[np.uint8] = np.empty(0, np.uint8)
+
+    @property
+    def words(self) -> int:
+        """Words that changed."""
+        return int(self.count[1])
 
     def undo(self) -> None:
         """Restore every byte. Safe to call twice."""

@@ -153,7 +153,7 @@ def explore_mixed(
     found = do_all(measuring, keys, question, file, workers=workers, progress=progress)
     table = pd.DataFrame(
         [
-            (site.name, repr(option), option.layout(site.values).bits, found[i, k].doubt - whole.golden["doubt"])
+            (site.name, repr(option), option.stored_bits(site.shape), found[i, k].doubt - whole.golden["doubt"])
             for i, site in enumerate(sites)
             for k, option in enumerate(options)
         ],

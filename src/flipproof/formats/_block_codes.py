@@ -1,0 +1,635 @@
+"""Binary linear codes over a block of words: check bits, their repair, compiled for the CPU and in torch elsewhere.
+
+A code word is all data bits of a block, word by word from the lowest bit, and its check bits. It is systematic: the
+data bits are stored as they are. Each data bit has a *column*, the check bits that it takes part in; the check bits of
+a block are the exclusive or of the columns of its set data bits. Stored check bits ⊕ those of the stored data are the
+*syndrome*: 0 for a clean block, and otherwise what the errors alone decide, whatever the data.
+
+Position i < r of an error is check bit i, position r + d is data bit d. An overall parity, where there is one, is the
+last check bit and has no position: an error in it is told from the parity of the number of errors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flipproof._kernels import kernel
+from flipproof.errors import FormatError
+
+TABLE_CHECKS = 20
+"""Up to so many check bits the errors are looked up by their syndrome: 2²⁰ entries at most."""
+
+_PIECE = 12
+"""Data bits whose check bits are looked up at once: tables stay in the cache nearest to the core."""
+
+_PRIMITIVE = {
+    2: 0x7,
+    3: 0xB,
+    4: 0x13,
+    5: 0x25,
+    6: 0x43,
+    7: 0x89,
+    8: 0x11D,
+    9: 0x211,
+    10: 0x409,
+    11: 0x805,
+    12: 0x1053,
+    13: 0x201B,
+}
+"""A primitive polynomial of each degree, bit i for xⁱ (Lin and Costello 2004, Table 2.7)."""
+
+CLEAN, CORRECTED, LOST = 0, 1, 2
+
+
+@dataclass(frozen=True, eq=False)
+class Field:
+    """GF(2^m): powers of a primitive element α, and their logarithms."""
+
+    m: int
+
+    @property
+    def order(self) -> int:
+        """How many elements are not 0: α^order = 1."""
+        return (1 << self.m) - 1
+
+    @cached_property
+    def exp(self) -> NDArray[np.int64]:
+        """α^i for i from 0 to twice the order, so that sums of two logarithms need no remainder."""
+        powers = [1]
+        for _ in range(2 * self.order):
+            following = powers[-1] << 1
+            powers.append(following ^ _PRIMITIVE[self.m] if following >> self.m else following)
+        return np.array(powers, np.int64)
+
+    @cached_property
+    def log(self) -> NDArray[np.int64]:
+        """The i of α^i; that of 0 is never meant and stands at 0."""
+        found = np.zeros(self.order + 1, np.int64)
+        found[self.exp[: self.order]] = np.arange(self.order)
+        return found
+
+
+def generator(m: int, t: int) -> int:
+    """The generator polynomial of the narrow-sense binary BCH code of length 2^m − 1 that corrects t errors.
+
+    g(x) = lcm of the minimal polynomials of α, α³, …, α^(2t−1) (Hocquenghem 1959; Bose and Ray-Chaudhuri 1960)
+
+    >>> bin(generator(4, 2)), generator(5, 5).bit_length() - 1  # (15, 7) and (31, 11)
+    ('0b111010001', 20)
+    """
+    field = Field(m)
+    roots: set[int] = set()
+    product = 1
+    for odd in range(1, 2 * t, 2):
+        if odd % field.order in roots:
+            continue
+        conjugates = {odd * 2**i % field.order for i in range(m)}
+        roots |= conjugates
+        minimal = [1]  # coefficients in the field, lowest first; the product of x − α^c over the conjugates
+        for c in conjugates:
+            shifted, scaled = [0, *minimal], [*(_times(field, a, int(field.exp[c])) for a in minimal), 0]
+            minimal = [a ^ b for a, b in zip(shifted, scaled, strict=True)]
+        product = _multiply(product, sum(bit << i for i, bit in enumerate(minimal)))
+    return product
+
+
+def _times(field: Field, a: int, b: int) -> int:
+    return int(field.exp[field.log[a] + field.log[b]]) if a and b else 0
+
+
+def _multiply(a: int, b: int) -> int:
+    """Of polynomials over GF(2)."""
+    product = 0
+    while b:
+        if b & 1:
+            product ^= a
+        a, b = a << 1, b >> 1
+    return product
+
+
+@lru_cache(maxsize=512)
+def bch_checks(data: int, t: int) -> tuple[int, int]:
+    """(m, check bits) of the shortest BCH code that corrects t errors in so many data bits, without a parity.
+
+    Raises:
+        FormatError: if no code of length 2^13 − 1 or less does.
+    """
+    for m in _PRIMITIVE:
+        if 2 * t > (1 << m) - 1 or data > (1 << m) - 1:
+            continue
+        checks = _degree(m, t)
+        if data + checks <= (1 << m) - 1:
+            return m, checks
+    raise FormatError(f"no BCH code of at most 8191 bits corrects t={t} errors in {data} data bits")
+
+
+@lru_cache(maxsize=4096)
+def _degree(m: int, t: int) -> int:
+    """Of the generator polynomial: how many powers of α are among its roots."""
+    order = (1 << m) - 1
+    return len({odd * 2**i % order for odd in range(1, 2 * t, 2) for i in range(m)})
+
+
+@dataclass(frozen=True, eq=False)
+class BlockCode:
+    """The code of one block of words.
+
+    Attributes:
+        width: data bits a word.
+        words: words a block.
+        per_word: check bits above the data bits of each word, the first words first; the last may have fewer or none.
+        t: errors that are corrected.
+        parity: whether the last check bit is the parity of all others and the data.
+        columns: of each data bit, the check bits that it takes part in, bit i for check bit i, the parity included.
+        field: in which errors are found where there are too many syndromes for a table; None with a table.
+    """
+
+    width: int
+    words: int
+    per_word: int
+    t: int
+    parity: bool
+    columns: tuple[int, ...]
+    checks: int
+    field: Field | None = None
+
+    @property
+    def inside(self) -> int:
+        """Check bits without the parity."""
+        return self.checks - self.parity
+
+    @property
+    def limbs(self) -> int:
+        """64-bit numbers that hold the check bits."""
+        return -(-self.checks // 64)
+
+    @cached_property
+    def tables(self) -> NDArray[np.uint64]:
+        """Check bits of each piece of a word, of shape (words, pieces, 2^bits of a piece, limbs)."""
+        pieces = -(-self.width // _PIECE)
+        bits = -(-self.width // pieces)
+        tables = np.zeros((self.words, pieces, 1 << bits, self.limbs), np.uint64)
+        columns = _limbs(self.columns, self.limbs)
+        for word in range(self.words):
+            for piece in range(pieces):
+                table = tables[word, piece]
+                for bit in range(min(bits, self.width - piece * bits)):
+                    low = 1 << bit
+                    table[low : 2 * low] = table[:low] ^ columns[word * self.width + piece * bits + bit]
+        return tables
+
+    @property
+    def piece(self) -> int:
+        """Data bits of a piece."""
+        return -(-self.width // (-(-self.width // _PIECE)))
+
+    @cached_property
+    def patterns(self) -> tuple[NDArray[np.int8], NDArray[np.int16]]:
+        """By syndrome without parity: how many errors (−1 for more than t), and their positions, −1 for none."""
+        inside = self.inside
+        columns = [1 << i for i in range(inside)] + [c & ((1 << inside) - 1) for c in self.columns]
+        column = np.array(columns, np.int64)
+        count = np.full(1 << inside, -1, np.int8)
+        positions = np.full((1 << inside, self.t), -1, np.int16)
+        count[0] = 0
+        keys, last = np.zeros(1, np.int64), np.full(1, -1, np.int64)
+        where = np.zeros((1, 0), np.int16)
+        for errors in range(1, self.t + 1):
+            before, added = np.nonzero(np.arange(column.size)[None, :] > last[:, None])
+            keys, last = keys[before] ^ column[added], added
+            where = np.concatenate([where[before], added[:, None].astype(np.int16)], axis=1)
+            count[keys] = errors
+            positions[keys, :errors] = where
+        return count, positions
+
+    # ---------------------------------------------------------------- on the CPU, compiled
+
+    def protect(self, words: NDArray[Any], out: NDArray[Any]) -> None:
+        """Unsigned inner words of whole blocks to whole words."""
+        _protect(words, self.tables, self.piece, self.width, self.per_word, self.checks, out)
+
+    def repair(self, words: NDArray[Any], out: NDArray[Any]) -> NDArray[np.uint8]:
+        """Unsigned whole words of whole blocks to inner words; CLEAN, CORRECTED or LOST for each block.
+
+        The inner words of a lost block are those that are stored.
+        """
+        status = np.zeros(words.size // self.words, np.uint8)
+        if self.field is None:
+            count, positions = self.patterns
+            exp = log = np.zeros(1, np.int64)
+        else:
+            count, positions = np.zeros(1, np.int8), np.zeros((1, 1), np.int16)
+            exp, log = self.field.exp, self.field.log
+        shape = (self.width, self.words, self.per_word, self.t, int(self.parity), self.checks, self.piece)
+        tables = self.tables
+        rest = (shape, count, positions, exp, log, out, status)
+        if self.words == 1 and tables.shape[1] == 1 and self.limbs == 1:
+            data = np.arange(tables.shape[2], dtype=np.uint64)
+            whole = (tables[0, 0, :, 0] << np.uint64(self.width) | data).astype(words.dtype)
+            _repair_short(words, whole, tables[0, 0, :, 0], *rest)
+        elif self.words == 1 and tables.shape[1] <= 3 and self.limbs == 1:
+            three = np.zeros((3, tables.shape[2]), np.uint64)
+            three[: tables.shape[1]] = tables[0, :, :, 0]
+            _repair_long(words, *three, *rest)
+        elif self.limbs <= 2:
+            _repair_narrow(words, tables[..., 0].copy(), tables[..., -1].copy(), self.limbs, *rest)
+        else:
+            _repair(words, tables, *rest)
+        return status
+
+    # ---------------------------------------------------------------- anywhere, in torch
+
+    def protect_torch(self, rows: Tensor) -> Tensor:
+        """Inner words as int64 of shape (blocks, words) to whole words."""
+        checks = self._of_data(_bits(rows, self.width).flatten(1))
+        padded = torch.nn.functional.pad(checks, (0, self.words * self.per_word - self.checks))
+        return rows + (_number(padded.reshape(-1, self.words, self.per_word)) << self.width)
+
+    def repair_torch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Whole words as int64 of shape (blocks, words) to (inner words, whether each block is beyond repair)."""
+        bits = _bits(rows, self.width + self.per_word)
+        data = bits[..., : self.width].flatten(1)
+        stored = bits[..., self.width :].flatten(1)[:, : self.checks]
+        syndrome = (self._of_data(data) + stored) % 2
+        inside = self.inside
+        if self.field is None:
+            count, positions = (torch.from_numpy(table).to(rows.device) for table in self.patterns)
+            key = _number(syndrome[:, :inside])
+            errors, where = count[key].long(), positions[key].long()
+        else:
+            errors, where = self._search_torch(syndrome[:, :inside])
+        known = errors >= 0
+        if self.parity:
+            odd = syndrome.sum(dim=1) % 2
+            known &= (errors + (errors % 2 != odd).long()) <= self.t
+        total = inside + data.shape[1]
+        places = torch.where((where >= 0) & known[:, None], where, total)
+        flips = torch.zeros(rows.shape[0], total + 1, dtype=torch.int64, device=rows.device)
+        flips = flips.scatter_add(1, places, torch.ones_like(places))
+        repaired = (data + flips[:, inside:total]) % 2
+        return _number(repaired.reshape(rows.shape[0], self.words, self.width)), ~known
+
+    def _of_data(self, bits: Tensor) -> Tensor:
+        """Check bits of data bits, both 0 or 1: (blocks, data bits) to (blocks, check bits)."""
+        matrix = torch.from_numpy(_matrix(self.columns, self.checks)).to(bits.device, torch.float32)
+        return torch.matmul(bits.to(torch.float32), matrix).to(torch.int64) % 2
+
+    def _search_torch(self, syndrome: Tensor) -> tuple[Tensor, Tensor]:
+        """Berlekamp and Massey's shift register and Chien's search, all blocks at once, without a branch.
+
+        Returns:
+            How many errors, −1 for more than t, and their positions, −1 for none, of shape (blocks, ·).
+        """
+        assert self.field is not None
+        field, t = self.field, self.t
+        device = syndrome.device
+        exp, log = torch.from_numpy(field.exp).to(device), torch.from_numpy(field.log).to(device)
+        order = field.order
+
+        def times(a: Tensor, b: Tensor) -> Tensor:
+            return torch.where((a != 0) & (b != 0), exp[log[a] + log[b]], torch.zeros_like(a))
+
+        powers = np.array(
+            [[int(field.exp[i * j % order]) for j in range(1, 2 * t + 1)] for i in range(self.inside)], np.int64
+        )
+        as_bits = (powers[:, :, None] >> np.arange(field.m)) & 1
+        to_sums = torch.from_numpy(as_bits.reshape(self.inside, -1)).to(device, torch.float32)
+        sums = (torch.matmul(syndrome.to(torch.float32), to_sums).to(torch.int64) % 2).reshape(-1, 2 * t, field.m)
+        s = _number(sums)
+        blocks = s.shape[0]
+        one = torch.ones(blocks, 1, dtype=torch.int64, device=device)
+        sigma = torch.cat([one, torch.zeros(blocks, 2 * t, dtype=torch.int64, device=device)], dim=1)
+        shifted = torch.roll(sigma, 1, dims=1)  # x · B(x)
+        length = torch.zeros(blocks, dtype=torch.int64, device=device)
+        divisor = torch.ones(blocks, dtype=torch.int64, device=device)
+        for step in range(0, 2 * t, 2):  # of a binary code every other discrepancy is 0
+            discrepancy = s[:, step]
+            for i in range(1, min(step, 2 * t) + 1):
+                discrepancy = torch.bitwise_xor(discrepancy, times(sigma[:, i], s[:, step - i]))
+            ratio = times(discrepancy, exp[order - log[divisor]])
+            following = torch.bitwise_xor(sigma, times(ratio[:, None].expand_as(shifted), shifted))
+            longer = (discrepancy != 0) & (2 * length <= step)
+            kept = torch.where(longer[:, None], sigma, shifted)
+            divisor = torch.where(longer, discrepancy, divisor)
+            length = torch.where(longer, step + 1 - length, length)
+            sigma = following
+            # B is multiplied by x for this step and the one that is left out
+            shifted = torch.cat([torch.zeros_like(kept[:, :2]), kept[:, :-2]], dim=1)
+        total = self.inside + len(self.columns)
+        places = torch.arange(total, device=device)
+        value = torch.ones(blocks, total, dtype=torch.int64, device=device)
+        for i in range(1, t + 1):
+            turn = (log[sigma[:, i]][:, None] + (order - places * i % order)[None, :]) % order
+            value = torch.bitwise_xor(value, torch.where(sigma[:, i : i + 1] != 0, exp[turn], torch.zeros_like(turn)))
+        roots = value == 0
+        number = roots.sum(dim=1)
+        good = (length <= t) & (number == length)
+        where = torch.where(roots, places[None, :], torch.full_like(value, -1))
+        return torch.where(good, length, torch.full_like(length, -1)), where
+
+
+def _limbs(numbers: tuple[int, ...], limbs: int) -> NDArray[np.uint64]:
+    return np.array([[number >> 64 * k & (2**64 - 1) for k in range(limbs)] for number in numbers], np.uint64)
+
+
+def _matrix(columns: tuple[int, ...], checks: int) -> NDArray[np.float32]:
+    return np.array([[column >> i & 1 for i in range(checks)] for column in columns], np.float32)
+
+
+def _bits(words: Tensor, width: int) -> Tensor:
+    """Bits of int64 words, lowest first, in a new last dimension."""
+    if width == 64:
+        return (words.unsqueeze(-1) >> torch.arange(64, device=words.device)) & 1
+    # division and remainder instead of shifts: every exporter knows them
+    powers = torch.tensor([1 << place for place in range(width)], device=words.device)
+    return torch.div(words.unsqueeze(-1), powers, rounding_mode="floor") % 2
+
+
+def _number(bits: Tensor) -> Tensor:
+    """Bits in the last dimension, lowest first, as int64."""
+    width = bits.shape[-1]
+    weights = [1 << place if place < 63 else -(1 << 63) for place in range(width)]
+    return (bits * torch.tensor(weights, device=bits.device)).sum(dim=-1)
+
+
+@lru_cache(maxsize=64)
+def bch_code(width: int, words: int, per_word: int, t: int, parity: bool) -> BlockCode:
+    """The BCH code of a block: check bits are the remainder of data(x) · x^r divided by the generator polynomial."""
+    data = width * words
+    m, inside = bch_checks(data, t)
+    polynomial = generator(m, t)
+    columns = []
+    remainder = polynomial ^ (1 << inside)  # x^r modulo the generator
+    for _ in range(data):
+        odd = 1 + remainder.bit_count() & 1
+        columns.append(remainder | odd << inside if parity else remainder)
+        remainder <<= 1
+        if remainder >> inside:
+            remainder ^= polynomial
+    field = None if inside <= TABLE_CHECKS else Field(m)
+    return BlockCode(width, words, per_word, t, parity, tuple(columns), inside + parity, field)
+
+
+@lru_cache(maxsize=64)
+def hamming_code(width: int, words: int, per_word: int) -> BlockCode:
+    """The extended Hamming code of a block: check bit i covers the places whose number has bit i (Hamming 1950)."""
+    data = width * words
+    inside = hamming_checks(data) - 1
+    places = [place for place in range(1, 2**inside) if place & (place - 1)][:data]  # powers of two are check bits
+    columns = tuple(place | (1 + place.bit_count() & 1) << inside for place in places)
+    return BlockCode(width, words, per_word, 1, True, columns, inside + 1)
+
+
+def hamming_checks(data: int) -> int:
+    """Check bits of the extended Hamming code over so many data bits, the overall parity included.
+
+    >>> hamming_checks(32), hamming_checks(64)
+    (7, 8)
+    """
+    r = 1
+    while 2**r < data + r + 1:
+        r += 1
+    return r + 1
+
+
+# -------------------------------------------------------------------- kernels
+
+
+@kernel()
+def _protect(words, tables, piece, width, per_word, checks, out):  # type: ignore[no-untyped-def]
+    together, pieces, _, limbs = tables.shape
+    mask = np.uint64((1 << piece) - 1)
+    found = np.zeros(limbs, np.uint64)
+    for block in range(words.size // together):
+        found[:] = 0
+        for j in range(together):
+            word = np.uint64(words[block * together + j])
+            for p in range(pieces):
+                row = tables[j, p, (word >> np.uint64(p * piece)) & mask]
+                for k in range(limbs):
+                    found[k] ^= row[k]
+        for j in range(together):
+            word = np.uint64(words[block * together + j])
+            first = j * per_word
+            taken = min(per_word, checks - first)
+            if taken > 0:
+                word |= _part(found, first, taken) << np.uint64(width)
+            out[block * together + j] = word
+
+
+@kernel()
+def _part(limbs, first, count):  # type: ignore[no-untyped-def]
+    """Bits `first` to `first + count` of a long number; at most 63 of them."""
+    k, shift = first >> 6, first & 63
+    value = limbs[k] >> np.uint64(shift)
+    if shift + count > 64:
+        value |= limbs[k + 1] << np.uint64(64 - shift)
+    return value & np.uint64((1 << count) - 1)
+
+
+@kernel()
+def _repair_short(words, whole, table, shape, count, positions, exp, log, out, status):  # type: ignore[no-untyped-def]
+    """Single words whose check bits are looked up at once: a clean word equals the one that its data would make."""
+    width = shape[0]
+    mask = words.dtype.type((1 << width) - 1)
+    syndrome = np.zeros(1, np.uint64)
+    found = np.zeros(shape[3], np.int64)
+    for i in range(words.size):
+        word = words[i]
+        data = word & mask
+        out[i] = data
+        if whole[data] != word:
+            syndrome[0] = (np.uint64(word) >> np.uint64(width)) ^ table[data]
+            status[i] = _mend(syndrome, shape, count, positions, exp, log, found, out[i : i + 1])
+
+
+@kernel()
+def _repair_long(words, low, middle, high, shape, count, positions, exp, log, out, status):  # type: ignore[no-untyped-def]
+    """Single words of two or three pieces."""
+    width, piece = shape[0], np.uint64(shape[6])
+    keep, mask, above = np.uint64((1 << width) - 1), np.uint64((1 << shape[6]) - 1), np.uint64(width)
+    two = np.uint64(2 * shape[6])
+    syndrome = np.zeros(1, np.uint64)
+    found = np.zeros(shape[3], np.int64)
+    for i in range(words.size):
+        word = np.uint64(words[i])
+        data = word & keep
+        out[i] = data
+        sum_ = low[data & mask] ^ middle[(data >> piece) & mask] ^ high[(data >> two) & mask] ^ (word >> above)
+        if sum_ != 0:
+            syndrome[0] = sum_
+            status[i] = _mend(syndrome, shape, count, positions, exp, log, found, out[i : i + 1])
+
+
+@kernel()
+def _repair_narrow(words, first, second, limbs, shape, count, positions, exp, log, out, status):  # type: ignore[no-untyped-def]
+    """Blocks of at most 128 check bits."""
+    width, together, per_word, t, _, checks, piece = shape
+    pieces = first.shape[1]
+    low, mask, above = np.uint64((1 << width) - 1), np.uint64((1 << piece) - 1), np.uint64(width)
+    holding = min(together, -(-checks // per_word))
+    syndrome = np.zeros(limbs, np.uint64)
+    found = np.zeros(t, np.int64)
+    for block in range(status.size):
+        one, two = np.uint64(0), np.uint64(0)
+        start = block * together
+        for j in range(together):
+            data = np.uint64(words[start + j]) & low
+            out[start + j] = data
+            if pieces == 1:
+                one ^= first[j, 0, data]
+                two ^= second[j, 0, data]
+            else:
+                for p in range(pieces):
+                    part = (data >> np.uint64(p * piece)) & mask
+                    one ^= first[j, p, part]
+                    two ^= second[j, p, part]
+        for j in range(holding):
+            stored, place = np.uint64(words[start + j]) >> above, j * per_word
+            if place < 64:
+                one ^= stored << np.uint64(place)
+                if limbs > 1 and place + per_word > 64:
+                    two ^= stored >> np.uint64(64 - place)
+            else:
+                two ^= stored << np.uint64(place - 64)
+        if one != 0 or (limbs > 1 and two != 0):
+            syndrome[0] = one
+            if limbs > 1:
+                syndrome[1] = two
+            part_ = out[start : start + together]
+            status[block] = _mend(syndrome, shape, count, positions, exp, log, found, part_)
+
+
+@kernel()
+def _repair(words, tables, shape, count, positions, exp, log, out, status):  # type: ignore[no-untyped-def]
+    width, together, per_word, t, _, checks, piece = shape
+    pieces, limbs = tables.shape[1], tables.shape[3]
+    low, mask = np.uint64((1 << width) - 1), np.uint64((1 << piece) - 1)
+    syndrome = np.zeros(limbs, np.uint64)
+    found = np.zeros(t, np.int64)
+    for block in range(status.size):
+        syndrome[:] = 0
+        first = block * together
+        for j in range(together):
+            word = np.uint64(words[first + j])
+            data = word & low
+            out[first + j] = data
+            for p in range(pieces):
+                row = tables[j, p, (data >> np.uint64(p * piece)) & mask]
+                for k in range(limbs):
+                    syndrome[k] ^= row[k]
+            place = j * per_word
+            if place < checks:
+                stored = word >> np.uint64(width)
+                k, shift = place >> 6, place & 63
+                syndrome[k] ^= stored << np.uint64(shift)
+                if shift + per_word > 64 and k + 1 < limbs:
+                    syndrome[k + 1] ^= stored >> np.uint64(64 - shift)
+        dirty = False
+        for k in range(limbs):
+            dirty |= syndrome[k] != 0
+        if dirty:
+            part = out[first : first + together]
+            status[block] = _mend(syndrome, shape, count, positions, exp, log, found, part)
+
+
+@kernel()
+def _mend(syndrome, shape, count, positions, exp, log, found, data):  # type: ignore[no-untyped-def]
+    """Correct the inner words of a block in place, if that can be done: CORRECTED or LOST."""
+    width, _, _, t, parity, checks, _ = shape
+    inside = checks - parity
+    if count.size > 1:
+        key = syndrome[0] & np.uint64((1 << inside) - 1)
+        errors = np.int64(count[key])
+        for i in range(errors):
+            found[i] = positions[key, i]
+    else:
+        errors = _locate(syndrome, inside, inside + width * shape[1], t, exp, log, found)
+    if errors < 0:
+        return LOST
+    if parity:
+        odd = 0
+        for k in range(syndrome.size):
+            limb = syndrome[k]
+            while limb:
+                limb &= limb - np.uint64(1)
+                odd ^= 1
+        if errors & 1 != odd and errors + 1 > t:
+            return LOST
+    for i in range(errors):
+        bit = found[i] - inside
+        if bit >= 0:
+            data[bit // width] ^= data.dtype.type(1) << data.dtype.type(bit % width)
+    return CORRECTED
+
+
+@kernel()
+def _locate(syndrome, inside, total, t, exp, log, found):  # type: ignore[no-untyped-def]
+    """Positions of at most t errors, by Berlekamp and Massey and Chien's search; −1 if there are more."""
+    order = exp.size // 2
+    s = np.zeros(2 * t + 1, np.int64)
+    for k in range(syndrome.size):
+        limb = syndrome[k]
+        place = 64 * k
+        while limb and place < inside:
+            if limb & np.uint64(1):
+                for j in range(1, 2 * t, 2):
+                    s[j] ^= exp[place * j % order]
+            limb >>= np.uint64(1)
+            place += 1
+    for j in range(1, t + 1):
+        if s[j]:
+            s[2 * j] = exp[2 * log[s[j]] % order]
+    sigma, before, kept = np.zeros(2 * t + 2, np.int64), np.zeros(2 * t + 2, np.int64), np.zeros(2 * t + 2, np.int64)
+    sigma[0] = before[0] = 1
+    length, shift, divisor = 0, 1, 1
+    for step in range(0, 2 * t, 2):
+        discrepancy = s[step + 1]
+        for i in range(1, length + 1):
+            if sigma[i] and s[step + 1 - i]:
+                discrepancy ^= exp[log[sigma[i]] + log[s[step + 1 - i]]]
+        if discrepancy:
+            ratio = (log[discrepancy] + order - log[divisor]) % order
+            longer = 2 * length <= step
+            if longer:
+                kept[:] = sigma
+            for i in range(2 * t + 2 - shift):
+                if before[i]:
+                    sigma[i + shift] ^= exp[log[before[i]] + ratio]
+            if longer:
+                length = step + 1 - length
+                before[:] = kept
+                divisor = discrepancy
+                shift = 0
+        shift += 2
+        if length > t:
+            return -1
+    if length == 0:
+        return 0
+    turn = np.zeros(t + 1, np.int64)
+    for i in range(1, length + 1):
+        turn[i] = log[sigma[i]] if sigma[i] else -1
+    errors = 0
+    for place in range(total):  # an error at α^place is a root of sigma at α^−place
+        value = 1
+        for i in range(1, length + 1):
+            if turn[i] >= 0:
+                value ^= exp[turn[i]]
+                turn[i] -= i
+                if turn[i] < 0:
+                    turn[i] += order
+        if value == 0:
+            if errors == length:
+                return -1
+            found[errors] = place
+            errors += 1
+            if errors == length:
+                return errors
+    return -1
