@@ -24,7 +24,7 @@ def result(mlp, blobs):
 def test_columns(result):
     assert list(result.trials) == [
         "point", "ber", "trial", "faults", "flips", "accuracy", "auroc", "masked", "non_critical_sdc", "critical_sdc",
-        "due", "samples", "seconds", "digest", "error", "audited",
+        "due", "corrected", "detected", "miscorrected", "samples", "seconds", "digest", "error", "audited",
     ]  # fmt: skip
     numbers = ("accuracy", "auroc", "accuracy_drop", "auroc_drop", *OUTCOMES, "critical_total")
     ends = ("", "_low", "_high", "_samples_low", "_samples_high", "_both_low", "_both_high")
