@@ -69,11 +69,15 @@ from .storage.clipping import bit_profile as bit_profile
 from .storage.clipping import choose_clipping as choose_clipping
 from .storage.explore import Exploration as Exploration
 from .storage.explore import explore as explore
+from .storage.files import load_packed as load_packed
+from .storage.files import save_packed as save_packed
 from .storage.indicators import p_drop as p_drop
 from .storage.indicators import rap as rap
 from .storage.mixed import explore_mixed as explore_mixed
 from .storage.pack import pack_ as pack_
 from .storage.pack import packed_bytes as packed_bytes
+from .storage.protect import Protection as Protection
+from .storage.protect import protect as protect
 from .storage.scrub import scrub_ as scrub_
 
 __version__: str

@@ -30,8 +30,9 @@ def test_columns(result):
     ends = ("", "_low", "_high", "_samples_low", "_samples_high", "_both_low", "_both_high")
     tails = ("accuracy_tail", "auroc_tail", "critical_total_tail")
     expected = ["point", "ber", "trials", "flips", *tails, *(f"{name}{end}" for name in numbers for end in ends)]
-    assert sorted(result.summary) == sorted([*expected, "audited", "coverage"])
-    assert list(result.summary)[-1] == "coverage"
+    words = ("corrected", "detected", "miscorrected")
+    assert sorted(result.summary) == sorted([*expected, *words, "audited", "coverage"])
+    assert list(result.summary)[-5:] == ["flips", *words, "audited", "coverage"][-5:]
 
 
 def test_summary_is_means_and_intervals_over_trials(result):

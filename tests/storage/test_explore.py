@@ -147,7 +147,7 @@ def test_a_form_that_was_too_inaccurate_is_injected_when_it_is_asked_for(network
 
 def test_names_that_look_alike_have_journals_of_their_own():
     names = ["a b/Affine(bits=8)", "a-b/Affine(bits=8)", "A b/Affine(bits=8)", "x" * 300, "x" * 301, "é", "è"]
-    files = [fortune._file_name(name) for name in names]
+    files = [fortune.file_name(name) for name in names]
     assert len(set(files)) == len(names)
     assert all(len(file) < 120 and file.isascii() and "/" not in file for file in files)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import flipproof as fp
 from flipproof.errors import ConfigError, JournalError, JournalMismatch
-from flipproof.storage.mixed import _cheapest, doubt
+from flipproof.storage.mixed import least_cost, doubt
 
 OPTIONS = (fp.Affine(bits=3), fp.Affine(bits=5), fp.TripleMSB(fp.Affine(bits=3)))
 
@@ -50,7 +50,7 @@ def random_costs(layers, options, *, largest, spread, seed):
 
 @pytest.mark.parametrize("largest", [5, 10**4, 10**8])
 @pytest.mark.parametrize("spread", [0, 1e-6, 1.0])
-def test_the_cheapest_selection_is_that_of_exhaustive_search(largest, spread):
+def test_theleast_cost_selection_is_that_of_exhaustive_search(largest, spread):
     refused = 0
     for seed in range(12):
         table, budget = random_costs(4, 3, largest=largest, spread=spread, seed=seed)
@@ -59,10 +59,10 @@ def test_the_cheapest_selection_is_that_of_exhaustive_search(largest, spread):
             refused += 1
             assert by_dominance(table, budget) is None
             with pytest.raises(ConfigError, match="budget"):
-                _cheapest(table, budget)
+                least_cost(table, budget)
             continue
         assert by_dominance(table, budget) == pytest.approx(best, rel=1e-12)
-        taken = table[_cheapest(table, budget)]
+        taken = table[least_cost(table, budget)]
         assert sorted(taken["layer"]) == sorted(table["layer"].unique())
         assert taken["bits"].sum() <= budget
         assert taken["cost"].sum() == pytest.approx(best[0], rel=1e-12, abs=1e-12 * spread)
@@ -73,14 +73,14 @@ def test_the_cheapest_selection_is_that_of_exhaustive_search(largest, spread):
 def test_many_layers_and_options_come_to_the_same_cost_as_without_a_solver(seed):
     table, _ = random_costs(16, 13, largest=10**5, spread=1e-2, seed=seed)
     budget = int(table.groupby("layer")["bits"].median().sum())
-    taken = table[_cheapest(table, budget)]
+    taken = table[least_cost(table, budget)]
     assert taken["bits"].sum() <= budget
     assert taken["cost"].sum() == pytest.approx(by_dominance(table, budget)[0], rel=1e-12)
 
 
 def test_of_options_that_cost_the_same_the_smallest_is_taken():
     table = pd.DataFrame({"layer": list("aaab"), "bits": [8, 3, 3, 5], "cost": [0.0, 0.0, 0.0, 1.0]})
-    assert _cheapest(table, 100).tolist() == [False, True, False, True]
+    assert least_cost(table, 100).tolist() == [False, True, False, True]
 
 
 def test_costs_are_what_assess_measures_and_the_budget_is_kept(tmp_path):

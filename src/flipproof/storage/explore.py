@@ -341,7 +341,7 @@ class _Exploring:
             if self._journal is not None:
                 self._journal.append(form)
         enough = form.accuracy >= self.accuracy
-        journal = None if self.folder is None else self.folder / _file_name(name)
+        journal = None if self.folder is None else self.folder / file_name(name)
         found = self.injected(model, format=format, journal=journal) if enough or full else None
         feasible = enough and found is not None and float(found.summary["accuracy_drop"].max()) <= self.drop
         self.judged[name] = _Judged(form, found, feasible)
@@ -439,10 +439,10 @@ def _rates(form: _Form, found: Assessment) -> pd.DataFrame:
     return table
 
 
-def _file_name(name: str) -> str:
+def file_name(name: str) -> str:
     """A file for each name: its letters and digits for people, a digest of all of it for those that look alike.
 
-    >>> _file_name("Guard/Affine(bits=8)")
+    >>> file_name("Guard/Affine(bits=8)")
     'guard-affine-bits-8-84504bf6.jsonl'
     """
     readable = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")[:80]

@@ -159,7 +159,7 @@ def explore_mixed(
         ],
         columns=["layer", "format", "bits", "cost"],
     )
-    table["chosen"] = _cheapest(table, memory)
+    table["chosen"] = least_cost(table, memory)
     by_name = {repr(option): option for option in options}
     taken = table[table["chosen"]]
     formats = {str(layer): by_name[str(format)] for layer, format in zip(taken["layer"], taken["format"], strict=True)}
@@ -220,7 +220,7 @@ class _Measuring:
         """Nothing to give back: each campaign recovers by itself."""
 
 
-def _cheapest(table: pd.DataFrame, memory: int) -> NDArray[np.bool_]:
+def least_cost(table: pd.DataFrame, memory: int) -> NDArray[np.bool_]:
     """Which rows to take: one of each layer, together at most `memory` bits, of the least total cost.
 
     A multiple-choice knapsack: minimise Σ cost · x, where x is 0 or 1 for each row, Σ x = 1 in each layer and
@@ -235,7 +235,7 @@ def _cheapest(table: pd.DataFrame, memory: int) -> NDArray[np.bool_]:
     """
     least = int(table.groupby("layer")["bits"].min().sum())
     if least > memory:
-        raise ConfigError(f"explore_mixed: the narrowest options take {least:,} bits, the budget is {memory:,}")
+        raise ConfigError(f"the narrowest options take {least:,} bits, the budget is {memory:,}")
     # an option that a smaller one of the same layer equals or beats is never taken, so that ties go to the smaller
     rows = table.sort_values(["bits", "cost"])
     before = rows.groupby("layer")["cost"].cummin().groupby(rows["layer"]).shift()

@@ -1,0 +1,338 @@
+"""What each tensor is stored in, so that a model survives a bit error rate within a memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from math import inf, isfinite, prod
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flipproof._fields import Fields, wrong
+from flipproof.engine.journal import Key
+from flipproof.errors import ConfigError, FormatError
+from flipproof.formats import Affine, Float16, Float32, Format, Rounded
+from flipproof.hardening.fitting.calibration import Calibration, logits
+from flipproof.running.device import release_memory
+from flipproof.running.evaluation import one_thread
+from flipproof.spaces.tensors import Candidate, own_format
+from flipproof.storage.codes import LINE, cheapest, loss, strongest
+from flipproof.storage.mixed import least_cost
+
+INNERS: tuple[Format, ...] = (
+    *(Affine(bits=bits, axis=0) for bits in range(3, 9)),
+    Rounded(Float16(), bits=11),
+    Rounded(Float32(), bits=16),
+)
+"""What the values of a weight may be stored in, before its code."""
+
+REST: tuple[Format, ...] = (Rounded(Float32(), bits=20), Rounded(Float32(), bits=16))
+"""The same for biases, norms and whatever else has fewer than two dimensions, the preferred one first."""
+
+SHARES = (1e-2, 1e-3, 1e-4, 1e-6, 1e-9)
+"""Shares of code words that may be beyond repair: the strengths that are tried of each code."""
+
+WORST = 20.0
+"""Nats: a sample that answers NaN has drifted that far, and none is counted as farther."""
+
+_LOST = 0.02
+"""Share of a tensor's blocks that reads as 0 where it is measured what a lost block costs."""
+
+_BLOCK = 64
+_DRAWS = 3
+
+
+def drift(outputs: Tensor, golden: Tensor) -> float:
+    """How far logits are from the fault-free ones: Σ_j p_j · log(p_j / q_j), mean over samples, in nats.
+
+    p is the softmax of the fault-free logits, q that of the others. NaN counts as `WORST`.
+
+    >>> drift(torch.zeros(1, 2), torch.zeros(1, 2)), drift(torch.full((1, 2), float("nan")), torch.zeros(1, 2))
+    (0.0, 20.0)
+    """
+    p, q = F.log_softmax(golden.double(), dim=1), F.log_softmax(outputs.double(), dim=1)
+    apart = (p.exp() * (p - q)).sum(dim=1)
+    return float(torch.nan_to_num(apart, nan=WORST, posinf=WORST).clamp(0, WORST).mean())
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What storing one tensor in one way costs: one line of the journal.
+
+    Attributes:
+        tensor: number of the tensor.
+        option: number of the format of its values; −1 for blocks that are lost.
+        drift: nats, see `drift`; a lost share of 1 costs so much. None where the format cannot hold the values.
+    """
+
+    tensor: int
+    option: int
+    drift: float | None
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Which job it was."""
+        return self.tensor, self.option
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Drift:
+        """The inverse of `to_json`."""
+        about = Fields(record, "the record")
+        value = None if about.take("drift") is None else about.number("drift")
+        found = cls(about.whole("tensor"), about.whole("option", -1), value)
+        about.end()
+        if value is not None and not 0 <= value < inf:
+            raise wrong(about.at("drift"), "a number from 0", value)
+        return found
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """Measures `Drift`: one tensor at a time is changed, the others stay whole.
+
+    Attributes:
+        model: a copy that may be changed.
+        names: of the tensors.
+        inners: what their values may be stored in.
+        data: to judge on, with the fault-free answers.
+        seed: of the blocks that are lost.
+    """
+
+    model: nn.Module
+    names: Sequence[str]
+    inners: Sequence[Format]
+    data: Calibration
+    seed: int
+
+    def __call__(self, tensor: int, option: int) -> Drift:
+        """Measure one."""
+        parameter = self.model.get_parameter(self.names[tensor])
+        original = parameter.detach().clone()
+        try:
+            if option >= 0:
+                try:
+                    changed = [self.inners[option].encode(original).decode()]
+                except FormatError:
+                    return Drift(tensor, option, None)
+                if not bool(torch.isfinite(changed[0]).all()):
+                    return Drift(tensor, option, None)
+                return Drift(tensor, option, self._judge(parameter, changed))
+            changed, share = self._with_losses(original, tensor)
+            return Drift(tensor, option, self._judge(parameter, changed) / share)
+        finally:
+            parameter.data.copy_(original)
+
+    def _with_losses(self, original: Tensor, tensor: int) -> tuple[list[Tensor], float]:
+        """The tensor with a few of its blocks lost, several times; and which share of its values that is."""
+        size = max(1, min(_BLOCK, original.numel() // 50))
+        blocks = -(-original.numel() // size)
+        lost = max(1, round(_LOST * blocks))
+        found = []
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + tensor)
+        for _ in range(_DRAWS):
+            values = original.clone().reshape(-1)
+            for block in torch.randperm(blocks, generator=generator)[:lost].tolist():
+                values[block * size : (block + 1) * size] = 0
+            found.append(values.reshape(original.shape))
+        return found, lost / blocks
+
+    def _judge(self, parameter: nn.Parameter, changed: Sequence[Tensor]) -> float:
+        rule, found = self.data.decision, 0.0
+        golden = logits(self.data.teacher, rule)
+        with one_thread(parameter.device):
+            for values in changed:
+                parameter.data.copy_(values)
+                found += drift(logits(self.data.outputs(self.model), rule), golden)
+        return found / len(changed)
+
+    @property
+    def serial_only(self) -> str:
+        """Why it cannot be given to worker processes."""
+        device = next(self.model.parameters()).device
+        return "" if device.type == "cpu" else f"one process already fills {device}"
+
+    def describe(self, key: Key) -> str:
+        """A job in words."""
+        tensor, option = map(int, key)
+        return f"{self.names[tensor]}: {'lost blocks' if option < 0 else repr(self.inners[option])}"
+
+    def wake(self) -> None:
+        """Nothing to prepare in a worker."""
+
+    def recover(self) -> None:
+        """Give memory back to a device that ran out of it."""
+        release_memory()
+
+
+def keys_of(weights: int, inners: int) -> list[Key]:
+    """All that has to be measured: each weight in each format, and with lost blocks."""
+    return [(i, k) for i in range(weights) for k in (-1, *range(inners))]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each tensor is stored in.
+
+    Attributes:
+        ber: the bit error rate that it is made for.
+        formats: {qualified name: format}.
+        table: one row a tensor: `name`, `kind`, `values`, `format`, `data` (bits of a value), `bits` (stored in all,
+            constants included), `lost` (expected share of its code words), `drift` (expected, nats).
+        bits: stored bits in all, constants included.
+        drift: expected in all, nats.
+    """
+
+    ber: float
+    formats: dict[str, Format]
+    table: pd.DataFrame
+
+    @property
+    def bits(self) -> int:
+        return int(self.table["bits"].sum())
+
+    @property
+    def drift(self) -> float:
+        return float(self.table["drift"].sum())
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans within a memory budget.
+
+    The cost of storing a weight is what its rounding costs and what the expected share of lost blocks costs; costs of
+    tensors are added, which holds as long as they are small. The choice of least total cost within the budget is a
+    multiple-choice knapsack, see `least_cost`.
+
+    Attributes:
+        weights: tensors that have several options.
+        rest: tensors that are stored in the first of `rest_inners` that holds them.
+        found: measurements, by (number of the weight, option).
+        inners: what weights may be stored in.
+        line: stored bits of the longest code word.
+    """
+
+    weights: Sequence[Candidate]
+    rest: Sequence[Candidate]
+    found: dict[Key, Drift]
+    inners: Sequence[Format]
+    line: int = LINE
+
+    @cached_property
+    def now(self) -> int:
+        """Stored bits of all these tensors in their own types."""
+        return sum(candidate.bits for candidate in (*self.weights, *self.rest))
+
+    def plan(self, ber: float, bits: float) -> Plan | None:
+        """The plan of least expected drift for a rate within so many bits; None if nothing fits."""
+        rest = [self._rest(candidate, ber) for candidate in self.rest]
+        if any(row is None for row in rest):
+            return None
+        taken = sum(row["bits"] for row in rest if row is not None)
+        options = [row for i in range(len(self.weights)) for row in self._options(i, ber)]
+        if len({row["name"] for row in options}) < len(self.weights):
+            return None
+        if self.weights:
+            table = pd.DataFrame(options)
+            costs = table.rename(columns={"name": "layer", "drift": "cost"})[["layer", "bits", "cost"]]
+            try:
+                chosen = table[least_cost(costs, int(bits - taken))]
+            except ConfigError:
+                return None
+        elif taken > bits:
+            return None
+        else:
+            chosen = pd.DataFrame()
+        whole = pd.concat([chosen, pd.DataFrame([row for row in rest if row is not None])], ignore_index=True)
+        formats = dict(zip(whole["name"].tolist(), whole["stored"].tolist(), strict=True))
+        return Plan(ber, formats, whole.drop(columns="stored"))
+
+    def least(self, ber: float) -> float:
+        """The fewest bits for which there is a plan at this rate; infinite if there is none."""
+        rest = [self._rest(candidate, ber) for candidate in self.rest]
+        each = [[row["bits"] for row in self._options(i, ber)] for i in range(len(self.weights))]
+        if any(row is None for row in rest) or not all(each):
+            return inf
+        return float(sum(row["bits"] for row in rest if row is not None) + sum(map(min, each)))
+
+    def _options(self, number: int, ber: float) -> list[dict[str, Any]]:
+        candidate, shape = self.weights[number], tuple(self.weights[number].tensor.shape)
+        rows: dict[str, dict[str, Any]] = {}
+        each_lost = self.found[number, -1].drift or 0.0
+        for k, inner in enumerate(self.inners):
+            rounding = self.found[number, k].drift
+            if rounding is None:
+                continue
+            for share in SHARES if ber else (0.0,):
+                code = inner if not ber else cheapest(inner, ber, share, words=prod(shape), line=self.line)
+                if code is None:
+                    continue
+                lost = loss(code, ber) if ber else 0.0
+                rows[repr(code)] = _row(candidate, code, inner, lost, rounding + min(lost * each_lost, WORST))
+        return list(rows.values())
+
+    def _rest(self, candidate: Candidate, ber: float) -> dict[str, Any] | None:
+        """The strongest that `SHARES` asks for, of the first format that can hold the values."""
+        count = candidate.tensor.numel()
+        if not candidate.tensor.is_floating_point():
+            return _row(candidate, own_format(candidate.tensor.dtype), None, 0.0, 0.0)
+        for inner in REST:
+            try:
+                decoded = inner.encode(candidate.tensor.detach()).decode()
+            except FormatError:
+                continue
+            if not bool(torch.isfinite(decoded).all()):
+                continue
+            if not ber:
+                return _row(candidate, inner, inner, 0.0, 0.0)
+            for share in reversed(SHARES):
+                code = cheapest(inner, ber, share, words=count, line=max(self.line, 64))
+                if code is not None:
+                    return _row(candidate, code, inner, loss(code, ber), 0.0)
+            code = strongest(inner, 64, words=count, line=max(self.line, 64))
+            if code is not None:
+                return _row(candidate, code, inner, loss(code, ber), 0.0)
+        return None
+
+
+def _row(candidate: Candidate, code: Format, inner: Format | None, lost: float, cost: float) -> dict[str, Any]:
+    shape = tuple(candidate.tensor.shape)
+    stored = code.stored_bits(shape)
+    data = code.width if inner is None else inner.width
+    # constants are taken to lie in protected memory: they are charged as if the same code protected them
+    charged = round(constant_bits(code, candidate.tensor) * stored / (data * max(prod(shape), 1)))
+    return {
+        "name": candidate.name,
+        "kind": candidate.kind,
+        "values": prod(shape),
+        "format": repr(code),
+        "data": data,
+        "bits": stored + charged,
+        "lost": lost,
+        "drift": cost if isfinite(cost) else WORST,
+        "stored": code,
+    }
+
+
+def constant_bits(format: Format, tensor: Tensor) -> int:
+    """Bits of the constants that a format keeps of a tensor in protected memory, 32 each.
+
+    >>> constant_bits(Affine(bits=5, axis=0), torch.rand(8, 4)), constant_bits(Float16(), torch.rand(8, 4))
+    (512, 0)
+    """
+    coding = format.fit(tensor.detach()) if tensor.is_floating_point() else ()
+    return 32 * sum(constant.numel() for constant in coding[format.stored_constants :])
+
+
+def copy_in_eval_mode(model: nn.Module) -> nn.Module:
+    """A copy that may be changed."""
+    return deepcopy(model).eval()

@@ -1,0 +1,262 @@
+"""Which code for which memory: how often a code word is beyond repair, and the code that fits a budget or a rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import brentq
+from scipy.special import bdtrc
+
+from flipproof.errors import ConfigError, FormatError
+from flipproof.formats import (
+    BCH,
+    SECDED,
+    Affine,
+    BFloat16,
+    FixedPoint,
+    Float8E4M3,
+    Float16,
+    Float32,
+    Format,
+    Rounded,
+)
+from flipproof.formats.blocks import Blocks
+
+LINE = 512
+"""Stored bits of the longest code words that are tried: a memory line."""
+
+_LINES = (64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def capacity(ber: float) -> float:
+    """How many bits a stored bit can carry at a bit error rate (Shannon 1948): 1 − H(p), H(p) in bits.
+
+    >>> round(capacity(1e-2), 3), round(capacity(3e-2), 3), capacity(0.0)
+    (0.919, 0.806, 1.0)
+    """
+    if not 0 <= ber <= 1:
+        raise ConfigError(f"a bit error rate lies in [0, 1], got {ber!r}")
+    if ber in (0, 1):
+        return 1.0
+    return 1 + ber * math.log2(ber) + (1 - ber) * math.log2(1 - ber)
+
+
+def loss(format: Format, ber: float) -> float:
+    """The probability that a code word has more faults than its code corrects; of a plain word, that it has any.
+
+    P(X > t), X binomial over the n stored bits of the code word. What is lost is detected, or miscorrected.
+
+    Args:
+        format: `BCH`, `SECDED`, or any other, which corrects nothing.
+        ber: faults a stored bit, independent of one another.
+
+    Example:
+        >>> import flipproof as fp
+        >>> f"{loss(fp.BCH(fp.Rounded(fp.Float16(), 11), t=5), 1e-2):.1e}"  # more than 5 of 32 bits
+        '7.2e-07'
+    """
+    bits = format.layout(format.together).bits
+    return float(bdtrc(_corrected(format), bits, ber))
+
+
+def survivable(format: Format, share: float = 1e-4) -> float:
+    """The bit error rate at which that share of the code words is beyond repair.
+
+    >>> import flipproof as fp
+    >>> round(survivable(fp.BCH(fp.Affine(bits=5, axis=0), t=14, block=385)), 4)
+    0.0091
+    """
+    return float(brentq(lambda ber: loss(format, ber) - share, 1e-15, 0.5, xtol=1e-15))
+
+
+def _corrected(format: Format) -> int:
+    if isinstance(format, BCH):
+        return format.t
+    return 1 if isinstance(format, SECDED) else 0
+
+
+def cheapest(inner: Format, ber: float, share: float, *, words: int, line: int = LINE) -> Format | None:
+    """The code of fewest stored bits a word of which at most that share of code words is lost.
+
+    Args:
+        inner: what is protected; each word stands alone.
+        ber: the bit error rate to survive.
+        share: of code words that may be beyond repair.
+        words: of the tensor: no block is longer.
+        line: most stored bits of a code word.
+
+    Returns:
+        A `BCH` format; None if none of this length does.
+
+    Example:
+        >>> import flipproof as fp
+        >>> found = cheapest(fp.Affine(bits=5, axis=0), 1e-2, 1e-3, words=10_000)
+        >>> found, round(found.layout(10_000).bits / 10_000, 2)
+        (BCH(inner=Affine(bits=5, axis=0), t=13, block=375, parity=True), 6.57)
+    """
+    found = [_coded(inner, size, t) for size, t in _enough(inner.width, ber, share, words, line)]
+    return min(found, key=lambda code: code.layout(code.together).bits / code.together, default=None)
+
+
+@lru_cache(maxsize=4096)
+def _enough(width: int, ber: float, share: float, words: int, line: int) -> tuple[tuple[int, int], ...]:
+    """(words a block, t) of the longest block for each length of line that keeps the loss, and of single words."""
+    found = []
+    for longest in (length for length in _LINES if length <= line):
+        for size in _sizes(longest // width, words):
+            t = _least(width, size, ber, share, longest)
+            if t is not None:
+                found.append((size, t))
+                break
+    alone = _least(width, 1, ber, share, 64)
+    return (*found, *([(1, alone)] if alone is not None else []))
+
+
+def _sizes(most: int, words: int) -> Iterator[int]:
+    """Block lengths, longest first, each about a sixteenth shorter than the one before."""
+    size = min(most, words)
+    while size >= 2:
+        yield size
+        size -= max(1, size // 16)
+
+
+def _least(width: int, words: int, ber: float, share: float, longest: int) -> int | None:
+    """The smallest t that keeps the loss of such a block, if its code word is no longer than that."""
+    data = width * words
+    t = 1
+    while True:
+        try:
+            stored = data + BCH(_Plain.of(width), t=t, block=data if words > 1 else None).check_bits(words)
+        except FormatError:
+            return None
+        if stored > longest:
+            return None
+        if bdtrc(t, stored, ber) <= share:
+            return t
+        t += 1
+
+
+def strongest(inner: Format, bits: float, *, words: int, line: int = LINE) -> Format | None:
+    """The code that survives the highest rate with at most so many stored bits a word.
+
+    Args:
+        inner: what is protected.
+        bits: stored bits a word, at most.
+        words: of the tensor: no block is longer.
+        line: most stored bits of a code word.
+
+    Returns:
+        A `BCH` format; None if there is no room for one.
+
+    Example:
+        >>> import flipproof as fp
+        >>> strongest(fp.Affine(bits=5, axis=0), 16, words=1)
+        BCH(inner=Affine(bits=5, axis=0), t=3, block=None, parity=True)
+    """
+    best: tuple[float, Format] | None = None
+    sizes = {1, *(min(int(length // bits), words) for length in _LINES if length <= line)} - {0}
+    for size in sizes:
+        t, data = 0, inner.width * size
+        most = min(bits, 64) * size
+        while True:
+            try:
+                code = _coded(inner, size, t + 1)
+            except FormatError:
+                break
+            if data + code.check_bits(size) > most:
+                break
+            t += 1
+        if t:
+            code = _coded(inner, size, t)
+            rate = survivable(code)
+            if best is None or rate > best[0]:
+                best = rate, code
+    return None if best is None else best[1]
+
+
+def _coded(inner: Format, words: int, t: int) -> BCH:
+    return BCH(inner, t=t, block=inner.width * words if words > 1 else None)
+
+
+class _Plain:
+    """Stands for any format of a width: how many check bits a code has does not depend on more."""
+
+    @staticmethod
+    @lru_cache
+    def of(width: int) -> Format:
+        return Affine(bits=width) if 2 <= width <= 8 else Rounded(Float32(), bits=width)
+
+
+_STORED: dict[str, tuple[int, Sequence[Format]]] = {
+    "float32": (
+        32,
+        [Rounded(Float32(), 26), Rounded(Float32(), 20), Float16(), *(Rounded(Float16(), b) for b in (13, 11, 9))],
+    ),
+    "bfloat16": (16, [Rounded(BFloat16(), b) for b in (14, 12, 11, 10)]),
+    "float16": (16, [Rounded(Float16(), b) for b in (14, 12, 11, 10, 9)]),
+    "float8 E4M3": (8, [Rounded(Float8E4M3(), b) for b in (7, 6, 5)]),
+    "Q15.16": (32, [FixedPoint(3, b) for b in (20, 16, 12, 9, 7)]),
+    "8 bits a channel": (8, [Affine(b, axis=0) for b in (7, 6, 5, 4, 3)]),
+    "4 bits a channel": (4, [Affine(b, axis=0) for b in (3, 2)]),
+}
+"""What weights are stored in, its bits, and what it may be stored in instead, the most precise first."""
+
+BUDGETS = (0.0, -0.25, -0.5, -0.75)
+"""Extra memory, as a share of what it is now."""
+
+
+def code_table(*, line: int = LINE, share: float = 1e-4) -> pd.DataFrame:
+    """For each kind of stored number, the best codes that fit into the memory it has, or less of it.
+
+    Of all codes that fit, those that no other one beats in both precision and rate: one row each, with `stored`,
+    `memory` (extra, a share), `format`, `data` (bits of the value), `bits` (stored a value), `corrects` (faults a code
+    word), `line` (bits of a code word) and `ber`, the bit error rate at which `share` of the code words is lost.
+
+    Example:
+        >>> table = code_table(line=64)
+        >>> row = table[(table["stored"] == "float32") & (table["memory"] == 0)].iloc[-1]
+        >>> row["format"], int(row["corrects"])
+        ('BCH(inner=Rounded(inner=Float16(), bits=9), t=10, block=18, parity=True)', 10)
+    """
+    rows = []
+    for stored, (bits, inners) in _STORED.items():
+        for budget in BUDGETS:
+            best = 0.0
+            for inner in inners:
+                code = strongest(inner, bits * (1 + budget), words=10**6, line=line)
+                if code is None:
+                    continue
+                rate = survivable(code, share)
+                if rate <= best:
+                    continue
+                best = rate
+                layout = code.layout(code.together)
+                rows.append(
+                    {
+                        "stored": stored,
+                        "memory": budget,
+                        "format": repr(code),
+                        "data": inner.width,
+                        "bits": layout.bits / layout.values,
+                        "corrects": _corrected(code),
+                        "line": layout.bits,
+                        "ber": rate,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def shannon_ratio(format: Format, ber: float) -> float:
+    """Stored bits ÷ the fewest that could carry the same data bits at this rate: 1 is the limit.
+
+    >>> import flipproof as fp
+    >>> round(shannon_ratio(fp.BCH(fp.Affine(bits=5, axis=0), t=14, block=385), 1e-2), 3)
+    1.222
+    """
+    data = format.inner.width if isinstance(format, Blocks) else format.width
+    layout = format.layout(format.together)
+    return float(np.divide(layout.bits / layout.values * capacity(ber), data))

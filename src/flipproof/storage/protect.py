@@ -1,0 +1,631 @@
+"""`protect`: one verb that chooses how a model is stored so that it survives, and shows why."""
+
+from __future__ import annotations
+
+import os
+import time as clock
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from math import inf
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from flipproof._files import replacing
+from flipproof._interrupts import gives_back
+from flipproof.campaigns.assess import assess
+from flipproof.campaigns.assessment import Assessment
+from flipproof.campaigns.fingerprint import digest_of
+from flipproof.engine.jobs import do_all
+from flipproof.engine.journal import Journal
+from flipproof.engine.progress import progress_bar
+from flipproof.errors import ConfigError, FormatError, JournalError
+from flipproof.faults import BitErrorRate
+from flipproof.formats import (
+    SECDED,
+    Affine,
+    BitClipped,
+    FixedPoint,
+    Float32,
+    Format,
+    RangeChecked,
+    TripleMSB,
+)
+from flipproof.hardening.files import save_hardened
+from flipproof.hardening.fitting.calibration import Calibration
+from flipproof.hardening.harden import harden
+from flipproof.hardening.methods.base import Hardening
+from flipproof.hardening.methods.guard import Guard
+from flipproof.reports.tables import compare
+from flipproof.running.data import Data, Output, call
+from flipproof.running.device import check_device
+from flipproof.running.evaluation import eval_mode, one_thread
+from flipproof.running.outcomes import DecisionChoice
+from flipproof.spaces.sites import Parameters, check_where
+from flipproof.spaces.tensors import Candidate, inventory
+from flipproof.storage.budget import INNERS, Drift, Measuring, Plan, Planner, copy_in_eval_mode, keys_of
+from flipproof.storage.codes import LINE, capacity
+from flipproof.storage.explore import Question, file_name
+from flipproof.storage.files import save_packed
+from flipproof.storage.pack import pack_
+from flipproof.storage.survival import LADDER, survival
+
+KEPT = 0.99
+"""Share of the fault-free accuracy that has to be kept, where no accuracy is asked for."""
+
+BUDGETS = (-0.75, -0.5, -0.25, 0.0)
+"""Extra memory of the forms on the front, as shares, beside the one that was asked for."""
+
+_DRIFT = 0.05
+"""Nats: a plan that is expected to drift farther is not tried for the front."""
+
+
+def published() -> dict[str, Format]:
+    """Stored forms that others have published, or that are common, by what they are called.
+
+    >>> sorted(published())[:2]
+    ['8 bits', '8 bits a channel']
+    """
+    return {
+        "WBC, bit 30": BitClipped(Float32(), zeros=(30,)),
+        "SECDED (72, 64)": SECDED(Float32(), block=64),
+        "Q15.16": FixedPoint(),
+        "Q15.16, range check": RangeChecked(FixedPoint(), per="channel"),
+        "8 bits": Affine(bits=8),
+        "8 bits a channel": Affine(bits=8, axis=0),
+        "8 bits, SECDED (72, 64)": SECDED(Affine(bits=8, axis=0), block=64),
+        "FORTUNE P-3": TripleMSB(Affine(bits=3, axis=0)),
+        "FORTUNE P-4": TripleMSB(Affine(bits=4, axis=0)),
+        "FORTUNE P-5": TripleMSB(Affine(bits=5, axis=0)),
+    }
+
+
+@dataclass(frozen=True)
+class Protection:
+    """A protected model, and its evidence.
+
+    Attributes:
+        model: a copy whose parameters are packed words, decoded and repaired at every use; see `unpack_`, `scrub_`.
+        formats: {qualified name: format} of what is packed.
+        hardening: the bounds that were added, "none" if there are none.
+        ber: the bit error rate it is made for.
+        least: the mean accuracy that was asked for at that rate, a fraction.
+        golden: accuracy of the model as it came, without faults, on the data that it was verified on.
+        verdict: "met", "not met" or "cannot be told": whether the interval of the mean accuracy at `ber` lies above
+            `least`, below it, or holds it.
+        why: the same in sentences.
+        table: one row a tensor, see `Plan`.
+        evidence: one row a stored form, injected at `ber` on the data that nothing was chosen on: `form`, `memory`
+            (extra, a share), `time` (a forward that decodes ÷ one of the model as it came; NaN where not measured),
+            `clean` (accuracy without faults), `accuracy` with intervals, `accuracy_gain` over the unprotected model,
+            paired, words by outcome.
+        front: one row a stored form: `form`, `memory`, `ber` (the highest of a ladder of rates that it survives),
+            `accuracy` there, `limit` (what its memory could survive at best, if its data bits were coded ideally).
+        assessments: the campaigns of `evidence` by name, for `compare` and `report`.
+    """
+
+    model: nn.Module
+    formats: dict[str, Format]
+    hardening: str
+    ber: float
+    least: float
+    golden: float
+    verdict: str
+    why: str
+    table: pd.DataFrame
+    evidence: pd.DataFrame
+    front: pd.DataFrame
+    assessments: dict[str, Assessment]
+    hardened: nn.Module | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        shown = self.evidence[["form", "memory", "time", "clean", "accuracy", "accuracy_low", "accuracy_high"]].copy()
+        for column in ("memory", "clean", "accuracy", "accuracy_low", "accuracy_high"):
+            shown[column] = (100 * shown[column]).round(2)
+        shown["time"] = shown["time"].round(3)
+        shown.columns = ["form", "memory %", "time", "clean %", "accuracy %", "low", "high"]
+        text = f"{self.why}\n\nAt a bit error rate of {self.ber:g}:\n{shown.to_string(index=False)}"
+        if len(self.front):
+            front = self.front[["form", "memory", "ber", "limit"]].copy()
+            front["memory"] = (100 * front["memory"]).round(1)
+            front.columns = ["form", "memory %", "survives", "ideal"]
+            text += (
+                f"\n\nHighest bit error rate with {100 * self.least:.2f} % accuracy:\n{front.to_string(index=False)}"
+            )
+        return text
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the words, the tables and the verdict to a folder.
+
+        ``words.safetensors`` is for `load_packed`; where bounds were added, around the model that `load_hardened` makes
+        of ``hardened.safetensors``.
+
+        Raises:
+            ConfigError: if a file cannot be written.
+        """
+        where = Path(folder)
+        if self.hardened is not None:
+            save_hardened(self.hardened, where / "hardened.safetensors")
+        save_packed(self.model, where / "words.safetensors")
+        for name, table in (("table", self.table), ("evidence", self.evidence), ("front", self.front)):
+            with replacing(where / f"{name}.csv") as target:
+                table.to_csv(target, index=False)
+        with replacing(where / "verdict.txt") as target:
+            target.write_text(f"{self}\n", encoding="utf-8")
+        return where
+
+
+@gives_back
+def protect(
+    model: nn.Module,
+    data: Data,
+    *,
+    ber: float,
+    accuracy: float | None = None,
+    memory: float = 0.0,
+    time: float | None = None,
+    rivals: Mapping[str, Format] | None = None,
+    hardenings: Mapping[str, Hardening] | None = None,
+    inners: Sequence[Format] = INNERS,
+    line: int = LINE,
+    where: Parameters | None = None,
+    images: int = 500,
+    trials: int = 20,
+    front: bool = True,
+    seed: int = 0,
+    journal: str | os.PathLike[str] | None = None,
+    workers: int = 1,
+    output: Output = None,
+    decision: DecisionChoice = None,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+) -> Protection:
+    """Choose how a model is stored so that it survives a bit error rate within budgets, and prove it.
+
+    The data is split at random into one half to choose on and one half to verify on. On the first, each weight in turn
+    is stored in each of `inners`, and has some of its blocks lost: that says what rounding and lost words cost. A
+    multiple-choice knapsack then takes the width and the code of each tensor, so that the expected cost at `ber` is
+    least and all fits into the memory (`Planner`). What memory is left over buys a higher rate. On the second half the
+    chosen form, the model as it came and every rival are injected at `ber`: that is the evidence, paired where spaces
+    are equal. Bounds are added only if the stored form alone does not meet what was asked for and they help.
+
+    Args:
+        model: a classifier that `assess` takes; stays untouched.
+        data: labelled batches that the network has not been trained on.
+        ber: the bit error rate to survive.
+        accuracy: the least mean accuracy at that rate, a fraction; by default 99 % of the accuracy without faults.
+        memory: extra memory, as a share of what the parameters take in their own types: 0.0 for none, −0.5 for half.
+        time: the longest forward that decodes at use ÷ a forward of the model as it came; None for any.
+        rivals: stored forms to compare with, by name; by default those of `published`. What a form does not store
+            (biases and norms, with formats that quantise) is stored as in the chosen form, which favours the rival.
+        hardenings: bounds to try, by name; by default `Guard` if nothing else helps. Pass {} for none.
+        inners: what values of weights may be stored in.
+        line: stored bits of the longest code word.
+        where: which parameters; all by default. Buffers are never packed.
+        images: samples that choices and the front are made on, at most.
+        trials: injections a form at `ber`; the front takes a fifth of them at each rate.
+        front: whether to look for the highest rate that each form survives.
+        seed: of all draws.
+        journal: folder of the journals: run again after an interruption and it resumes.
+        workers: processes.
+        output: see `assess`.
+        decision: see `assess`.
+        device: see `assess`.
+        progress: see `assess`.
+
+    Raises:
+        ConfigError: on rates or shares that are none, or if nothing fits the memory: it says how much is needed.
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> _ = torch.manual_seed(0)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+        >>> x = torch.randn(400, 16)
+        >>> safe = fp.protect(net, [(x, net(x).argmax(dim=1))], ber=1e-2, trials=5, front=False)
+        >>> safe.verdict, float(safe.evidence["memory"].iloc[1]) <= 0
+        ('met', True)
+    """
+    _check(ber=ber, accuracy=accuracy, memory=memory, time=time, images=images, trials=trials, line=line)
+    place = check_device(model, device)
+    work = copy_in_eval_mode(model).to(place)
+    read = Calibration.read(work, data, place, output, decision)
+    choosing, verifying = read.split(0.5, seed)
+    some = choosing.some(torch.arange(min(images, choosing.samples)))
+    weights, rest, tied = _tensors(work, where)
+    folder = None if journal is None else Path(journal)
+    if folder is not None and folder.is_file():
+        raise JournalError(f"{folder} is a file; protect takes journal= a folder, for a journal of each form")
+    question = Question(
+        _fingerprint(work, _as_data(some), output, decision, device),
+        {"tensors": [[c.name, list(c.tensor.shape)] for c in weights], "inners": [*map(repr, inners)], "seed": seed},
+    )
+    file = None if folder is None else Journal(folder / "drift.jsonl", Question, Drift, kind="protection")
+    measuring = Measuring(work, [c.name for c in weights], inners, some, seed)
+    found = do_all(measuring, keys_of(len(weights), len(inners)), question, file, workers=workers, progress=progress)
+    golden = verifying.accuracy
+    least = KEPT * golden if accuracy is None else accuracy
+    campaign = partial(
+        assess,
+        where=where,
+        metrics=("accuracy",),
+        seed=seed,
+        workers=workers,
+        output=output,
+        decision=decision,
+        device=device,
+        progress=False,
+    )
+    making = _Making(
+        model=work,
+        planner=Planner(weights, rest, found, inners, line),
+        choosing=_as_data(some),
+        some=_as_data(verifying.some(torch.arange(min(images, verifying.samples)))),
+        verifying=_as_data(verifying),
+        campaign=campaign,
+        least=least,
+        trials=trials,
+        folder=folder,
+        ber=ber,
+    )
+    rivals = published() if rivals is None else dict(rivals)
+    steps = len(rivals) + 2 + (front * (len(rivals) + len(BUDGETS) + 2))
+    with progress_bar(steps, 0, show=progress) as step:
+        plan = making.within(memory, time)
+        step("chosen")
+        making.judge("as it came", work, None, memory=0.0)
+        making.judge("protected", work, plan.formats, memory=making.extra(plan))
+        step("protected")
+        hardening, hardened = "none", None
+        if making.verdict("protected") != "met" and hardenings != {}:
+            hardening, hardened = _bounded(making, plan, hardenings, choosing, output, decision)
+        for name, format in rivals.items():
+            stored = making.rival(format, plan)
+            if stored is not None:
+                making.judge(name, work, stored[0], memory=stored[1], audit=0.0)
+            step(name)
+        table = making.front(rivals, plan, {memory, *BUDGETS}, step) if front else pd.DataFrame()
+    chosen = "protected" if hardening == "none" else f"protected, {hardening}"
+    final = work if hardened is None else hardened
+    safe = _packed(final, plan.formats)
+    evidence = making.evidence()
+    evidence.loc[evidence["form"] == chosen, "time"] = making.time_of(safe)
+    return Protection(
+        model=safe,
+        formats=plan.formats,
+        hardening=hardening,
+        ber=ber,
+        least=least,
+        golden=golden,
+        verdict=making.verdict(chosen),
+        why=_why(making, chosen, plan, evidence, tied),
+        table=plan.table,
+        evidence=evidence,
+        front=table,
+        assessments=making.found,
+        hardened=hardened,
+    )
+
+
+@dataclass
+class _Making:
+    """Campaigns of stored forms that share data, seed and rate."""
+
+    model: nn.Module
+    planner: Planner
+    choosing: list[Any]
+    some: list[Any]
+    verifying: list[Any]
+    campaign: Callable[..., Assessment]
+    least: float
+    trials: int
+    folder: Path | None
+    ber: float
+    found: dict[str, Assessment] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
+
+    def extra(self, plan: Plan) -> float:
+        """Memory of a plan beyond that of the model as it came, as a share of that."""
+        return plan.bits / self.planner.now - 1
+
+    def within(self, memory: float, time: float | None) -> Plan:
+        """The plan for a budget: for the rate that was asked for, or a higher one if that costs no more.
+
+        Raises:
+            ConfigError: if nothing fits.
+        """
+        bits = (1 + memory) * self.planner.now
+        lines = [self.planner.line, *(line for line in (64, 0) if line < self.planner.line)]
+        fits: Plan | None = None
+        for line in lines if time is not None else lines[:1]:
+            planner = Planner(self.planner.weights, self.planner.rest, self.planner.found, self.planner.inners, line)
+            plan = planner.plan(self.ber, bits)
+            if plan is None:
+                continue
+            fits = self._spent(planner, plan, bits)
+            if time is None or self.time_of(_packed(self.model, fits.formats)) <= time:
+                return fits
+        if fits is not None:
+            return fits
+        least = self.planner.least(self.ber)
+        need = "no code survives it" if least == inf else f"{100 * (least / self.planner.now - 1):+.1f} % are needed"
+        raise ConfigError(
+            f"protect: nothing that survives ber={self.ber:g} fits memory={memory:+g} ({100 * memory:+.0f} %): {need}. "
+            f"Allow more memory, narrower inners= or a longer line="
+        )
+
+    def _spent(self, planner: Planner, plan: Plan, bits: float) -> Plan:
+        """What is left of the budget buys a higher rate, as long as the expected drift stays about the same."""
+        best = plan
+        for rate in (rate for rate in LADDER if rate > self.ber):
+            higher = planner.plan(rate, bits)
+            if higher is None or higher.drift > 1.1 * plan.drift + 1e-3:
+                break
+            best = higher
+        return best
+
+    def rival(self, format: Format, plan: Plan) -> tuple[dict[str, Format], float] | None:
+        """How a rival stores the model, and its extra memory; None if it cannot hold some weight."""
+        formats = dict(plan.formats)
+        bits = 0
+        rows = plan.table.set_index("name")["bits"]
+        for candidate in self.planner.weights:
+            try:
+                decoded = format.encode(candidate.tensor.detach()).decode()
+            except FormatError:
+                return None
+            if not bool(torch.isfinite(decoded).all()):
+                return None
+            formats[candidate.name] = format
+            bits += format.stored_bits(tuple(candidate.tensor.shape))
+        bits += sum(int(rows[candidate.name]) for candidate in self.planner.rest)
+        return formats, bits / self.planner.now - 1
+
+    def judge(
+        self, name: str, model: nn.Module, formats: dict[str, Format] | None, *, memory: float, audit: float = 0.01
+    ) -> None:
+        """Inject a form at the rate, on the data that nothing was chosen on."""
+        self.memory[name] = memory
+        self.found[name] = self._campaign(model, formats, self.verifying, self.ber, self.trials, f"at {name}", audit)
+
+    def _campaign(
+        self,
+        model: nn.Module,
+        formats: dict[str, Format] | None,
+        data: list[Any],
+        ber: float,
+        trials: int,
+        name: str,
+        audit: float = 0.0,
+    ) -> Assessment:
+        label = f"{name} {ber:g} {digest_of([*map(str, (formats or {}).items())])}"
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*clips bits that are not constant.*")
+            return self.campaign(
+                model,
+                data,
+                format=formats,
+                faults=BitErrorRate(ber, exact=False),
+                trials=trials,
+                audit=audit,
+                journal=None if self.folder is None else self.folder / file_name(label),
+            )
+
+    def verdict(self, name: str) -> str:
+        """Whether the interval of the mean lies above what was asked for."""
+        row = self.found[name].summary.iloc[0]
+        low, high = float(row["accuracy_both_low"]), float(row["accuracy_both_high"])
+        if float(row["accuracy"]) >= self.least and low != low:
+            return "met"
+        return "met" if low >= self.least else "not met" if high < self.least else "cannot be told"
+
+    def evidence(self) -> pd.DataFrame:
+        """One row a form at the rate."""
+        table = compare(**self.found)
+        table.insert(0, "form", table.pop("campaign"))
+        table["memory"] = [self.memory[name] for name in table["form"]]
+        table.insert(1, "memory", table.pop("memory"))
+        table.insert(2, "time", float("nan"))
+        table.insert(3, "clean", [found.golden["accuracy"] for found in self.found.values()])
+        return table
+
+    def front(
+        self, rivals: Mapping[str, Format], plan: Plan, budgets: set[float], step: Callable[..., None]
+    ) -> pd.DataFrame:
+        """The highest rate that each form survives, of the same few samples and trials."""
+        rows = []
+        trials = max(2, self.trials // 5)
+
+        def survives(name: str, formats: dict[str, Format] | None, data: list[Any]) -> Any:
+            return survival(
+                lambda rate: self._campaign(self.model, formats, data, rate, trials, f"front {name}"), self.least
+            )
+
+        def row(name: str, memory: float, formats: dict[str, Format] | None, ours: bool) -> None:
+            found = survives(name, formats, self.some)
+            rows.append(
+                {
+                    "form": name,
+                    "ours": ours,
+                    "memory": memory,
+                    "ber": found.ber,
+                    "accuracy": found.accuracy,
+                    "next": found.next,
+                }
+            )
+            step(f"front: {name}")
+
+        row("as it came", 0.0, None, ours=False)
+        for budget in sorted(budgets):
+            best = self._highest((1 + budget) * self.planner.now)
+            if best is not None:
+                row(f"protect, memory {100 * budget:+.0f} %", self.extra(best), best.formats, ours=True)
+                rows[-1]["data"] = float((best.table["data"] * best.table["values"]).sum() / best.table["values"].sum())
+        for name, format in rivals.items():
+            stored = self.rival(format, plan)
+            if stored is not None:
+                row(name, stored[1], stored[0], ours=False)
+        table = pd.DataFrame(rows)
+        values = sum(c.tensor.numel() for c in (*self.planner.weights, *self.planner.rest))
+        table["limit"] = [
+            _ideal(data, (1 + memory) * self.planner.now / values)
+            for data, memory in zip(table["data"], table["memory"], strict=True)
+        ]
+        return table
+
+    def _highest(self, bits: float) -> Plan | None:
+        """The plan for the highest rate that is expected to be survived within so many bits."""
+        best: Plan | None = None
+        for rate in LADDER[LADDER.index(1e-5) :]:
+            plan = self.planner.plan(rate, bits)
+            if plan is None or plan.drift > _DRIFT:
+                break
+            best = plan
+        return best
+
+    def time_of(self, packed: nn.Module) -> float:
+        """A forward that decodes at use ÷ one of the model as it came, in turn, on the first batch."""
+        inputs = self.verifying[0][0]
+        taken: tuple[list[float], list[float]] = ([], [])
+        device = next(self.model.parameters()).device
+        with one_thread(device), torch.no_grad():
+            for _ in range(7):
+                for one, seconds in zip((packed, self.model), taken, strict=True):
+                    with eval_mode(one):
+                        began = clock.perf_counter()
+                        call(one, inputs)
+                        if device.type == "cuda":
+                            torch.cuda.synchronize(device)
+                        seconds.append(clock.perf_counter() - began)
+        return median(taken[0]) / median(taken[1])
+
+
+def _bounded(
+    making: _Making,
+    plan: Plan,
+    hardenings: Mapping[str, Hardening] | None,
+    choosing: Calibration,
+    output: Output,
+    decision: DecisionChoice,
+) -> tuple[str, nn.Module | None]:
+    """The bounds that help the stored form most, judged on the data of the choice; "none" if none does."""
+    best: tuple[float, str, nn.Module | None] = (0.0, "none", None)
+    plain = making._campaign(making.model, plan.formats, making.choosing, making.ber, making.trials, "choose plain")
+    best = (float(plain.summary["accuracy"].iloc[0]), "none", None)
+    for name, method in ({"Guard": Guard()} if hardenings is None else hardenings).items():
+        safe = harden(making.model, method, data=_as_data(choosing), output=output, decision=decision, progress=False)
+        found = making._campaign(safe, plan.formats, making.choosing, making.ber, making.trials, f"choose {name}")
+        mean = float(found.summary["accuracy"].iloc[0])
+        if mean > best[0]:
+            best = (mean, name, safe)
+    if best[2] is not None:
+        extra = sum(p.numel() * p.element_size() * 8 for n, p in best[2].named_parameters() if n not in plan.formats)
+        memory = making.extra(plan) + extra / making.planner.now
+        making.judge(f"protected, {best[1]}", best[2], plan.formats, memory=memory)
+    return best[1], best[2]
+
+
+def _why(making: _Making, chosen: str, plan: Plan, evidence: pd.DataFrame, tied: Sequence[str]) -> str:
+    """What was chosen and what came of it, in sentences."""
+    row = evidence[evidence["form"] == chosen].iloc[0]
+    plain = evidence[evidence["form"] == "as it came"].iloc[0]
+    weights = plan.table[plan.table["kind"] == "weight"]
+    counts = weights.groupby("data")["values"].sum()
+    widths = ", ".join(f"{100 * n / counts.sum():.0f} % in {bits}" for bits, n in counts.items())
+    sentences = [
+        f"{'Met' if making.verdict(chosen) == 'met' else making.verdict(chosen).capitalize()}: at a bit error rate of "
+        f"{making.ber:g} the mean accuracy is {_percent(row, 'accuracy')} over trials and samples; asked for were "
+        f"{100 * making.least:.2f} %.",
+        f"The model as it came has {100 * plain['clean']:.2f} % without faults and {_percent(plain, 'accuracy')} at "
+        f"that rate; without faults the protected one has {100 * row['clean']:.2f} %.",
+        f"Of its weights, {widths} bits, coded for {plan.ber:g}; memory {100 * row['memory']:+.1f} %, with the "
+        f"constants of formats, which are taken to lie in protected memory, charged as if the same codes protected "
+        f"them.",
+    ]
+    rivals = evidence[~evidence["form"].isin(["as it came", "protected", chosen])]
+    fair = rivals[rivals["memory"] <= max(float(row["memory"]), 0.0) + 0.005]
+    if len(fair):
+        best = fair.sort_values("accuracy").iloc[-1]
+        sentences.append(
+            f"The best of {len(fair)} other forms of no more memory than the model had is {best['form']!r} with "
+            f"{_percent(best, 'accuracy')}."
+        )
+    if tied:
+        sentences.append(f"Not stored, since tied parameters cannot be packed: {', '.join(tied)}.")
+    return "\n".join(sentences)
+
+
+def _percent(row: Any, name: str) -> str:
+    return f"{100 * row[name]:.2f} % [{100 * row[f'{name}_both_low']:.2f}, {100 * row[f'{name}_both_high']:.2f}]"
+
+
+def _tensors(model: nn.Module, where: Parameters | None) -> tuple[list[Candidate], list[Candidate], list[str]]:
+    """Weights that have a choice, other parameters, and names of tied ones, which cannot be packed."""
+    asked = check_where(where)
+    chosen = [c for c in inventory(model) if not c.is_buffer and not asked.leaves_out(c)]
+    if packed := [c.name for c in chosen if c.packed is not None]:
+        raise ConfigError(f"{packed[0]} is packed already; protect takes the model as it was before")
+    tied = [c.name for c in chosen if len(c.names) > 1]
+    free = [c for c in chosen if len(c.names) == 1 and not c.problem and c.tensor.is_floating_point()]
+    if not free:
+        raise ConfigError(f"protect: this {type(model).__name__} has no floating-point parameters that can be packed")
+    weights = [c for c in free if c.quantisable]
+    return weights, [c for c in free if not c.quantisable], tied
+
+
+def _fingerprint(model: nn.Module, data: list[Any], output: Output, decision: DecisionChoice, device: Any) -> Any:
+    found = assess(
+        model,
+        data,
+        faults=BitErrorRate(0.0),
+        trials=1,
+        output=output,
+        decision=decision,
+        device=device,
+        progress=False,
+    )
+    return found.header.fingerprint
+
+
+def _as_data(part: Calibration) -> list[Any]:
+    """Batches as `assess` takes them."""
+    targets = torch.split(part.batches.targets, list(part.batches.sizes))
+    return list(zip(part.batches.inputs, targets, strict=True))
+
+
+def _packed(model: nn.Module, formats: dict[str, Format]) -> nn.Module:
+    return pack_(deepcopy(model), formats)
+
+
+def _ideal(data: float, stored: float) -> float:
+    """The rate at which `stored` bits can carry `data` bits at best (Shannon 1948); NaN if `data` is not known."""
+    if data != data or data > stored:
+        return float("nan")
+    low, high = 0.0, 0.5
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if stored * capacity(middle) >= data else (low, middle)
+    return low
+
+
+def _check(**given: Any) -> None:
+    """Refuse rates, shares and counts that are none."""
+    numbers = {"ber": (0, 0.5), "accuracy": (0, 1), "memory": (-1, inf), "time": (0, inf)}
+    for name, (low, high) in numbers.items():
+        value = given[name]
+        if value is None and name in ("accuracy", "time"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
+            closed = name == "accuracy" and value in (0, 1) and not isinstance(value, bool)
+            if not closed:
+                raise ConfigError(f"protect takes {name}= a number between {low} and {high}, got {value!r}")
+    for name in ("images", "trials", "line"):
+        value = given[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"protect takes {name}= a whole number from 1, got {value!r}")

@@ -1,0 +1,54 @@
+"""The highest bit error rate that a stored form of a model survives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from flipproof.campaigns.assessment import Assessment
+
+LADDER = tuple(step * 10.0**power for power in range(-8, -1) for step in (1, 2, 3, 5))
+"""Bit error rates that are tried: 1e-8, 2e-8, 3e-8, 5e-8, … 5e-2."""
+
+
+class Survival(NamedTuple):
+    """What was found.
+
+    Attributes:
+        ber: the highest rate of the ladder at which the mean is at least what was asked for; 0.0 if there is none.
+        accuracy: the mean there.
+        next: the mean one rate above it; NaN at the end of the ladder.
+    """
+
+    ber: float
+    accuracy: float
+    next: float
+
+
+def survival(campaign: Callable[[float], Assessment], least: float, ladder: tuple[float, ...] = LADDER) -> Survival:
+    """Bisect the ladder for the highest rate at which the mean accuracy is at least `least`.
+
+    It takes for granted that accuracy falls with the rate. Where it does not, within the noise of few trials, the
+    answer may be a step of the ladder off.
+
+    Args:
+        campaign: injects at one rate.
+        least: mean accuracy that is still enough, a fraction.
+        ladder: rates, ascending.
+    """
+    means: dict[int, float] = {}
+
+    def mean(index: int) -> float:
+        if index not in means:
+            means[index] = float(campaign(ladder[index]).summary["accuracy"].iloc[0])
+        return means[index]
+
+    low, high = -1, len(ladder)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if mean(middle) >= least:
+            low = middle
+        else:
+            high = middle
+    nan = float("nan")
+    return Survival(0.0 if low < 0 else ladder[low], means.get(low, nan), means.get(high, nan))
