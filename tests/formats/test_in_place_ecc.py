@@ -46,6 +46,15 @@ class TestSymmetricPerChannel(TestSymmetric):
         assert torch.equal(decoded, torch.tensor([[63.0] * 7 + [127.0], [63 / 127] * 7 + [1.0]]))
 
 
+class TestSymmetricThatFits(Contract):
+    format = fp.InPlaceECC(fp.Symmetric(8, largest=63))
+    stores_infinity = False
+
+    def test_nothing_is_clamped(self):
+        x = self.values((7, 9))
+        assert torch.equal(self.format.encode(x).decode(), self.format.inner.encode(x).decode())
+
+
 class Twin:
     """The code of one block, bit by bit: lists of 0 and 1, and the places of the docstring."""
 

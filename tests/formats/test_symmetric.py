@@ -27,15 +27,20 @@ class TestFour(Contract):
     format = fp.Symmetric(bits=4)
 
 
+class TestHalfOfTheWords(Contract):
+    format = fp.Symmetric(bits=8, axis=0, largest=63)
+
+
 class TestTwo(Contract):
     format = fp.Symmetric(bits=2)
 
 
-@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=12), st.integers(2, 8))
-def test_words_and_values_as_exact_arithmetic_has_them(values, bits):
-    stored = fp.Symmetric(bits).encode(torch.tensor(values, dtype=torch.float64))
+@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=12), st.integers(2, 8), st.booleans())
+def test_words_and_values_as_exact_arithmetic_has_them(values, bits, half):
+    largest = max(2 ** (bits - 2) - 1, 1) if half else 2 ** (bits - 1) - 1
+    stored = fp.Symmetric(bits, largest=largest if half else None).encode(torch.tensor(values, dtype=torch.float64))
     top = max(abs(Fraction(v)) for v in values) or Fraction(1)
-    scale = top / (2 ** (bits - 1) - 1)
+    scale = top / largest
     for value, word, read in zip(values, words_of(stored.words), stored.decode().tolist(), strict=True):
         exact = Fraction(value) / scale
         signed = word - 2**bits if word >> (bits - 1) else word
@@ -61,7 +66,7 @@ def test_the_word_that_is_never_written_reads_as_one_step_beyond():
 def test_given_alone_it_stores_the_weights_and_leaves_the_biases():
     space = fp.FaultSpace(torch.nn.Linear(3, 2), format=fp.Symmetric(8))
     assert {site.name: repr(site.format) for site in space.sites} == {
-        "weight": "Symmetric(bits=8, axis=None)",
+        "weight": "Symmetric(bits=8, axis=None, largest=None)",
         "bias": "Float32()",
     }
 
@@ -74,6 +79,10 @@ def test_given_alone_it_stores_the_weights_and_leaves_the_biases():
         ({"bits": 8.0}, "2 to 8 bits"),
         ({"axis": 1}, "axis=None"),
         ({"axis": False}, "axis=None"),
+        ({"largest": 128}, "is 1 to 127, got largest=128"),
+        ({"bits": 4, "largest": 0}, "is 1 to 7, got largest=0"),
+        ({"largest": True}, "got largest=True"),
+        ({"largest": 63.0}, r"got largest=63\.0"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):

@@ -34,7 +34,9 @@ class InPlaceECC(Protected):
 
     The paper trains the network until the first seven weights of every block are small. **Without that training they
     are clamped to [−64, 63] here, which changes weights without any fault**; the golden run shows what it does. With
-    `Symmetric` that is every weight of the seven that is beyond half of the largest.
+    `Symmetric(8)` that is every weight of the seven that is beyond half of the largest, 1 % of a ResNet-20's, which
+    costs it 14 points of accuracy. ``Symmetric(8, largest=63)`` clamps nothing and is what an untrained network wants;
+    that is ours.
 
     Of the paper we read the abstract; what reads after two faults, and which SEC-DED code it is, are ours: the extended
     Hamming code. Every stored bit has a place, a number of six bits, and the syndrome is the exclusive or of the places

@@ -15,25 +15,27 @@ from flipproof.formats.protected import Protected, unsigned
 
 @dataclass(frozen=True)
 class SignVote(Protected):
-    """The top v bits of a fixed-point word are set to what most of them are; costs no memory and, with `None`, nothing.
+    """The top v bits of a fixed-point word are set to what most of them are; costs no memory.
 
     With m bits a word, a value in [−2^(m−v), 2^(m−v) − 1] units has v equal bits at the top: its sign, v times. At use
 
-    bits m − v … m − 1 = [bit m − v + … + bit m − 1 > v / 2]
+    bits m − v … m − 1 = [more than half of the top u bits are 1], u = v for odd v, else v − 1
 
-    so that up to (v − 1) / 2 faults among them do nothing. v is odd, so that there always is a majority. The lower
-    m − v bits are not protected.
+    so that up to (u − 1) / 2 faults among these u do nothing, and none in the others of the v. (An even number of votes
+    could be a draw: the lowest bit then has none, but is set as well, since it is known.) The lower m − v bits are not
+    protected.
 
-    With ``bits=None`` v is fitted to each tensor: the most that all its values allow, at least 1 (no vote). It is one
-    more constant of the tensor's coding and **taken to lie in protected memory, as a scale is**. No value changes. With
-    `bits` given nothing has to be kept, and values beyond ±2^(m−v) units saturate, which the golden run shows.
+    With ``bits=None`` v is fitted to each tensor: the most that all its values allow, at least 1 (nothing is set). It
+    is one more constant of the tensor's coding and **taken to lie in protected memory, as a scale is**. No value
+    changes. With `bits` given nothing has to be kept, and values beyond ±2^(m−v) units saturate, which the golden run
+    shows.
 
     Ours: we know of no publication. That trained weights in Q15.16 leave the upper integer bits to the sign is seen on
     any of them.
 
     Args:
         inner: the fixed-point format.
-        bits: how many bits vote; an even number loses its lowest. None takes the most a tensor allows.
+        bits: how many bits repeat the sign, v; None takes the most a tensor allows.
 
     Raises:
         FormatError: for another inner format, and bits that it has not.
@@ -60,7 +62,7 @@ class SignVote(Protected):
             not isinstance(given, int) or isinstance(given, bool) or not 1 <= given <= self.inner.width
         ):
             raise FormatError(
-                f"SignVote: bits is None or how many of the {self.inner.width} bits of {self.inner!r} vote, "
+                f"SignVote: bits is None or how many of the {self.inner.width} bits of {self.inner!r} are alike, "
                 f"got {given!r}"
             )
 
@@ -75,58 +77,47 @@ class SignVote(Protected):
         signed = self._signed(self.inner.encode_values(x, coding))
         # x XOR sign is the magnitude, and the bits above it are free
         largest = int((signed ^ (signed >> 63)).max()) if x.numel() else 0
-        return (*coding, torch.tensor(_odd(self.inner.width - largest.bit_length()), device=x.device))
+        return (*coding, torch.tensor(self.inner.width - largest.bit_length(), device=x.device))
 
     def encode_values(self, x: Tensor, coding: Coding) -> Tensor:
-        inner, votes = self._split(coding, x.device)
-        limit = torch.ones_like(votes) << (self.inner.width - votes)
+        inner, alike = self._split(coding, x.device)
+        limit = torch.ones_like(alike) << (self.inner.width - alike)
         signed = self._signed(self.inner.encode_values(x, inner)).clamp(-limit, limit - 1)
         return unsigned(signed, self.width).to(word_dtype(self.width))
 
     def decode_words(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> Tensor:
-        inner, votes = self._split(coding, words.device)
-        data = self._voted(unsigned(words, self.width), votes)
+        inner, alike = self._split(coding, words.device)
+        data = self._voted(unsigned(words, self.width), alike)
         return self.inner.decode_words(data.to(word_dtype(self.inner.width)), inner, dtype)
 
     def protect_words(self, data: Tensor) -> Tensor:
-        votes = self._given(data)
-        limit = torch.ones_like(votes) << (self.inner.width - votes)
+        alike = self._given(data)
+        limit = torch.ones_like(alike) << (self.inner.width - alike)
         return unsigned(self._signed(data).clamp(-limit, limit - 1), self.width)
 
     def repair_words(self, words: Tensor) -> tuple[Tensor, Tensor | None]:
         return self._voted(words, self._given(words)), None
 
-    def _voted(self, words: Tensor, votes: Tensor) -> Tensor:
-        low = self.inner.width - votes
+    def _voted(self, words: Tensor, alike: Tensor) -> Tensor:
+        votes = alike - 1 + alike % 2
         ones = torch.zeros_like(words)
         for bit in range(self.inner.width):
-            ones += ((words >> bit) & 1) * (bit >= low)
+            ones += ((words >> bit) & 1) * (bit >= self.inner.width - votes)
         sign = torch.where(ones > votes // 2, -1, 0)
-        below = (torch.ones_like(votes) << low) - 1
+        below = (torch.ones_like(alike) << (self.inner.width - alike)) - 1
         return unsigned((words & below) | (sign & ~below), self.width)
 
     def _split(self, coding: Coding, device: torch.device) -> tuple[Coding, Tensor]:
-        """The inner format's constants, and how many bits vote."""
+        """The inner format's constants, and how many bits repeat the sign."""
         if self.bits is None:
             return coding[:-1], coding[-1].to(torch.int64)
-        return coding, torch.tensor(_odd(self.bits), device=device)
+        return coding, torch.tensor(self.bits, device=device)
 
     def _given(self, words: Tensor) -> Tensor:
         if self.bits is None:
-            raise FormatError(
-                f"{self!r} fits its votes to a tensor: decode_words takes them, or bits= says how many there are"
-            )
-        return torch.tensor(_odd(self.bits), device=words.device)
+            raise FormatError(f"{self!r} fits its bits to a tensor: decode_words takes their number, or bits= says it")
+        return torch.tensor(self.bits, device=words.device)
 
     def _signed(self, words: Tensor) -> Tensor:
         blank = 64 - self.inner.width  # shift the sign to bit 63 and back: sign extension
         return (words.to(torch.int64) << blank) >> blank
-
-
-def _odd(votes: int) -> int:
-    """The odd number that `votes` bits hold.
-
-    >>> _odd(16), _odd(15), _odd(1)
-    (15, 15, 1)
-    """
-    return votes - 1 + votes % 2

@@ -17,12 +17,12 @@ from flipproof.formats.base import Coding, Format, word_dtype
 class Symmetric(Format):
     """Signed m-bit words, zero is word 0, and the largest magnitude is the largest word.
 
-    s = max|x| / (2^(m−1) − 1), word = round(x / s) in two's complement, value = s · word
+    s = max|x| / L, L = 2^(m−1) − 1, word = round(x / s) in two's complement, value = s · word
 
-    Ties round to even; words are clamped to ±(2^(m−1) − 1). All in float64, then rounded once to the tensor's type.
+    Ties round to even; words are clamped to ±L. All in float64, then rounded once to the tensor's type.
     The word −2^(m−1) is never written; a fault can make it, and it then reads as −s · 2^(m−1). With ``axis=None`` there
     is one scale a tensor, with ``axis=0`` one an output channel (Wu et al. 2020, section 3.1.2 and 3.2: "scale
-    quantization" and its granularity). Zeros alone get s = 1 / (2^(m−1) − 1). −0.0 reads as +0.0. NaN and infinities
+    quantization" and its granularity). Zeros alone get s = 1 / L. −0.0 reads as +0.0. NaN and infinities
     have no word and are refused.
 
     The scale is taken to be protected: faults hit the words only. Given alone to `assess`, the format stores the
@@ -31,9 +31,12 @@ class Symmetric(Format):
     Args:
         bits: 2 to 8.
         axis: None for one scale a tensor, 0 for one an output channel.
+        largest: L, if words are to be smaller than they might be: with 63 of 127 `InPlaceECC` clamps nothing, at the
+            price of one bit of precision.
 
     Raises:
-        FormatError: for other bits or axes, on NaN or infinite values, and on magnitudes that float64 cannot divide.
+        FormatError: for other bits, axes or largest words, on NaN or infinite values, and on magnitudes that float64
+            cannot divide.
 
     Example:
         >>> import flipproof as fp, torch
@@ -44,6 +47,7 @@ class Symmetric(Format):
 
     bits: int = 8
     axis: Literal[0] | None = None
+    largest: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 2 <= self.bits <= 8:
@@ -52,6 +56,11 @@ class Symmetric(Format):
             raise FormatError(
                 f"Symmetric has one scale a tensor (axis=None) or an output channel (axis=0), got {self.axis!r}"
             )
+
+        top = int(2 ** (self.bits - 1)) - 1
+        given = self.largest
+        if given is not None and (not isinstance(given, int) or isinstance(given, bool) or not 1 <= given <= top):
+            raise FormatError(f"Symmetric: the largest word of {self.bits} bits is 1 to {top}, got largest={given!r}")
 
     @property
     def weights_only(self) -> bool:
@@ -63,7 +72,7 @@ class Symmetric(Format):
 
     @property
     def _largest(self) -> int:
-        return int(2 ** (self.bits - 1)) - 1
+        return self.largest or int(2 ** (self.bits - 1)) - 1
 
     def fit(self, x: Tensor) -> Coding:
         if not bool(torch.isfinite(x).all()):
