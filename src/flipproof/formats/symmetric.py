@@ -19,11 +19,10 @@ class Symmetric(Format):
 
     s = max|x| / L, L = 2^(m−1) − 1, word = round(x / s) in two's complement, value = s · word
 
-    Ties round to even; words are clamped to ±L. All in float64, then rounded once to the tensor's type.
-    The word −2^(m−1) is never written; a fault can make it, and it then reads as −s · 2^(m−1). With ``axis=None`` there
-    is one scale a tensor, with ``axis=0`` one an output channel (Wu et al. 2020, section 3.1.2 and 3.2: "scale
-    quantization" and its granularity). Zeros alone get s = 1 / L. −0.0 reads as +0.0. NaN and infinities
-    have no word and are refused.
+    Ties round to even; words are clamped to ±L. All in float64, then rounded once to the tensor's type. The word
+    −2^(m−1) is never written; a fault can make it, and it then reads as −s · 2^(m−1). With ``axis=None`` there is one
+    scale a tensor, with ``axis=0`` one an output channel (Wu et al. 2020 call it scale quantization). Zeros alone get s
+    = 1 / L. −0.0 reads as +0.0. NaN and infinities have no word and are refused.
 
     The scale is taken to be protected: faults hit the words only. Given alone to `assess`, the format stores the
     weights of every layer, as `Affine` does; ``{"*": Symmetric(8)}`` stores biases and norms this way too.
