@@ -30,6 +30,8 @@ from .faults import BitPosition as BitPosition
 from .faults import RandomBits as RandomBits
 from .faults import StuckAt as StuckAt
 from .formats import BCH as BCH
+from .formats import CEP as CEP
+from .formats import MSET as MSET
 from .formats import SECDED as SECDED
 from .formats import Affine as Affine
 from .formats import BFloat16 as BFloat16
@@ -39,9 +41,13 @@ from .formats import Float8E4M3 as Float8E4M3
 from .formats import Float8E5M2 as Float8E5M2
 from .formats import Float16 as Float16
 from .formats import Float32 as Float32
+from .formats import InPlaceECC as InPlaceECC
+from .formats import LSBParity as LSBParity
 from .formats import Parity as Parity
 from .formats import RangeChecked as RangeChecked
 from .formats import Rounded as Rounded
+from .formats import SignVote as SignVote
+from .formats import Symmetric as Symmetric
 from .formats import TripleMSB as TripleMSB
 from .hardening.files import load_hardened as load_hardened
 from .hardening.files import save_hardened as save_hardened
