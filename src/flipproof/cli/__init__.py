@@ -23,6 +23,7 @@ VERBS = {
     "analyze": "Which errors in which neurons, or in which weights, change the class, layer by layer.",
     "estimate-factors": "The vulnerability factor of each layer or parameter to ± margin.",
     "harden": "A copy of a model whose activations are bounded.",
+    "protect": "Choose how a model is stored so that it survives a bit error rate, and prove it.",
     "explore": "Which stored form of a network is small, accurate and survives.",
     "compare": "Put campaigns side by side: drops, outcomes, gains over the first one with intervals.",
     "report": "Write one self-contained HTML page of campaigns.",

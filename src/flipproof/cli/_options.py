@@ -212,6 +212,14 @@ def _formats(texts: Sequence[str]) -> list[Format]:
     return [parse_format(text) for text in texts]
 
 
+def _named_formats(texts: Sequence[str]) -> dict[str, Format]:
+    found = {}
+    for text in texts:
+        name, equals, format = text.partition("=") if "(" not in text.partition("=")[0] else (text, "", text)
+        found[name] = parse_format(format if equals else text)
+    return found
+
+
 FACTORY = "MODULE:FACTORY or FILE.py:FACTORY"
 DECISION = "logits, probabilities, argmax, or a threshold such as 0.3"
 READINGS: dict[frozenset[Any], Reading] = {
@@ -223,6 +231,7 @@ READINGS: dict[frozenset[Any], Reading] = {
     _parts(Output): Reading((str, int), read_output, "a dict key, a tuple index, or MODULE:FUNCTION"),
     _parts(DecisionChoice): Reading((str, float), read_decision, DECISION),
     _parts(Metrics): Reading((list,), read_metrics, f"{', '.join(METRIC_NAMES)}, or MODULE:FUNCTION"),
+    _parts(Mapping[str, Format]): Reading((list,), _named_formats, "SECDED(Float32(), block=64), or NAME=FORMAT"),
     _parts(Sequence[Format]): Reading((list,), _formats, "SECDED(Affine(bits=8))"),
     _parts(Mapping[str, Hardening]): Reading((list,), _hardenings, "Guard(), ProAct.quick()"),
     _parts(tuple[int, int]): Reading((str,), _widths, "3:8"),

@@ -122,19 +122,25 @@ def bch_checks(data: int, t: int) -> tuple[int, int]:
         FormatError: if no code of length 2^13 − 1 or less does.
     """
     for m in _PRIMITIVE:
-        if 2 * t > (1 << m) - 1 or data > (1 << m) - 1:
-            continue
-        checks = _degree(m, t)
-        if data + checks <= (1 << m) - 1:
+        order = (1 << m) - 1
+        if 2 * t <= order and data + (checks := int(degrees(m)[t])) <= order:
             return m, checks
     raise FormatError(f"no BCH code of at most 8191 bits corrects t={t} errors in {data} data bits")
 
 
-@lru_cache(maxsize=4096)
-def _degree(m: int, t: int) -> int:
-    """Of the generator polynomial: how many powers of α are among its roots."""
+@lru_cache
+def degrees(m: int) -> NDArray[np.int64]:
+    """Of the generator polynomial for each t from 0 to 2^(m−1) − 1: how many powers of α are among its roots."""
     order = (1 << m) - 1
-    return len({odd * 2**i % order for odd in range(1, 2 * t, 2) for i in range(m)})
+    roots = np.zeros(order, np.bool_)
+    found = [0]
+    for odd in range(1, order, 2):
+        added = 0
+        if not roots[odd]:
+            conjugates = np.unique(odd * 2 ** np.arange(m, dtype=np.int64) % order)
+            roots[conjugates], added = True, conjugates.size
+        found.append(found[-1] + added)
+    return np.array(found, np.int64)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,10 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from flipproof.errors import FormatError
-from flipproof.formats._block_codes import BlockCode, bch_checks, bch_code
+from flipproof.formats._block_codes import BlockCode, bch_checks, bch_code, degrees
 from flipproof.formats.base import Format
 from flipproof.formats.blocks import Blocks
+
+
+def check_bits(data: int, longest: int) -> NDArray[np.int64]:
+    """Check bits of the shortest BCH code over so many data bits, without a parity, for each t from 0 up.
+
+    Args:
+        data: bits.
+        longest: code words are no longer; where that ends the list ends.
+
+    Example:
+        >>> check_bits(11, 31).tolist()
+        [0, 4, 10, 15, 20, 20]
+    """
+    found = np.zeros(1, np.int64)
+    for m in range(2, 14):
+        order = (1 << m) - 1
+        checks = degrees(m)[found.size :]
+        checks = checks[data + checks <= min(order, longest)]
+        found = np.concatenate([found, checks])
+        if order >= longest:
+            break
+    return found
 
 
 @dataclass(frozen=True)

@@ -85,10 +85,10 @@ class SignVote(Protected):
         signed = self._signed(self.inner.encode_values(x, inner)).clamp(-limit, limit - 1)
         return unsigned(signed, self.width).to(word_dtype(self.width))
 
-    def decode_words(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> Tensor:
+    def read(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         inner, alike = self._split(coding, words.device)
         data = self._voted(unsigned(words, self.width), alike)
-        return self.inner.decode_words(data.to(word_dtype(self.inner.width)), inner, dtype)
+        return self.inner.read(data.to(word_dtype(self.inner.width)), inner, dtype)
 
     def protect_words(self, data: Tensor) -> Tensor:
         alike = self._given(data)

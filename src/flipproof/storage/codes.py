@@ -24,6 +24,7 @@ from flipproof.formats import (
     Format,
     Rounded,
 )
+from flipproof.formats.bch import check_bits
 from flipproof.formats.blocks import Blocks
 
 LINE = 512
@@ -45,6 +46,19 @@ def capacity(ber: float) -> float:
     return 1 + ber * math.log2(ber) + (1 - ber) * math.log2(1 - ber)
 
 
+def ideal_rate(data: float, stored: float) -> float:
+    """The highest bit error rate at which `stored` bits can carry `data` bits, whatever the code (Shannon 1948).
+
+    NaN if there are fewer stored bits than data, or `data` is not known.
+
+    >>> round(ideal_rate(5, 5.44), 4)  # five bits in what memory at 1 % needs for them
+    0.01
+    """
+    if data != data or data > stored:
+        return float("nan")
+    return float(brentq(lambda ber: stored * capacity(ber) - data, 0.0, 0.5)) if data < stored else 0.0
+
+
 def loss(format: Format, ber: float) -> float:
     """The probability that a code word has more faults than its code corrects; of a plain word, that it has any.
 
@@ -61,6 +75,27 @@ def loss(format: Format, ber: float) -> float:
     """
     bits = format.layout(format.together).bits
     return float(bdtrc(_corrected(format), bits, ber))
+
+
+def untouched(format: Format, shape: tuple[int, ...], ber: float) -> float:
+    """The probability that every value of a tensor is read as it was stored: no code word has too many faults.
+
+    ∏ (1 − loss) over the code words; faults are independent. That at most t faults are corrected is not estimated but
+    proved, by enumeration (tests/formats/test_bch.py).
+
+    Example:
+        >>> import flipproof as fp
+        >>> round(untouched(fp.BCH(fp.Affine(bits=5, axis=0), t=3), (64, 32, 3, 3), 1e-3), 3)
+        1.0
+        >>> round(untouched(fp.Float32(), (10,), 1e-3), 3) == round((1 - 1e-3) ** 320, 3)
+        True
+    """
+    layout = format.layout(math.prod(shape) + format.constant_words(shape))
+    t, log = _corrected(format), 0.0
+    for bits, count in ((sum(layout.block), layout.blocks), (sum(layout.tail), 1 if layout.tail else 0)):
+        if count:
+            log += count * math.log1p(-min(float(bdtrc(t, bits, ber)), 1 - 1e-16))
+    return math.exp(log)
 
 
 def survivable(format: Format, share: float = 1e-4) -> float:
@@ -98,7 +133,9 @@ def cheapest(inner: Format, ber: float, share: float, *, words: int, line: int =
         >>> found, round(found.layout(10_000).bits / 10_000, 2)
         (BCH(inner=Affine(bits=5, axis=0), t=13, block=375, parity=True), 6.57)
     """
-    found = [_coded(inner, size, t) for size, t in _enough(inner.width, ber, share, words, line)]
+    most = max(1, min(words, line // inner.width))
+    codes = (_coded(inner, size, t) for size, t in _enough(inner.width, ber, share, most, line))
+    found = [code for code in codes if code is not None]
     return min(found, key=lambda code: code.layout(code.together).bits / code.together, default=None)
 
 
@@ -126,18 +163,10 @@ def _sizes(most: int, words: int) -> Iterator[int]:
 
 def _least(width: int, words: int, ber: float, share: float, longest: int) -> int | None:
     """The smallest t that keeps the loss of such a block, if its code word is no longer than that."""
-    data = width * words
-    t = 1
-    while True:
-        try:
-            stored = data + BCH(_Plain.of(width), t=t, block=data if words > 1 else None).check_bits(words)
-        except FormatError:
-            return None
-        if stored > longest:
-            return None
-        if bdtrc(t, stored, ber) <= share:
-            return t
-        t += 1
+    checks = check_bits(width * words, min(longest, 64 * words) - 1)  # no word is wider than 64 bits
+    stored = width * words + checks + 1
+    enough = np.flatnonzero(bdtrc(np.arange(checks.size), stored, ber)[1:] <= share)
+    return int(enough[0]) + 1 if enough.size else None
 
 
 def strongest(inner: Format, bits: float, *, words: int, line: int = LINE) -> Format | None:
@@ -160,35 +189,20 @@ def strongest(inner: Format, bits: float, *, words: int, line: int = LINE) -> Fo
     best: tuple[float, Format] | None = None
     sizes = {1, *(min(int(length // bits), words) for length in _LINES if length <= line)} - {0}
     for size in sizes:
-        t, data = 0, inner.width * size
-        most = min(bits, 64) * size
-        while True:
-            try:
-                code = _coded(inner, size, t + 1)
-            except FormatError:
-                break
-            if data + code.check_bits(size) > most:
-                break
-            t += 1
-        if t:
-            code = _coded(inner, size, t)
-            rate = survivable(code)
-            if best is None or rate > best[0]:
-                best = rate, code
+        data = inner.width * size
+        t = check_bits(data, int(min(bits, 64) * size) - 1).size - 1
+        code = _coded(inner, size, t) if t else None
+        if code is not None and (best is None or survivable(code) > best[0]):
+            best = survivable(code), code
     return None if best is None else best[1]
 
 
-def _coded(inner: Format, words: int, t: int) -> BCH:
-    return BCH(inner, t=t, block=inner.width * words if words > 1 else None)
-
-
-class _Plain:
-    """Stands for any format of a width: how many check bits a code has does not depend on more."""
-
-    @staticmethod
-    @lru_cache
-    def of(width: int) -> Format:
-        return Affine(bits=width) if 2 <= width <= 8 else Rounded(Float32(), bits=width)
+def _coded(inner: Format, words: int, t: int) -> BCH | None:
+    """The code; None where its words would be too wide."""
+    try:
+        return BCH(inner, t=t, block=inner.width * words if words > 1 else None)
+    except FormatError:
+        return None
 
 
 _STORED: dict[str, tuple[int, Sequence[Format]]] = {

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from math import inf
+from math import inf, prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,13 +29,20 @@ from flipproof.engine.progress import progress_bar
 from flipproof.errors import ConfigError, FormatError, JournalError
 from flipproof.faults import BitErrorRate
 from flipproof.formats import (
+    CEP,
+    MSET,
     SECDED,
     Affine,
     BitClipped,
     FixedPoint,
     Float32,
     Format,
+    InPlaceECC,
+    LSBParity,
     RangeChecked,
+    Rounded,
+    SignVote,
+    Symmetric,
     TripleMSB,
 )
 from flipproof.hardening.files import save_hardened
@@ -51,17 +58,20 @@ from flipproof.running.outcomes import DecisionChoice
 from flipproof.spaces.sites import Parameters, check_where
 from flipproof.spaces.tensors import Candidate, inventory
 from flipproof.storage.budget import INNERS, Drift, Measuring, Plan, Planner, copy_in_eval_mode, keys_of
-from flipproof.storage.codes import LINE, capacity
+from flipproof.storage.codes import LINE, ideal_rate, untouched
 from flipproof.storage.explore import Question, file_name
 from flipproof.storage.files import save_packed
 from flipproof.storage.pack import pack_
-from flipproof.storage.survival import LADDER, survival
+from flipproof.storage.survival import CLEAR, LADDER, Survival, survival
 
 KEPT = 0.99
 """Share of the fault-free accuracy that has to be kept, where no accuracy is asked for."""
 
 BUDGETS = (-0.75, -0.5, -0.25, 0.0)
 """Extra memory of the forms on the front, as shares, beside the one that was asked for."""
+
+_FEW = 3
+"""Trials of a rival before it is seen that it is out."""
 
 _DRIFT = 0.05
 """Nats: a plan that is expected to drift farther is not tried for the front."""
@@ -75,11 +85,17 @@ def published() -> dict[str, Format]:
     """
     return {
         "WBC, bit 30": BitClipped(Float32(), zeros=(30,)),
+        "MSET": MSET(Float32()),
+        "CEP D3P1": CEP(Float32()),
+        "LSB parity": LSBParity(Float32()),
         "SECDED (72, 64)": SECDED(Float32(), block=64),
+        "SECDED in the word": SECDED(Rounded(Float32(), bits=26)),
         "Q15.16": FixedPoint(),
+        "Q15.16, sign vote": SignVote(FixedPoint()),
         "Q15.16, range check": RangeChecked(FixedPoint(), per="channel"),
         "8 bits": Affine(bits=8),
         "8 bits a channel": Affine(bits=8, axis=0),
+        "8 bits, in-place ECC": InPlaceECC(Symmetric(bits=8, axis=0, largest=63)),
         "8 bits, SECDED (72, 64)": SECDED(Affine(bits=8, axis=0), block=64),
         "FORTUNE P-3": TripleMSB(Affine(bits=3, axis=0)),
         "FORTUNE P-4": TripleMSB(Affine(bits=4, axis=0)),
@@ -98,8 +114,10 @@ class Protection:
         ber: the bit error rate it is made for.
         least: the mean accuracy that was asked for at that rate, a fraction.
         golden: accuracy of the model as it came, without faults, on the data that it was verified on.
-        verdict: "met", "not met" or "cannot be told": whether the interval of the mean accuracy at `ber` lies above
-            `least`, below it, or holds it.
+        verdict: "met", "not met" or "cannot be told": whether the interval of the mean accuracy at `ber` over trials
+            lies above `least`, below it, or holds it. `certain` may raise its lower end.
+        certain: a mean accuracy over faults that needs no trial: (the probability that no code word has more faults
+            than its code corrects) × (accuracy without faults, of these samples).
         why: the same in sentences.
         table: one row a tensor, see `Plan`.
         evidence: one row a stored form, injected at `ber` on the data that nothing was chosen on: `form`, `memory`
@@ -118,6 +136,7 @@ class Protection:
     least: float
     golden: float
     verdict: str
+    certain: float
     why: str
     table: pd.DataFrame
     evidence: pd.DataFrame
@@ -281,6 +300,9 @@ def protect(
         step("chosen")
         making.judge("as it came", work, None, memory=0.0)
         making.judge("protected", work, plan.formats, memory=making.extra(plan))
+        if not tied and where is None:
+            whole = prod(untouched(f, tuple(work.get_parameter(n).shape), ber) for n, f in plan.formats.items())
+            making.certain["protected"] = whole * making.found["protected"].golden["accuracy"]
         step("protected")
         hardening, hardened = "none", None
         if making.verdict("protected") != "met" and hardenings != {}:
@@ -288,7 +310,7 @@ def protect(
         for name, format in rivals.items():
             stored = making.rival(format, plan)
             if stored is not None:
-                making.judge(name, work, stored[0], memory=stored[1], audit=0.0)
+                making.judge_rival(name, stored[0], memory=stored[1])
             step(name)
         table = making.front(rivals, plan, {memory, *BUDGETS}, step) if front else pd.DataFrame()
     chosen = "protected" if hardening == "none" else f"protected, {hardening}"
@@ -304,6 +326,7 @@ def protect(
         least=least,
         golden=golden,
         verdict=making.verdict(chosen),
+        certain=making.certain.get(chosen, 0.0),
         why=_why(making, chosen, plan, evidence, tied),
         table=plan.table,
         evidence=evidence,
@@ -329,6 +352,7 @@ class _Making:
     ber: float
     found: dict[str, Assessment] = field(default_factory=dict)
     memory: dict[str, float] = field(default_factory=dict)
+    certain: dict[str, float] = field(default_factory=dict)
 
     def extra(self, plan: Plan) -> float:
         """Memory of a plan beyond that of the model as it came, as a share of that."""
@@ -394,6 +418,14 @@ class _Making:
         self.memory[name] = memory
         self.found[name] = self._campaign(model, formats, self.verifying, self.ber, self.trials, f"at {name}", audit)
 
+    def judge_rival(self, name: str, formats: dict[str, Format], *, memory: float) -> None:
+        """The same; a few trials are enough for a form that is clearly out."""
+        self.memory[name] = memory
+        for trials in dict.fromkeys((min(_FEW, self.trials), self.trials)):
+            self.found[name] = self._campaign(self.model, formats, self.verifying, self.ber, trials, f"at {name}")
+            if float(self.found[name].summary["accuracy"].iloc[0]) < self.least - CLEAR:
+                return
+
     def _campaign(
         self,
         model: nn.Module,
@@ -418,11 +450,10 @@ class _Making:
             )
 
     def verdict(self, name: str) -> str:
-        """Whether the interval of the mean lies above what was asked for."""
+        """Whether the interval of the mean over trials lies above what was asked for."""
         row = self.found[name].summary.iloc[0]
-        low, high = float(row["accuracy_both_low"]), float(row["accuracy_both_high"])
-        if float(row["accuracy"]) >= self.least and low != low:
-            return "met"
+        low = max(float(row["accuracy_low"]), self.certain.get(name, 0.0))
+        high = float(row["accuracy_high"])
         return "met" if low >= self.least else "not met" if high < self.least else "cannot be told"
 
     def evidence(self) -> pd.DataFrame:
@@ -442,13 +473,14 @@ class _Making:
         rows = []
         trials = max(2, self.trials // 5)
 
-        def survives(name: str, formats: dict[str, Format] | None, data: list[Any]) -> Any:
-            return survival(
-                lambda rate: self._campaign(self.model, formats, data, rate, trials, f"front {name}"), self.least
-            )
+        def survives(name: str, formats: dict[str, Format] | None) -> Survival:
+            def inject(rate: float, count: int) -> Assessment:
+                return self._campaign(self.model, formats, self.some, rate, count, f"front {name}")
+
+            return survival(inject, self.least, trials=trials)
 
         def row(name: str, memory: float, formats: dict[str, Format] | None, ours: bool) -> None:
-            found = survives(name, formats, self.some)
+            found = survives(name, formats)
             rows.append(
                 {
                     "form": name,
@@ -474,7 +506,7 @@ class _Making:
         table = pd.DataFrame(rows)
         values = sum(c.tensor.numel() for c in (*self.planner.weights, *self.planner.rest))
         table["limit"] = [
-            _ideal(data, (1 + memory) * self.planner.now / values)
+            ideal_rate(data, (1 + memory) * self.planner.now / values)
             for data, memory in zip(table["data"], table["memory"], strict=True)
         ]
         return table
@@ -540,8 +572,13 @@ def _why(making: _Making, chosen: str, plan: Plan, evidence: pd.DataFrame, tied:
     widths = ", ".join(f"{100 * n / counts.sum():.0f} % in {bits}" for bits, n in counts.items())
     sentences = [
         f"{'Met' if making.verdict(chosen) == 'met' else making.verdict(chosen).capitalize()}: at a bit error rate of "
-        f"{making.ber:g} the mean accuracy is {_percent(row, 'accuracy')} over trials and samples; asked for were "
-        f"{100 * making.least:.2f} %.",
+        f"{making.ber:g} the mean accuracy is {_percent(row, 'accuracy')}; asked for were {100 * making.least:.2f} %. "
+        + (
+            f"Whatever the trials show, {100 * making.certain[chosen]:.2f} % are certain: so often does no code word "
+            f"have more faults than its code corrects."
+            if making.certain.get(chosen, 0) > making.least
+            else ""
+        ),
         f"The model as it came has {100 * plain['clean']:.2f} % without faults and {_percent(plain, 'accuracy')} at "
         f"that rate; without faults the protected one has {100 * row['clean']:.2f} %.",
         f"Of its weights, {widths} bits, coded for {plan.ber:g}; memory {100 * row['memory']:+.1f} %, with the "
@@ -562,7 +599,7 @@ def _why(making: _Making, chosen: str, plan: Plan, evidence: pd.DataFrame, tied:
 
 
 def _percent(row: Any, name: str) -> str:
-    return f"{100 * row[name]:.2f} % [{100 * row[f'{name}_both_low']:.2f}, {100 * row[f'{name}_both_high']:.2f}]"
+    return f"{100 * row[name]:.2f} % [{100 * row[f'{name}_low']:.2f}, {100 * row[f'{name}_high']:.2f}]"
 
 
 def _tensors(model: nn.Module, where: Parameters | None) -> tuple[list[Candidate], list[Candidate], list[str]]:
@@ -601,17 +638,6 @@ def _as_data(part: Calibration) -> list[Any]:
 
 def _packed(model: nn.Module, formats: dict[str, Format]) -> nn.Module:
     return pack_(deepcopy(model), formats)
-
-
-def _ideal(data: float, stored: float) -> float:
-    """The rate at which `stored` bits can carry `data` bits at best (Shannon 1948); NaN if `data` is not known."""
-    if data != data or data > stored:
-        return float("nan")
-    low, high = 0.0, 0.5
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if stored * capacity(middle) >= data else (low, middle)
-    return low
 
 
 def _check(**given: Any) -> None:
