@@ -148,8 +148,6 @@ def test_long_blocks_correct_t_errors_and_detect_one_more(kind, seed, whole, ove
     values, bits = stored.locate(np.arange(stored.bits))
     borders = [*range(0, whole * together, together), count]
     for first, last in itertools.pairwise(borders):
-        if first < last - 2 * together:
-            continue
         own = np.flatnonzero((values >= first) & (values < last))
         for errors in (t, t + 1) if full else (int(random.integers(0, t + 1)),):
             faulty = words.copy()
