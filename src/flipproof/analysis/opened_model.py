@@ -86,6 +86,11 @@ def _even(space: FaultSpace) -> FaultSpace:
                 f"{site.name} is stored as {site.format!r}, whose words differ in width within a block; an analysis "
                 f"asks about every bit of equally wide words. Measure such storage with assess"
             )
+        if site.format.stored_constants:
+            raise ConfigError(
+                f"{site.name} is stored as {site.format!r}, which keeps constants of the tensor in words of their own; "
+                f"an analysis asks about the bits of values. Measure such storage with assess"
+            )
     return space
 
 

@@ -86,7 +86,10 @@ class Format(ABC):
         return 0
 
     def write_constants(self, coding: Coding) -> Tensor:
-        """The words that hold the stored part of a coding, in one dimension."""
+        """The words that hold the stored part of a coding, in one dimension.
+
+        Entry by entry, each as often as there are copies of it, its slices innermost.
+        """
         raise NotImplementedError
 
     def read_constants(self, words: Tensor, rest: Coding) -> Coding:

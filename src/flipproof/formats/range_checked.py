@@ -29,8 +29,8 @@ class RangeChecked(Format):
         copies: of each bound, an odd number.
 
     Raises:
-        FormatError: for a format that codes blocks of words, other `per`, an even number of copies, or a tensor without
-            finite values.
+        FormatError: for a format that codes blocks of words, other `per`, an even number of copies, for NaN, or for
+            bounds of a tensor whose format has a scale a channel: no word of one channel holds those of another.
 
     Example:
         >>> import flipproof as fp, torch
@@ -78,26 +78,32 @@ class RangeChecked(Format):
         inner = self.inner.fit(x)
         if bool(torch.isnan(x).any()):
             raise FormatError(f"{self!r} has no range that NaN is in; {int(torch.isnan(x).sum())} values are NaN")
+        rows = self._rows(tuple(x.shape))
+        if self.per == "tensor" and any(c.numel() > 1 for c in inner):
+            raise FormatError(
+                f"{self!r}: bounds of a tensor are words of one scale, but {self.inner!r} has a scale a channel; take "
+                f"per='channel'"
+            )
         if not x.numel():
-            zeros = torch.zeros(x.shape[:1] if self._rows(tuple(x.shape)) != 1 else (), dtype=torch.float64)
-            return (zeros.to(x.device), zeros.to(x.device), *inner)
+            zeros = torch.zeros(rows if rows != 1 else (), dtype=torch.float64, device=x.device)
+            return (zeros, zeros, *inner)
         shaped = tuple(c if c.dim() == 0 else c.reshape(-1, *[1] * (x.dim() - 1)) for c in inner)
         values = self.inner.decode_words(self.inner.encode_values(x, shaped), shaped, torch.float64)
-        if self.per == "tensor" or not x.dim():
+        if rows == 1:
             return (values.min(), values.max(), *inner)
-        rows = values.reshape(x.shape[0], -1)
-        return (rows.amin(dim=1), rows.amax(dim=1), *inner)
+        values = values.reshape(rows, -1)
+        return (values.amin(dim=1), values.amax(dim=1), *inner)
 
     def write_constants(self, coding: Coding) -> Tensor:
         low, high, *inner = coding
-        # a bound a tensor and scales a channel: the scales of the first one serve
+        # a tensor of a single channel: its bounds are scalars, its scales may not be
         rest = tuple(c if c.dim() == 0 or low.dim() else c[0] for c in inner)
         words = [self.inner.encode_values(bound, rest).reshape(-1) for bound in (low, high)]
         return torch.cat([*words[:1] * self.copies, *words[1:] * self.copies])
 
     def read_constants(self, words: Tensor, rest: Coding) -> Coding:
         voted = [_majority(words.reshape(2, self.copies, -1)[k], self.inner.width) for k in (0, 1)]
-        scalar = self.per == "tensor"
+        scalar = words.numel() == 2 * self.copies
         inner = tuple(c[0] if scalar and c.dim() else c for c in rest)
         bounds = [self.inner.decode_words(w.reshape(()) if scalar else w, inner, torch.float64) for w in voted]
         return (*bounds, *rest)

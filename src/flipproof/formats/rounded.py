@@ -17,12 +17,12 @@ class Rounded(Format):
     """The upper `bits` of another format's words; the dropped low ones read as 0.
 
     word = ⌊inner word / 2^d⌋ or the one above it, d = inner.width − bits: whichever reads as a value nearer to the one
-    that the inner format stores, the even word where both are as near
+    that the inner format stores, the even word where both are as near (by float64, in which `Affine` may break a tie)
 
     ``Rounded(Float32(), 26)`` has 17 bits of fraction, ``Rounded(Float16(), 11)`` five, ``Rounded(FixedPoint(15, 16),
     26)`` is the Q15.10 of the same values. Where the word above is none, or reads as an infinity, the largest finite
-    value stays: rounding never overflows. Infinities stay themselves where the inner format has a word for them; a NaN
-    stays some NaN.
+    value stays: rounding never overflows. Infinities stay themselves where a word of so few bits reads as one, and
+    become the largest value of their sign elsewhere; a NaN stays some NaN.
 
     Args:
         inner: the format whose words are shortened; each word stands alone.
@@ -79,7 +79,7 @@ class Rounded(Format):
         # an infinity or a NaN above is never nearer than a finite value below
         nearer = (up - exact).abs() < (exact - down).abs()
         tie = ((up - exact).abs() == (exact - down).abs()) & (below & 1 == 1)
-        words = torch.where((nearer | tie) & torch.isfinite(up), above, below)
+        words = torch.where((nearer | tie) & torch.isfinite(up) & torch.isfinite(exact), above, below)
         if bool(torch.isnan(exact).any()):
             words = torch.where(torch.isnan(exact) & ~torch.isnan(down), above, words)
             lost = torch.isnan(exact) & ~torch.isnan(self._inner(words << self.dropped, coding))

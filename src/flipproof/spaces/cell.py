@@ -200,10 +200,12 @@ class Cell:
         after = _changed(before, full, operation)
         kept = self.coding[site.format.stored_constants :]
         coding = site.format.read_constants(after, kept)
-        hit = before != after
-        same = all(torch.equal(bit_pattern(a), bit_pattern(b)) for a, b in zip(coding, self.coding, strict=True))
-        read.add(hit, torch.full_like(hit, not same), None)
-        return (None if same else coding), (after, _count(before, after))
+        own = site.format.stored_constants
+        pairs = zip(coding[:own], self.coding[:own], strict=True)
+        differs = torch.stack([(bit_pattern(a) != bit_pattern(b)).reshape(-1) for a, b in pairs])
+        copies = before.numel() // differs.numel()  # a word that is outvoted is read as before, whatever others are
+        read.add(before != after, differs[:, None].expand(own, copies, -1).reshape(-1), None)
+        return (coding if bool(differs.any()) else None), (after, _count(before, after))
 
     def _stored(self, index: Tensor) -> Tensor:
         """Words of packed memory at these places."""

@@ -188,6 +188,10 @@ def choose_neuron_format(layer: str, dtype: torch.dtype, choice: FormatChoice) -
     if choice is not None:
         if choice.together > 1:
             raise FormatError(f"{layer}: {choice!r} codes blocks of words; a neuron's output is a word by itself")
+        if choice.stored_constants:
+            raise FormatError(
+                f"{layer}: {choice!r} stores constants of a tensor; a neuron's output is a word by itself"
+            )
         return choice
     if not dtype.is_floating_point or (dtype == torch.float64 and not patterns):
         raise FaultSpaceError(f"{layer} gives {dtype}: pass format= to say how it is stored")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import flipproof
 from flipproof.errors import FormatError
-from flipproof.formats.base import Coding, Format, Stored, bit_pattern, blocks, sparse, word_dtype
+from flipproof.formats.base import Format, Stored, bit_pattern, blocks, sparse, word_dtype
 from flipproof.spaces.parameters import FaultSpace
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -52,12 +52,18 @@ class FormatContract:
             x.view(-1)[:2] = torch.tensor([0.0, -0.0])
         return x.to(dtype)
 
+    def shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """A shape like this that has room for a block."""
+        return rows, max(columns, self.format.together)
+
     def random_words(self, like: Stored, seed: int = 1) -> Tensor:
-        """Any word the width allows at every place: what the wildest corruption leaves behind."""
+        """Any word that memory can hold at every place: what the wildest corruption leaves behind."""
         generator = torch.Generator().manual_seed(seed)
         halves = [torch.randint(0, 2**32, like.words.shape, generator=generator) for _ in range(2)]
-        blank = 64 - self.format.width
-        words = ((halves[0] << 32) | halves[1]) & (-1 if blank == 0 else (1 << self.format.width) - 1)
+        count = like.words.numel()
+        widths = self.format.layout(count).width(np.arange(count)).tolist()  # words of a block differ in width
+        stored = torch.tensor([-1 if width == 64 else (1 << width) - 1 for width in widths], dtype=torch.int64)
+        words = ((halves[0] << 32) | halves[1]) & stored.reshape(like.words.shape)
         return words.to(word_dtype(self.format.width))
 
     def test_repr_rebuilds_the_format(self) -> None:
@@ -84,20 +90,22 @@ class FormatContract:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_bits_above_the_width_are_zero(self, dtype: torch.dtype) -> None:
-        x = torch.cat([self.values(dtype=dtype).view(-1), torch.tensor([1e4, -1e4, 1e-7, -1e-7], dtype=dtype)])
+        x = torch.cat(
+            [self.values(self.shape(4, 6), dtype).view(-1), torch.tensor([1e4, -1e4, 1e-7, -1e-7], dtype=dtype)]
+        )
         assert all(word >> self.format.width == 0 for word in unsigned(self.format.encode(x).words))
 
     def test_finite_values_stay_finite(self) -> None:
-        assert bool(torch.isfinite(self.format.encode(self.values()).decode()).all())
+        assert bool(torch.isfinite(self.format.encode(self.values(self.shape(4, 6))).decode()).all())
 
     @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -2.5, 1e-3])
     def test_constant_tensors_stay_constant(self, value: float) -> None:
-        x = torch.full((3, 4), value)
+        x = torch.full(self.shape(3, 4), value)
         decoded = self.format.encode(x).decode()
         assert len(set(unsigned(bit_pattern(decoded)))) == 1
 
     def test_encoding_and_decoding_leave_their_inputs_alone(self) -> None:
-        x = self.values().requires_grad_()
+        x = self.values(self.shape(4, 6)).requires_grad_()
         before = x.detach().clone()
         stored = self.format.encode(x)
         words = stored.words.clone()
@@ -109,9 +117,9 @@ class FormatContract:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_memory_layout_does_not_matter(self, dtype: torch.dtype) -> None:
-        x = self.values((4, 6), dtype)
+        x = self.values(self.shape(4, 6), dtype)
         expected = self.format.encode(x)
-        spread = torch.zeros(8, 18, dtype=dtype)[::2, ::3]
+        spread = torch.zeros(8, 3 * x.shape[1], dtype=dtype)[::2, ::3]
         spread.copy_(x)
         for other in (x.t().contiguous().t(), spread):
             assert not other.is_contiguous()
@@ -179,13 +187,14 @@ class FormatContract:
         model = model.to(dtype)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         space = FaultSpace(model, format={"*": self.format})
-        assert space.bits == self.format.layout(3 * rows).bits + self.format.layout(rows).bits
+        assert space.bits == self.format.stored_bits((rows, 3)) + self.format.stored_bits((rows,))
         with space.stored():
             golden = {name: p.detach().clone() for name, p in model.named_parameters()}
             for site in space.sites:
                 stored = self.format.encode(before[site.name])
                 assert same_bits(golden[site.name], stored.decode())
-                widths = site.layout.width(np.arange(site.values)).tolist()
+                widths = site.layout.width(np.arange(site.words)).tolist()
+                assert site.words == site.values + self.format.constant_words(site.shape)
                 assert sum(widths) == site.bits
                 for value, width in enumerate(widths):
                     for bit in range(width):
@@ -239,12 +248,19 @@ def unsigned(words: Tensor) -> list[int]:
 
 
 def flipped(stored: Stored, value: int, bit: int) -> Stored:
-    """A whole tensor decoded again with one bit flipped: the slow way that sparse injection has to agree with."""
-    container = stored.words.element_size() * 8
-    word = unsigned(stored.words)[value] ^ (1 << bit)
-    if stored.words.dtype != torch.uint8 and word >> (container - 1):
+    """A whole tensor decoded again with one bit flipped: the slow way that sparse injection has to agree with.
+
+    Behind the words of the values come those of stored constants: then every value is read with what they say now.
+    """
+    format, words, coding = stored.format, stored.words.clone(), stored.coding
+    own = words.numel()
+    hit = words if value < own else format.write_constants(coding)
+    place = value if value < own else value - own
+    container = hit.element_size() * 8
+    word = unsigned(hit)[place] ^ (1 << bit)
+    if hit.dtype != torch.uint8 and word >> (container - 1):
         word -= 1 << container
-    words = stored.words.clone()
-    words.view(-1)[value] = word
-    coding: Coding = stored.coding
-    return Stored(stored.format, words, coding, stored.dtype)
+    hit.view(-1)[place] = word
+    if value >= own:
+        coding = format.read_constants(hit, coding[format.stored_constants :])
+    return Stored(format, words, coding, stored.dtype)
