@@ -74,6 +74,8 @@ from .storage.indicators import rap as rap
 from .storage.mixed import explore_mixed as explore_mixed
 from .storage.pack import pack_ as pack_
 from .storage.pack import packed_bytes as packed_bytes
+from .storage.pack import unpack_ as unpack_
+from .storage.scrub import damaged_words as damaged_words
 from .storage.scrub import scrub_ as scrub_
 
 __version__: str

@@ -29,8 +29,8 @@ class RangeChecked(Format):
         copies: of each bound, an odd number.
 
     Raises:
-        FormatError: for a format that codes blocks of words, other `per`, an even number of copies, or a tensor without
-            finite values.
+        FormatError: for a format that codes blocks of words, other `per`, an even number of copies, a tensor without
+            finite values, or bounds a tensor over scales a channel.
 
     Example:
         >>> import flipproof as fp, torch
@@ -76,6 +76,11 @@ class RangeChecked(Format):
 
     def fit(self, x: Tensor) -> Coding:
         inner = self.inner.fit(x)
+        if self.per == "tensor" and any(c.numel() > 1 for c in inner):
+            raise FormatError(
+                f"{self!r} has one bound a tensor, and {self.inner!r} one scale a channel, in none of which that bound "
+                f"has a word; take per='channel'"
+            )
         if bool(torch.isnan(x).any()):
             raise FormatError(f"{self!r} has no range that NaN is in; {int(torch.isnan(x).sum())} values are NaN")
         if not x.numel():
@@ -90,8 +95,7 @@ class RangeChecked(Format):
 
     def write_constants(self, coding: Coding) -> Tensor:
         low, high, *inner = coding
-        # a bound a tensor and scales a channel: the scales of the first one serve
-        rest = tuple(c if c.dim() == 0 or low.dim() else c[0] for c in inner)
+        rest = tuple(c if c.dim() == 0 or low.dim() else c[0] for c in inner)  # a single channel
         words = [self.inner.encode_values(bound, rest).reshape(-1) for bound in (low, high)]
         return torch.cat([*words[:1] * self.copies, *words[1:] * self.copies])
 
@@ -101,6 +105,12 @@ class RangeChecked(Format):
         inner = tuple(c[0] if scalar and c.dim() else c for c in rest)
         bounds = [self.inner.decode_words(w.reshape(()) if scalar else w, inner, torch.float64) for w in voted]
         return (*bounds, *rest)
+
+    def heal_constants(self, words: Tensor, rest: Coding) -> Tensor:
+        voted = [_majority(words.reshape(2, self.copies, -1)[k], self.inner.width) for k in (0, 1)]
+        inner = tuple(c[0] if self.per == "tensor" and c.dim() else c for c in rest)
+        healed = [self.inner.heal(w, inner)[0] for w in voted]
+        return torch.cat([*healed[:1] * self.copies, *healed[1:] * self.copies])
 
     def encode_values(self, x: Tensor, coding: Coding) -> Tensor:
         return self.inner.encode_values(x, coding[2:])
@@ -115,6 +125,15 @@ class RangeChecked(Format):
         kept = self.inner.decode_words(words, tuple(inner), dtype)
         outside = outside if lost is None else outside | lost
         return torch.where(outside, torch.zeros_like(kept), kept), outside
+
+    def heal(self, words: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
+        """What the inner format repairs, if it comes out in range; a value outside is known to be wrong and no more."""
+        low, high, *inner = coding
+        healed, lost = self.inner.heal(words, tuple(inner))
+        values, unread = self.inner.read(words, tuple(inner), torch.float64)
+        lost = lost | ~((values >= low) & (values <= high))
+        lost = lost if unread is None else lost | unread
+        return torch.where(lost, words, healed), lost
 
 
 def _majority(copies: Tensor, width: int) -> Tensor:
