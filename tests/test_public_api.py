@@ -56,6 +56,7 @@ def test_public_names_are_exactly_these():
         "bit_profile",
         "choose_clipping",
         "compare",
+        "damaged_words",
         "estimate_factors",
         "explore",
         "explore_mixed",
@@ -74,6 +75,7 @@ def test_public_names_are_exactly_these():
         "save_hardened",
         "scrub_",
         "select_bits",
+        "unpack_",
     ]
 
 

@@ -82,8 +82,10 @@ from .storage.indicators import rap as rap
 from .storage.mixed import explore_mixed as explore_mixed
 from .storage.pack import pack_ as pack_
 from .storage.pack import packed_bytes as packed_bytes
+from .storage.pack import unpack_ as unpack_
 from .storage.protect import Protection as Protection
 from .storage.protect import protect as protect
+from .storage.scrub import damaged_words as damaged_words
 from .storage.scrub import scrub_ as scrub_
 
 __version__: str

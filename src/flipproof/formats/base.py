@@ -96,6 +96,10 @@ class Format(ABC):
         """The whole coding, as these words say and the protected `rest` of it."""
         raise NotImplementedError
 
+    def heal_constants(self, words: Tensor, rest: Coding) -> Tensor:
+        """The words of `write_constants` as they were written, as far as their redundancy says."""
+        return words
+
     def stored_bits(self, shape: tuple[int, ...]) -> int:
         """Stored bits of a tensor of this shape in all.
 
@@ -120,6 +124,19 @@ class Format(ABC):
     def read(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """(`decode_words`, which words were found to be beyond repair and read as a stated value; None for never)."""
         return self.decode_words(words, coding, dtype), None
+
+    def heal(self, words: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
+        """Words as they were written, as far as their redundancy says, and which ones are beyond repair.
+
+        Healed words read as the same values, bit by bit, and are clean: to heal them again changes nothing. A word
+        beyond repair stays as it is. Without redundancy nothing is known, and every word stays.
+
+        >>> import flipproof as fp, torch
+        >>> healed, lost = fp.SECDED(fp.Affine(bits=8)).heal(torch.tensor([0b1, 0b11], dtype=torch.int16), ())
+        >>> healed.tolist(), lost.tolist()
+        ([0, 3], [False, True])
+        """
+        return words, torch.zeros_like(words, dtype=torch.bool)
 
     def is_native(self, dtype: torch.dtype) -> bool:
         """True if a tensor of `dtype` already holds exactly these words in its memory."""

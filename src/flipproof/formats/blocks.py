@@ -114,6 +114,15 @@ class Blocks(Protected):
         data = torch.cat(repaired).to(word_dtype(self.inner.width))
         return data.reshape(words.shape), torch.cat(beyond_repair).reshape(words.shape)
 
+    def heal(self, words: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
+        """The code word that was read, check bits included. It is what was written: the inner format has no say."""
+        data, lost = self._repair(words)
+        if in_reach(data):
+            healed = self._wide(data)
+        else:
+            healed = self.protect_words(unsigned(data, self.inner.width)).to(words.dtype)
+        return torch.where(lost, words, healed), lost
+
     def encode_values(self, x: Tensor, coding: Coding) -> Tensor:
         data = self.inner.encode_values(x, coding)
         if in_reach(data):

@@ -106,6 +106,12 @@ class BitClipped(Format):
         keep, force = self.masks
         return self.inner.read((words & keep) | force, coding, dtype)
 
+    def heal(self, words: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
+        """A clipped bit is written as it is read: what it was is known only where it is constant over the weights."""
+        keep, force = self.masks
+        healed, lost = self.inner.heal((words & keep) | force, coding)
+        return torch.where(lost, words, healed), lost
+
 
 def _as_number(mask: int, dtype: torch.dtype) -> int:
     """A bit mask as the number that `dtype` calls it: two's complement where that is signed."""

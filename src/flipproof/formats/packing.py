@@ -107,11 +107,13 @@ class Packed(nn.Module):
         format: how the values are stored.
         shape: of the parameter.
         dtype: of its values.
+        trained: whether the parameter had a gradient before it was packed; `unpack_` gives it back.
     """
 
     def __init__(self, format: Format, like: Tensor) -> None:
         super().__init__()
         self.format, self.shape, self.dtype = format, tuple(like.shape), like.dtype
+        self.trained = like.requires_grad
 
     def right_inverse(self, values: Tensor) -> tuple[Tensor, ...]:
         """Values to (packed words, constants); constants as two whole numbers m · 2^e, which no `.half()` can round."""
@@ -123,14 +125,11 @@ class Packed(nn.Module):
 
     def forward(self, packed: Tensor, *constants: Tensor) -> Tensor:
         """The parameter."""
-        coding: Coding = tuple(self.constant(c) for c in constants)
         count = math.prod(self.shape)
         if self.format.stored_constants:
-            total = count + self.format.constant_words(self.shape)
-            every = unpack(packed, self.format.layout(total), (total,))
-            coding = self.format.read_constants(every[count:], coding)
-            words = every[:count].reshape(self.shape)
+            words, _, coding = self.read(packed, *constants)
             return self.format.decode_words(words, dense(coding, words.shape), self.dtype)
+        coding = tuple(self.constant(c) for c in constants)
         rows = max([c.numel() for c in coding], default=1)
         fast = in_reach(packed) and self.dtype == torch.float32 and self.format.width <= TABLE_WIDTH
         if fast and self.format.together == 1 and count >= 2**self.format.width * rows:
@@ -142,6 +141,30 @@ class Packed(nn.Module):
             return out
         words = unpack(packed, self.format.layout(count), self.shape)
         return by_table(self.format, words, dense(coding, words.shape), self.dtype)[0]
+
+    def read(self, packed: Tensor, *constants: Tensor) -> tuple[Tensor, Tensor, Coding]:
+        """(the words of the values, in their shape, those of stored constants, the whole coding)."""
+        rest: Coding = tuple(self.constant(c) for c in constants)
+        count = math.prod(self.shape)
+        if not self.format.stored_constants:
+            words = unpack(packed, self.format.layout(count), self.shape)
+            return words, words.reshape(-1)[:0], rest
+        total = count + self.format.constant_words(self.shape)
+        every = unpack(packed, self.format.layout(total), (total,))
+        return every[:count].reshape(self.shape), every[count:], self.format.read_constants(every[count:], rest)
+
+    @torch.no_grad()
+    def healed(self, packed: Tensor, *constants: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All words, those of stored constants last: (as stored, as healed, which of them are beyond repair)."""
+        words, own, coding = self.read(packed, *constants)
+        healed, lost = self.format.heal(words, dense(coding, words.shape))
+        before, healed, lost = words.reshape(-1), healed.reshape(-1), lost.reshape(-1)
+        if own.numel():
+            rest = coding[self.format.stored_constants :]
+            before = torch.cat([before, own])
+            healed = torch.cat([healed, self.format.heal_constants(own, rest)])
+            lost = torch.cat([lost, torch.zeros_like(own, dtype=torch.bool)])
+        return before, healed, lost
 
     @staticmethod
     def constant(integers: Tensor) -> Tensor:

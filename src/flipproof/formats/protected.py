@@ -67,6 +67,13 @@ class Protected(Format):
     def decode_words(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> Tensor:
         return self.read(words, coding, dtype)[0]
 
+    def heal(self, words: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
+        data, lost = self.repair_words(unsigned(words, self.width))
+        inner, beyond = self.inner.heal(data.to(word_dtype(self.inner.width)), coding)
+        healed = self.protect_words(unsigned(inner, self.inner.width)).to(words.dtype)
+        beyond = beyond if lost is None else beyond | lost
+        return torch.where(beyond, words, healed), beyond
+
     def read(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         data, lost = self.repair_words(unsigned(words, self.width))
         values, inside = self.inner.read(data.to(word_dtype(self.inner.width)), coding, dtype)

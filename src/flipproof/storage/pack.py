@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -77,6 +78,50 @@ def pack_(model: nn.Module, format: FormatChoice, *, where: Parameters | None = 
     return model
 
 
+@torch.no_grad()
+def unpack_(model: nn.Module) -> nn.Module:
+    """Turn a packed model, in place, into one with plain parameters: decoded once, where `pack_` decodes at every use.
+
+    Every parameter holds what its words are read as now, repaired on the way, and is trained or not as it was before
+    `pack_`. Names in the `state_dict` and the order of the parameters are those from before `pack_`. So a model is
+    kept and loaded as words and computes as a float model: ``fp.unpack_(fp.pack_(model, format))`` with
+    ``load_state_dict`` in between. What happens to memory afterwards happens to floats, which nothing repairs.
+
+    Args:
+        model: any module; parameters that are not packed stay as they are.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        FormatError: if no parameter is packed.
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> net = fp.pack_(torch.nn.Linear(4, 3), fp.SECDED(fp.Float16()))
+        >>> space, before = fp.FaultSpace(net), net.weight
+        >>> with space.corrupted(space.faults([("weight", 0, 14)])):
+        ...     net = fp.unpack_(net)
+        >>> type(net).__name__, torch.equal(net.weight, before), list(net.state_dict())
+        ('Linear', True, ['weight', 'bias'])
+    """
+    found = [
+        (module, name, decoder[0])
+        for module in model.modules()
+        if parametrize.is_parametrized(module)
+        for name, decoder in module.parametrizations.items()  # type: ignore[union-attr, operator]
+        if len(decoder) == 1 and isinstance(decoder[0], Packed)
+    ]
+    if not found:
+        raise FormatError(f"unpack_: no parameter of this {type(model).__name__} is packed (pack_)")
+    decoded = [module.parametrizations[name]() for module, name, _ in found]  # type: ignore[index, operator]
+    with held():
+        for (module, name, packed), values in zip(found, decoded, strict=True):
+            # a looked-up table or a view of the words is no memory for a parameter to keep
+            _restore(module, name, nn.Parameter(values.clone(), requires_grad=packed.trained))
+    return model
+
+
 def packed_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, packed words and their constants included.
 
@@ -98,6 +143,26 @@ def _store(module: nn.Module, name: str, format: Format) -> None:
     if isinstance(module, nn.RNNBase) and not any(hook is _decode for hook in module._forward_pre_hooks.values()):
         module.register_forward_pre_hook(_decode)
         module.register_forward_hook(_forget)
+
+
+def _restore(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """The inverse of `_store`."""
+    parametrize.remove_parametrizations(
+        module, name
+    )  # leaves the decoded values as a buffer, for words have no gradient
+    del module._buffers[name]
+    module._parameters[name] = parameter
+    order = module.__dict__["_stored_order"]
+    for attribute in [a for a in order if a in module._parameters] + [a for a in module._parameters if a not in order]:
+        module._parameters[attribute] = module._parameters.pop(attribute)
+    if parametrize.is_parametrized(module):
+        return
+    del module.__dict__["_stored_order"]
+    if isinstance(module, nn.RNNBase):
+        for hooks, own in ((module._forward_pre_hooks, _decode), (module._forward_hooks, _forget)):
+            for key in [key for key, hook in hooks.items() if hook is own]:
+                del hooks[key]
+        module._init_flat_weights()
 
 
 def _decode(module: nn.Module, args: object) -> None:
