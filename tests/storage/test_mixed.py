@@ -12,7 +12,7 @@ from torch import nn
 
 import flipproof as fp
 from flipproof.errors import ConfigError, JournalError, JournalMismatch
-from flipproof.storage.mixed import least_cost, doubt
+from flipproof.storage.mixed import doubt, least_cost
 
 OPTIONS = (fp.Affine(bits=3), fp.Affine(bits=5), fp.TripleMSB(fp.Affine(bits=3)))
 

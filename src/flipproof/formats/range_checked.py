@@ -108,6 +108,13 @@ class RangeChecked(Format):
         bounds = [self.inner.decode_words(w.reshape(()) if scalar else w, inner, torch.float64) for w in voted]
         return (*bounds, *rest)
 
+    def heal_constants(self, words: Tensor, rest: Coding) -> Tensor:
+        voted = [_majority(words.reshape(2, self.copies, -1)[k], self.inner.width) for k in (0, 1)]
+        scalar = words.numel() == 2 * self.copies
+        inner = tuple(c[0] if scalar and c.dim() else c for c in rest)
+        healed = [self.inner.heal(w, inner)[0] for w in voted]
+        return torch.cat([*healed[:1] * self.copies, *healed[1:] * self.copies])
+
     def encode_values(self, x: Tensor, coding: Coding) -> Tensor:
         return self.inner.encode_values(x, coding[2:])
 
@@ -121,6 +128,15 @@ class RangeChecked(Format):
         kept = self.inner.decode_words(words, tuple(inner), dtype)
         outside = outside if lost is None else outside | lost
         return torch.where(outside, torch.zeros_like(kept), kept), outside
+
+    def heal(self, words: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
+        """What the inner format repairs, if it comes out in range; a value outside is known to be wrong and no more."""
+        low, high, *inner = coding
+        healed, lost = self.inner.heal(words, tuple(inner))
+        values, unread = self.inner.read(words, tuple(inner), torch.float64)
+        lost = lost | ~((values >= low) & (values <= high))
+        lost = lost if unread is None else lost | unread
+        return torch.where(lost, words, healed), lost
 
 
 def _majority(copies: Tensor, width: int) -> Tensor:

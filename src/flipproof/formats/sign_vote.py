@@ -90,6 +90,12 @@ class SignVote(Protected):
         data = self._voted(unsigned(words, self.width), alike)
         return self.inner.read(data.to(word_dtype(self.inner.width)), inner, dtype)
 
+    def heal(self, words: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
+        """The upper bits as they were voted."""
+        _, alike = self._split(coding, words.device)
+        data = self._voted(unsigned(words, self.width), alike)
+        return data.to(words.dtype), torch.zeros_like(words, dtype=torch.bool)
+
     def protect_words(self, data: Tensor) -> Tensor:
         alike = self._given(data)
         limit = torch.ones_like(alike) << (self.inner.width - alike)

@@ -22,6 +22,7 @@ from flipproof._files import replacing
 from flipproof._interrupts import gives_back
 from flipproof.campaigns.assess import assess
 from flipproof.campaigns.assessment import Assessment
+from flipproof.campaigns.estimates import gain
 from flipproof.campaigns.fingerprint import digest_of
 from flipproof.engine.jobs import do_all
 from flipproof.engine.journal import Journal
@@ -50,7 +51,6 @@ from flipproof.hardening.fitting.calibration import Calibration
 from flipproof.hardening.harden import harden
 from flipproof.hardening.methods.base import Hardening
 from flipproof.hardening.methods.guard import Guard
-from flipproof.reports.tables import compare
 from flipproof.running.data import Data, Output, call
 from flipproof.running.device import check_device
 from flipproof.running.evaluation import eval_mode, one_thread
@@ -458,13 +458,15 @@ class _Making:
 
     def evidence(self) -> pd.DataFrame:
         """One row a form at the rate."""
-        table = compare(**self.found)
-        table.insert(0, "form", table.pop("campaign"))
-        table["memory"] = [self.memory[name] for name in table["form"]]
-        table.insert(1, "memory", table.pop("memory"))
-        table.insert(2, "time", float("nan"))
-        table.insert(3, "clean", [found.golden["accuracy"] for found in self.found.values()])
-        return table
+        base, rows = next(iter(self.found.values())).point(0), []
+        for name, found in self.found.items():
+            point = found.point(0)
+            assert point is not None  # every form was injected
+            gained = gain(point, base, "accuracy")
+            first = {"form": name, "memory": self.memory[name], "time": float("nan"), "clean": found.golden["accuracy"]}
+            more = {"certain": self.certain.get(name, 0.0), "draws": gained.draws}
+            rows.append(first | found.summary.iloc[0].to_dict() | gained.estimate.columns("accuracy_gain") | more)
+        return pd.DataFrame(rows)
 
     def front(
         self, rivals: Mapping[str, Format], plan: Plan, budgets: set[float], step: Callable[..., None]
