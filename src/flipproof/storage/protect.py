@@ -70,7 +70,7 @@ KEPT = 0.99
 BUDGETS = (-0.75, -0.5, -0.25, 0.0)
 """Extra memory of the forms on the front, as shares, beside the one that was asked for."""
 
-_FEW = 3
+_FEW = 2
 """Trials of a rival before it is seen that it is out."""
 
 _DRIFT = 0.05
@@ -190,12 +190,13 @@ def protect(
     accuracy: float | None = None,
     memory: float = 0.0,
     time: float | None = None,
+    verify: Data | None = None,
     rivals: Mapping[str, Format] | None = None,
     hardenings: Mapping[str, Hardening] | None = None,
     inners: Sequence[Format] = INNERS,
     line: int = LINE,
     where: Parameters | None = None,
-    images: int = 500,
+    images: int = 250,
     trials: int = 20,
     front: bool = True,
     seed: int = 0,
@@ -208,7 +209,7 @@ def protect(
 ) -> Protection:
     """Choose how a model is stored so that it survives a bit error rate within budgets, and prove it.
 
-    The data is split at random into one half to choose on and one half to verify on. On the first, each weight in turn
+    The data is split at random into one half to choose on and one half to verify on (or `verify` is that). On the first, each weight in turn
     is stored in each of `inners`, and has some of its blocks lost: that says what rounding and lost words cost. A
     multiple-choice knapsack then takes the width and the code of each tensor, so that the expected cost at `ber` is
     least and all fits into the memory (`Planner`). What memory is left over buys a higher rate. On the second half the
@@ -222,13 +223,14 @@ def protect(
         accuracy: the least mean accuracy at that rate, a fraction; by default 99 % of the accuracy without faults.
         memory: extra memory, as a share of what the parameters take in their own types: 0.0 for none, −0.5 for half.
         time: the longest forward that decodes at use ÷ a forward of the model as it came; None for any.
+        verify: labelled batches to verify on, none of which are in `data`; by default half of `data`, at random.
         rivals: stored forms to compare with, by name; by default those of `published`. What a form does not store
             (biases and norms, with formats that quantise) is stored as in the chosen form, which favours the rival.
         hardenings: bounds to try, by name; by default `Guard` if nothing else helps. Pass {} for none.
         inners: what values of weights may be stored in.
         line: stored bits of the longest code word.
         where: which parameters; all by default. Buffers are never packed.
-        images: samples that choices and the front are made on, at most.
+        images: samples that choices are made on, at most; the front takes four times as many.
         trials: injections a form at `ber`; the front takes a fifth of them at each rate.
         front: whether to look for the highest rate that each form survives.
         seed: of all draws.
@@ -254,8 +256,11 @@ def protect(
     _check(ber=ber, accuracy=accuracy, memory=memory, time=time, images=images, trials=trials, line=line)
     place = check_device(model, device)
     work = copy_in_eval_mode(model).to(place)
-    read = Calibration.read(work, data, place, output, decision)
-    choosing, verifying = read.split(0.5, seed)
+    choosing = Calibration.read(work, data, place, output, decision)
+    if verify is None:
+        choosing, verifying = choosing.split(0.5, seed)
+    else:
+        verifying = Calibration.read(work, verify, place, output, decision)
     some = choosing.some(torch.arange(min(images, choosing.samples)))
     weights, rest, tied = _tensors(work, where)
     folder = None if journal is None else Path(journal)
@@ -285,7 +290,7 @@ def protect(
         model=work,
         planner=Planner(weights, rest, found, inners, line),
         choosing=_as_data(some),
-        some=_as_data(verifying.some(torch.arange(min(images, verifying.samples)))),
+        some=_as_data(verifying.some(torch.arange(min(4 * images, verifying.samples)))),
         verifying=_as_data(verifying),
         campaign=campaign,
         least=least,
@@ -438,7 +443,8 @@ class _Making:
     ) -> Assessment:
         label = f"{name} {ber:g} {digest_of([*map(str, (formats or {}).items())])}"
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*clips bits that are not constant.*")
+            for known in (".*clips bits that are not constant.*", "only .* % of the model's stored bits.*"):
+                warnings.filterwarnings("ignore", message=known)  # `why` says the second once, for all forms
             return self.campaign(
                 model,
                 data,
@@ -594,6 +600,13 @@ def _why(making: _Making, chosen: str, plan: Plan, evidence: pd.DataFrame, tied:
         sentences.append(
             f"The best of {len(fair)} other forms of no more memory than the model had is {best['form']!r} with "
             f"{_percent(best, 'accuracy')}."
+        )
+    found = making.found[chosen]
+    if found.coverage < 1:
+        outside = sorted(found.left_out)
+        sentences.append(
+            f"Faults hit {100 * found.coverage:.2f} % of what the model stores; outside are {', '.join(outside[:2])}"
+            f"{f' and {len(outside) - 2} more' if len(outside) > 2 else ''}, which are never packed."
         )
     if tied:
         sentences.append(f"Not stored, since tied parameters cannot be packed: {', '.join(tied)}.")
