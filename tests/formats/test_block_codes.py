@@ -1,5 +1,6 @@
 """What the codes promise, proved by enumeration, by published weight distributions and by other decoders."""
 
+import copy
 import functools
 import itertools
 import math
@@ -24,6 +25,7 @@ from flipproof.formats._block_codes import (
     generator,
     hamming_code,
 )
+from flipproof.spaces.contract import Faults
 
 
 def patterns(length, errors):
@@ -476,6 +478,23 @@ def test_tensors_are_stored_and_read_alike_either_way(format, dtype, out_of_reac
     ours = format.read(hit, torch_dense(stored.coding), dtype)
     assert torch.equal(ours[1], lost)
     assert torch.equal(ours[0], values)
+
+
+@pytest.mark.parametrize("format", [SINGLE[0], SINGLE[3], SINGLE[6], BLOCKS[4], fp.RangeChecked(SINGLE[6])], ids=repr)
+def test_an_exported_model_repairs_as_the_model_does(format):
+    """Tracing sees no compiled code: what is exported decodes by itself, with the faults that its memory holds."""
+    net, x = torch.nn.Linear(9, 30), torch.randn(4, 9)
+    with torch.no_grad():
+        clean = fp.pack_(copy.deepcopy(net), {"weight": format}).eval()(x)
+        packed = fp.pack_(net, {"weight": format}).eval()
+        space = fp.FaultSpace(packed)
+        with space.corrupted(Faults(np.arange(3, 0.9 * space.sites[0].bits, 23, dtype=np.int64))):
+            expected = packed(x)
+            exported = torch.export.export(packed, (x,)).module()
+            assert torch.equal(exported(x), expected)
+            assert space.word_outcomes.corrected > 0
+            bad = space.word_outcomes.detected + space.word_outcomes.miscorrected
+            assert torch.equal(expected, clean) == (bad == 0)
 
 
 def torch_dense(coding):

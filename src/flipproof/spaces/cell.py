@@ -108,7 +108,7 @@ class Cell:
             )
         return decoded
 
-    def corrupt(self, bits: Positions, operation: int, undo: Undo, read: WordCount) -> int:
+    def corrupt(self, bits: Positions, operation: int, undo: Undo, read: WordCount | None = None) -> int:
         """Change bits and return how many changed; `undo` gets an entry before anything is written.
 
         What is touched is encoded, its words are changed, and they are decoded into the model.
@@ -117,8 +117,9 @@ class Cell:
             bits: of the site, counted from its first, ascending.
             operation: FLIP, SET or CLEAR.
             undo: learns what was there.
-            read: counts how the words are read.
+            read: counts how the words are read; None where nobody asks.
         """
+        read = WordCount() if read is None else read
         if self.packed is not None:
             return self._corrupt_bytes(bits, operation, undo)
         site, tensor = self.site, self.tensor.data
