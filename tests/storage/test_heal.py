@@ -186,6 +186,7 @@ def test_an_unpacked_model_holds_what_the_words_are_read_as(format):
     with torch.no_grad():
         assert torch.equal(there(x).isnan(), expected.isnan())
         assert torch.equal(there(x).nan_to_num(), expected.nan_to_num())
+        assert torch.equal(net(x), packed(format)(x))  # the model that it was copied from is packed as before
     assert type(there.fc) is nn.Linear
     assert list(there.state_dict()) == list(plain.state_dict())
     assert [name for name, _ in there.named_parameters()] == [name for name, _ in plain.named_parameters()]

@@ -30,6 +30,12 @@ FORMATS = [
     fp.FixedPoint(),
     fp.BitClipped(fp.Float32(), zeros=(30,)),
     fp.Parity(fp.Float16()),
+    fp.SECDED(fp.Rounded(fp.Float32(), 26)),
+    fp.BCH(fp.Rounded(fp.Float16(), 11), t=5),
+    fp.BCH(fp.Affine(bits=5, axis=0), t=3, block=165),
+    fp.Rounded(fp.Float32(), 20),
+    fp.RangeChecked(fp.Float32()),
+    fp.RangeChecked(fp.SECDED(fp.Affine(bits=6, axis=0)), per="channel"),
 ]
 
 
@@ -90,8 +96,11 @@ def test_words_of_different_widths_are_packed_without_a_gap(block, blocks, tail)
     assert layout.width(every).tolist() == widths
 
 
-@pytest.mark.parametrize("width", [1, 3, 5, 8, 13, 32, 39, 64, Layout((5, 5, 4, 4), 7, (5, 5, 4, 4, 4, 4, 4, 4))])
-def test_the_traceable_way_of_unpacking_agrees(width, monkeypatch):
+@pytest.mark.parametrize("tracing", [False, True])
+@pytest.mark.parametrize(
+    "width", [1, 3, 5, 8, 13, 32, 39, 57, 63, 64, Layout((5, 5, 4, 4), 7, (5, 5, 4, 4, 4, 4, 4, 4))]
+)
+def test_the_ways_of_unpacking_by_tensor_operations_agree(width, tracing, monkeypatch):
     from flipproof.formats import packing
 
     words = torch.randint(-(2**62), 2**62, (4, 9)).to(torch.int64)
@@ -103,6 +112,8 @@ def test_the_traceable_way_of_unpacking_agrees(width, monkeypatch):
     packed = pack(words, width)
     expected = unpack(packed, width, (4, 9))
     monkeypatch.setattr(packing, "in_reach", lambda tensor: False)
+    monkeypatch.setattr(packing, "_AT_ONCE", 10)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: tracing)
     assert torch.equal(unpack(packed, width, (4, 9)), expected)
     with pytest.raises(ValueError, match="bytes, got"):
         unpack(packed[:-1], width, (4, 9))

@@ -11,6 +11,7 @@ last check bit and has no position: an error in it is told from the parity of th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -46,6 +47,9 @@ _PRIMITIVE = {
 """A primitive polynomial of each degree, bit i for xⁱ (Lin and Costello 2004, Table 2.7)."""
 
 CLEAN, CORRECTED, LOST = 0, 1, 2
+
+CHUNK_BYTES = 1 << 28
+"""What torch may take at once where blocks are decoded by tensor operations."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,19 +258,40 @@ class BlockCode:
 
     def protect_torch(self, rows: Tensor) -> Tensor:
         """Inner words as int64 of shape (blocks, words) to whole words."""
+        return torch.cat([self._protect_torch(part) for part in self._chunks(rows)])
+
+    def _protect_torch(self, rows: Tensor) -> Tensor:
         checks = self._of_data(_bits(rows, self.width).flatten(1))
         padded = torch.nn.functional.pad(checks, (0, self.words * self.per_word - self.checks))
         return rows + (_number(padded.reshape(-1, self.words, self.per_word)) << self.width)
 
+    def mend_torch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """`repair_torch` of the blocks that are not clean, in chunks; of all of them while somebody traces."""
+        if torch.compiler.is_compiling():
+            return self.repair_torch(rows)
+        data = rows & ((1 << self.width) - 1)
+        lost = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        first = 0
+        for part in self._chunks(rows):
+            dirty = first + self._syndrome(part)[0].any(dim=1).nonzero()[:, 0]
+            if dirty.numel():
+                data[dirty], lost[dirty] = self.repair_torch(rows[dirty])
+            first += len(part)
+        return data, lost
+
+    def _chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Blocks by as many as `CHUNK_BYTES` hold: some eight 64-bit numbers a bit, where all of them are searched."""
+        if torch.compiler.is_compiling():
+            return (rows,)
+        bits = self.words * (self.width + self.per_word)
+        return torch.split(rows, max(CHUNK_BYTES // (64 * bits), 1))
+
     def repair_torch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Whole words as int64 of shape (blocks, words) to (inner words, whether each block is beyond repair)."""
-        bits = _bits(rows, self.width + self.per_word)
-        data = bits[..., : self.width].flatten(1)
-        stored = bits[..., self.width :].flatten(1)[:, : self.checks]
-        syndrome = (self._of_data(data) + stored) % 2
+        syndrome, data = self._syndrome(rows)
         inside = self.inside
         if self.field is None:
-            count, positions = (torch.from_numpy(table).to(rows.device) for table in self.patterns)
+            count, positions = self._there(rows.device, "patterns", lambda: self.patterns)
             key = _number(syndrome[:, :inside])
             errors, where = count[key].long(), positions[key].long()
         else:
@@ -282,9 +307,29 @@ class BlockCode:
         repaired = (data + flips[:, inside:total]) % 2
         return _number(repaired.reshape(rows.shape[0], self.words, self.width)), ~known
 
+    def _syndrome(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(stored check bits ⊕ those of the stored data, the data bits), both of shape (blocks, ·)."""
+        bits = _bits(rows, self.width + self.per_word)
+        data = bits[..., : self.width].flatten(1)
+        stored = bits[..., self.width :].flatten(1)[:, : self.checks]
+        return (self._of_data(data) + stored) % 2, data
+
+    def _there(self, device: torch.device, name: str, make: Callable[[], Sequence[NDArray[Any]]]) -> list[Tensor]:
+        """Tables as tensors of a device, copied there once; while somebody traces they are constants of the graph."""
+        if torch.compiler.is_compiling():
+            return [torch.from_numpy(table).to(device) for table in make()]
+        key = (name, str(device))
+        if key not in self._copies:
+            self._copies[key] = [torch.from_numpy(table).to(device) for table in make()]
+        return self._copies[key]
+
+    @cached_property
+    def _copies(self) -> dict[tuple[str, str], list[Tensor]]:
+        return {}
+
     def _of_data(self, bits: Tensor) -> Tensor:
         """Check bits of data bits, both 0 or 1: (blocks, data bits) to (blocks, check bits)."""
-        matrix = torch.from_numpy(_matrix(self.columns, self.checks)).to(bits.device, torch.float32)
+        (matrix,) = self._there(bits.device, "matrix", lambda: [_matrix(self.columns, self.checks)])
         return torch.matmul(bits.to(torch.float32), matrix).to(torch.int64) % 2
 
     def _search_torch(self, syndrome: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,17 +341,19 @@ class BlockCode:
         assert self.field is not None
         field, t = self.field, self.t
         device = syndrome.device
-        exp, log = torch.from_numpy(field.exp).to(device), torch.from_numpy(field.log).to(device)
+        exp, log = self._there(device, "field", lambda: (field.exp, field.log))
         order = field.order
 
         def times(a: Tensor, b: Tensor) -> Tensor:
             return torch.where((a != 0) & (b != 0), exp[log[a] + log[b]], torch.zeros_like(a))
 
-        powers = np.array(
-            [[int(field.exp[i * j % order]) for j in range(1, 2 * t + 1)] for i in range(self.inside)], np.int64
-        )
-        as_bits = (powers[:, :, None] >> np.arange(field.m)) & 1
-        to_sums = torch.from_numpy(as_bits.reshape(self.inside, -1)).to(device, torch.float32)
+        def power_sums() -> list[NDArray[Any]]:
+            """Bits of α^ij: what check bit i adds to the j-th sum of powers."""
+            exponents = np.outer(np.arange(self.inside), np.arange(1, 2 * t + 1)) % order
+            as_bits = (field.exp[exponents][:, :, None] >> np.arange(field.m)) & 1
+            return [as_bits.reshape(self.inside, -1).astype(np.float32)]
+
+        (to_sums,) = self._there(device, "power sums", power_sums)
         sums = (torch.matmul(syndrome.to(torch.float32), to_sums).to(torch.int64) % 2).reshape(-1, 2 * t, field.m)
         s = _number(sums)
         blocks = s.shape[0]
@@ -351,18 +398,18 @@ def _matrix(columns: tuple[int, ...], checks: int) -> NDArray[np.float32]:
 
 def _bits(words: Tensor, width: int) -> Tensor:
     """Bits of int64 words, lowest first, in a new last dimension."""
-    if width == 64:
-        return (words.unsqueeze(-1) >> torch.arange(64, device=words.device)) & 1
-    # division and remainder instead of shifts: every exporter knows them
-    powers = torch.tensor([1 << place for place in range(width)], device=words.device)
-    return torch.div(words.unsqueeze(-1), powers, rounding_mode="floor") % 2
+    # no shifts, which ONNX has of unsigned types alone, and no torch.div, which its exporter computes in float32
+    return torch.bitwise_and(words.unsqueeze(-1), _powers(width, words.device)).ne(0).to(torch.int64)
 
 
 def _number(bits: Tensor) -> Tensor:
     """Bits in the last dimension, lowest first, as int64."""
-    width = bits.shape[-1]
-    weights = [1 << place if place < 63 else -(1 << 63) for place in range(width)]
-    return (bits * torch.tensor(weights, device=bits.device)).sum(dim=-1)
+    return (bits * _powers(bits.shape[-1], bits.device)).sum(dim=-1)
+
+
+def _powers(count: int, device: torch.device) -> Tensor:
+    """2⁰, 2¹, … as int64, whose last bit is its sign."""
+    return torch.tensor([1 << place if place < 63 else -(1 << 63) for place in range(count)], device=device)
 
 
 @lru_cache(maxsize=64)

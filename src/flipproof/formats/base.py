@@ -32,6 +32,12 @@ def word_dtype(width: int) -> torch.dtype:
     raise FormatError(f"a word must be 1 to 64 bits wide, got {width}")
 
 
+def unsigned(words: Tensor, width: int) -> Tensor:
+    """Words of any container as int64 with everything above `width` 0 (a 64-bit word keeps its sign bit)."""
+    wide = words.to(torch.int64)
+    return wide if width == 64 else wide & ((1 << width) - 1)
+
+
 def bit_pattern(values: Tensor) -> Tensor:
     """The bits of floating-point values as integers: −0.0 differs from 0.0, and a NaN equals itself."""
     width = values.element_size() * 8

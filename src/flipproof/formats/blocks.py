@@ -11,9 +11,9 @@ from torch import Tensor
 from flipproof.errors import FormatError
 from flipproof.formats._block_codes import LOST, BlockCode
 from flipproof.formats._compiled import by_table, in_reach, unsigned_array
-from flipproof.formats.base import Coding, Format, word_dtype
+from flipproof.formats.base import Coding, Format, unsigned, word_dtype
 from flipproof.formats.layout import Layout
-from flipproof.formats.protected import Protected, unsigned
+from flipproof.formats.protected import Protected
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Blocks(Protected):
         if flat.numel():
             repaired, beyond_repair = [], []
             for part, code in self._parts(flat.numel()):
-                rows, bad = code.repair_torch(wide[part].reshape(-1, code.words))
+                rows, bad = code.mend_torch(wide[part].reshape(-1, code.words))
                 repaired.append(rows.reshape(-1))
                 beyond_repair.append(bad[:, None].expand(-1, code.words).reshape(-1))
         data = torch.cat(repaired).to(word_dtype(self.inner.width))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flipproof.formats._rounding import cast
-from flipproof.formats.base import Coding, Format, word_dtype
+from flipproof.formats.base import Coding, Format, unsigned, word_dtype
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class _Floating(Format):
         return cast(x, self.storage).contiguous().view(word_dtype(self.width))
 
     def decode_words(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> Tensor:
+        if torch.compiler.is_compiling():
+            return cast(_by_arithmetic(words, self.storage), dtype)
         return cast(words.contiguous().view(self.storage), dtype)
 
     def is_native(self, dtype: torch.dtype) -> bool:
@@ -120,3 +123,30 @@ class Float8E5M2(_Floating):
     """
 
     storage: ClassVar[torch.dtype] = torch.float8_e5m2
+
+
+def _by_arithmetic(words: Tensor, storage: torch.dtype) -> Tensor:
+    """The values of bit patterns without reading memory as another type, for which ONNX has no operator; exactly.
+
+    ± (f + h) · 2^(e − bias − fraction bits), h the hidden bit, in float32, or float64 for Float64. A NaN is some NaN.
+    """
+    width = storage.itemsize * 8
+    if width == 8:
+        every = torch.arange(256, dtype=torch.uint8).view(storage).to(torch.float32)
+        return every.to(words.device)[unsigned(words, 8)]
+    fraction = round(-math.log2(torch.finfo(storage).eps))
+    exponents = 1 << (width - 1 - fraction)
+    bias = exponents // 2 - 1
+    exact = torch.float64 if storage == torch.float64 else torch.float32
+    # subnormals have the unit of the smallest normal number and no hidden bit
+    units = [2.0 ** (max(e, 1) - bias - fraction) for e in range(exponents - 1)]
+    unit = torch.tensor([*units, math.inf], dtype=exact, device=words.device)
+    hidden = torch.tensor([0.0] + [2.0**fraction] * (exponents - 1), dtype=exact, device=words.device)
+    wide = unsigned(words, width - 1)
+    low = wide & ((1 << fraction) - 1)
+    exponent = wide // (1 << fraction)
+    magnitude = (low.to(exact) + hidden[exponent]) * unit[exponent]
+    nan = (exponent == exponents - 1) & (low != 0)
+    magnitude = torch.where(nan, torch.full_like(magnitude, math.nan), magnitude)
+    negative = words.to(torch.int64) < 0 if width == 64 else unsigned(words, width) >= 1 << (width - 1)
+    return torch.where(negative, -magnitude, magnitude)

@@ -15,6 +15,9 @@ from flipproof.formats._compiled import by_table, in_reach
 from flipproof.formats.base import Coding, Format, dense, word_dtype
 from flipproof.formats.layout import Layout, Whole
 
+_AT_ONCE = 1 << 20
+"""Words that tensor operations unpack at once: some 200 MB."""
+
 TABLE_WIDTH = 10
 """Up to this width a word is looked up in a table of all values it can stand for."""
 
@@ -59,6 +62,8 @@ def unpack(packed: Tensor, width: int | Layout, shape: tuple[int, ...]) -> Tenso
                 _unpack(stream, base, starts, words)
         signed = found if dtype == torch.uint8 else found.view(f"i{dtype.itemsize}")
         return torch.from_numpy(signed).reshape(shape)
+    if not torch.compiler.is_compiling():
+        return _gathered(packed, layout).to(word_dtype(layout.widest)).reshape(shape)
     widest = layout.widest
     # division and remainder instead of shifts: every exporter knows them
     powers = torch.tensor([1 << place for place in range(8)], device=packed.device)
@@ -72,6 +77,28 @@ def unpack(packed: Tensor, width: int | Layout, shape: tuple[int, ...]) -> Tenso
         places[np.arange(widest) >= layout.width(values)[:, None]] = bits.numel()
         bits = torch.cat([bits, bits.new_zeros(1)])[torch.from_numpy(places).to(packed.device)]
     return (bits * weights).sum(dim=-1).to(word_dtype(widest)).reshape(shape)
+
+
+def _gathered(packed: Tensor, layout: Layout) -> Tensor:
+    """The words as int64 by tensor operations on any device: the bytes that hold them, shifted together."""
+    found = torch.zeros(layout.values, dtype=torch.int64, device=packed.device)
+    last, first = packed.numel() - 1, 0
+    for piece, base, starts in _pieces(layout, np.empty(layout.values, np.bool_)):
+        begins = torch.from_numpy(starts).to(packed.device)
+        for done in range(0, piece.size, _AT_ONCE):
+            within = torch.arange(done, min(done + _AT_ONCE, piece.size), device=packed.device)
+            block, j = within // (starts.size - 1), within % (starts.size - 1)
+            position = base + block * begins[-1] + begins[j]
+            width = begins[j + 1] - begins[j]
+            place, shift = position >> 3, position & 7
+            word = packed[place].long() >> shift
+            for i in range(1, (layout.widest + 14) // 8):
+                byte = packed[(place + i).clamp(max=last)].long()
+                word |= torch.where(shift + width > 8 * i, byte << (8 * i - shift).clamp(max=63), 0)
+            masked = torch.where(width < 64, word & ((1 << width.clamp(max=63)) - 1), word)
+            found[first + done : first + done + within.numel()] = masked
+        first += piece.size
+    return found
 
 
 def _layout(width: int | Layout, values: int) -> Layout:

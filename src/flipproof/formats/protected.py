@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flipproof.errors import FormatError
-from flipproof.formats.base import Coding, Format, word_dtype
+from flipproof.formats.base import Coding, Format, unsigned, word_dtype
 
 
 @dataclass(frozen=True)
@@ -183,12 +183,6 @@ class Parity(Protected):
 
     def repair_words(self, words: Tensor) -> tuple[Tensor, Tensor | None]:
         return words & ((1 << self.inner.width) - 1), parity(words) == 1
-
-
-def unsigned(words: Tensor, width: int) -> Tensor:
-    """Words of any container as int64 with everything above `width` 0 (a 64-bit word keeps its sign bit)."""
-    wide = words.to(torch.int64)
-    return wide if width == 64 else wide & ((1 << width) - 1)
 
 
 def parity(words: Tensor) -> Tensor:

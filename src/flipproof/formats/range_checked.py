@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from flipproof.errors import FormatError
-from flipproof.formats.base import Coding, Format
-from flipproof.formats.protected import unsigned
+from flipproof.formats.base import Coding, Format, unsigned
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from flipproof.errors import FormatError
-from flipproof.formats.base import Coding, Format, word_dtype
-from flipproof.formats.protected import unsigned
+from flipproof.formats.base import Coding, Format, unsigned, word_dtype
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,8 @@ class Rounded(Format):
 
     def decode_words(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> Tensor:
         whole = word_dtype(self.inner.width)
+        if torch.compiler.is_compiling():  # a product instead of a shift, which exporters know of unsigned types alone
+            return self.inner.decode_words((unsigned(words, self.width) * (1 << self.dropped)).to(whole), coding, dtype)
         if words.dtype != whole:  # a signed container may have the word's highest bit as its sign
             words = unsigned(words, self.width).to(whole)
         return self.inner.decode_words(words << self.dropped, coding, dtype)

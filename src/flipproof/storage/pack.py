@@ -147,6 +147,8 @@ def _store(module: nn.Module, name: str, format: Format) -> None:
 
 def _restore(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """The inverse of `_store`."""
+    shared = type(module)  # by deep copies too, which keep the property that torch takes out of the class
+    module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
     parametrize.remove_parametrizations(
         module, name
     )  # leaves the decoded values as a buffer, for words have no gradient

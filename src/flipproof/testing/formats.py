@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import flipproof
 from flipproof.errors import FormatError
-from flipproof.formats.base import Format, Stored, bit_pattern, blocks, sparse, word_dtype
+from flipproof.formats.base import Format, Stored, bit_pattern, blocks, dense, sparse, word_dtype
 from flipproof.spaces.parameters import FaultSpace
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -205,6 +205,20 @@ class FormatContract:
                             assert all(same_bits(p.detach(), expected[n]) for n, p in model.named_parameters())
                         assert all(same_bits(p.detach(), golden[n]) for n, p in model.named_parameters())
         assert all(same_bits(p.detach(), before[n]) for n, p in model.named_parameters())
+
+    def test_healed_words_read_as_before_and_are_clean(self) -> None:
+        clean = self.format.encode(self.values((6, 50)))
+        one = torch.ones_like(clean.words)
+        for words in (clean.words, clean.words ^ one, *(self.random_words(clean, seed) for seed in range(3))):
+            stored = Stored(self.format, words, clean.coding, clean.dtype)
+            shaped = dense(clean.coding, words.shape)
+            healed, lost = self.format.heal(words, shaped)
+            assert (healed.dtype, healed.shape) == (words.dtype, words.shape)
+            assert same_bits(Stored(self.format, healed, clean.coding, clean.dtype).decode(), stored.decode())
+            again, still = self.format.heal(healed, shaped)
+            assert torch.equal(again, healed)
+            assert torch.equal(still, lost)
+            assert torch.equal(healed[lost], words[lost])
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
