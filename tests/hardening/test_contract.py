@@ -46,5 +46,5 @@ class TestFence(HardeningContract):
     method = fp.Fence()
 
 
-class TestFenceLayerZeroing(HardeningContract):
-    method = fp.Fence(per="layer", replace="zero", outputs=False)
+class TestFenceLayerClamping(HardeningContract):
+    method = fp.Fence(per="layer", replace="bound", outputs=False)

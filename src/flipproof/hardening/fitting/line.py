@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import inf, isnan, nan
+from math import inf, isnan
 from typing import Any
 
 import pandas as pd
 import torch
 from scipy.optimize import minimize_scalar
 
-from flipproof.engine.progress import progress_bar
-from flipproof.hardening.fitting._prefix import Prefix, Prefixes
+from flipproof.engine.progress import Step, progress_bar
+from flipproof.hardening.fitting._prefix import Prefixes
 from flipproof.hardening.fitting.calibration import Calibration, DistillationLoss
 from flipproof.hardening.fitting.training import (
     Stage,
@@ -81,25 +81,30 @@ def search_stages(
         loss: (logits, targets, teacher's logits) → a scalar.
 
     Returns:
-        One row an α: `stage`, `scale`, `loss`, `held_out_accuracy` (NaN where it was not asked for), `mean_threshold`,
-        `accepted`.
+        One row an α: `stage`, `scale`, `loss` (NaN where it was none), `held_out_accuracy` (NaN where it was not asked
+        for), `mean_threshold`, `accepted`.
     """
     prefixes = Prefixes(work.model, parts)
     rows: list[dict[str, Any]] = []
     with progress_bar(len(stages), 0, show=work.progress) as step:
         for stage in stages:
-
-            def run(prefix: Prefix | None, stage: Stage) -> list[dict[str, Any]]:
-                found = _Line(work, stage, parts, loss, prefix).run()
-                step(stage.label)
-                return found
-
-            def search(stage: Stage) -> list[dict[str, Any]]:
-                with only(work.model, []), torch.no_grad():
-                    return from_the_cut(stage, prefixes, partial(run, stage=stage))
-
-            rows += work.stage(stage.label, stage.bounds, partial(search, stage), step=step, steps=1)
+            search = partial(_search, work, stage, parts, loss, prefixes, step)
+            rows += work.stage(stage.label, stage.bounds, search, step=step, steps=1)
     return pd.DataFrame(rows)
+
+
+def _search(
+    work: Work,
+    stage: Stage,
+    parts: tuple[Calibration, Calibration],
+    loss: DistillationLoss,
+    prefixes: Prefixes,
+    step: Step,
+) -> list[dict[str, Any]]:
+    with only(work.model, []), torch.no_grad():
+        rows = from_the_cut(stage, prefixes, lambda prefix: _Line(work, stage, parts, loss, prefix).run())
+    step(stage.label)
+    return rows
 
 
 class _Line(StageRun):
@@ -139,8 +144,8 @@ class _Line(StageRun):
             {
                 "stage": self.stage.label,
                 "scale": scale,
-                "loss": value,
-                "held_out_accuracy": accuracy.get(scale, nan),
+                "loss": value if value < inf else None,  # journals hold finite numbers; tables show NaN
+                "held_out_accuracy": accuracy.get(scale),
                 "mean_threshold": mean,
                 "accepted": scale == accepted,
             }

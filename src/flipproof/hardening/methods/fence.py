@@ -21,11 +21,15 @@ class Fence(Hardening):
     For channel c of a layer, over the calibration data, all its samples and places, and slack s::
 
         low_c = min y_c,  high_c = max y_c,  moved out by (s − 1) · reach on either side, as all bounds here
-        y_c ← min(max(y_c, low_c), high_c),  NaN ← 0
+        y_c ← y_c where low_c ≤ y_c ≤ high_c, else 0;  NaN ← 0
 
     A bound above an activation sees a fault late: the product of a faulty weight has gone through a normalisation and
     into a sum by then, and what is cut is the sum, with all that was right in it. Here the faulty branch alone is cut.
     And it reaches layers that no activation follows, as the convolution of `flipproof.models.StageNet`.
+
+    A value outside is thrown away and not moved to the bound that it crossed. Clamping loses most of what the bounds
+    are for: a channel that a fault has broken is then full of the largest right values, each within the bound of the
+    activation behind it, which would have made them 0 (measured in docs/hardening.md).
 
     Activations have the bounds of `Guard`, one a channel, and class scores its guard. Layers' channels are known from
     their kind: the last dimension of a linear layer's output, so sequences (N, T, C) have one bound a feature, the one
@@ -38,7 +42,7 @@ class Fence(Hardening):
 
     Args:
         per: a pair of bounds a "channel", or a "layer".
-        replace: what becomes of a layer's value outside: the "bound" that it crossed, or "zero". Activations' become 0.
+        replace: what becomes of a layer's value outside: "zero", or the "bound" that it crossed. Activations' become 0.
         outputs: guard the class scores as `Guard` does, instead of fencing the layer that computes them.
         slack: bounds lie at so many times the extremes seen. None finds the smallest of 1, 1.25, 1.5, 2, 3 … that
             hardly disturbs samples which the bounds have not seen.
@@ -58,12 +62,12 @@ class Fence(Hardening):
         >>> safe[0]
         Linear(
           in_features=4, out_features=8, bias=True
-          (fence): Saturate(identity, per neuron (8,))
+          (fence): ZeroAbove(identity, per neuron (8,))
         )
     """
 
     per: Literal["channel", "layer"] = "channel"
-    replace: Literal["bound", "zero"] = "bound"
+    replace: Literal["zero", "bound"] = "zero"
     outputs: bool = True
     slack: float | None = None
     held_out: float = HELD_OUT
@@ -71,7 +75,7 @@ class Fence(Hardening):
 
     def __post_init__(self) -> None:
         if self.per not in ("channel", "layer") or self.replace not in ("bound", "zero"):
-            raise ConfigError(f"Fence: per is 'channel' or 'layer', replace is 'bound' or 'zero', got {self!r}")
+            raise ConfigError(f"Fence: per is 'channel' or 'layer', replace is 'zero' or 'bound', got {self!r}")
         check_fields(self)
 
     def fit(self, work: Work) -> pd.DataFrame:
