@@ -28,14 +28,15 @@ METHODS: dict[str, Hardening | None] = {
     "none": None,
     "Guard()": fp.Guard(),
     "Fence()": fp.Fence(),
-    'Fence(replace="zero")': fp.Fence(replace="zero"),
+    'Fence(replace="bound")': fp.Fence(replace="bound"),
     "ProAct.quick()": fp.ProAct.quick(),
     "ProAct.searched()": fp.ProAct.searched(),
     'ProAct.searched("channel")': fp.ProAct.searched("channel"),
     'ProAct.searched("neuron")': fp.ProAct.searched("neuron"),
     "FitAct.searched()": fp.FitAct.searched(),
 }
-BATCH, CALIBRATION, CLEAN = 250, 2000, 2000
+BATCH, ASIDE, CLEAN = 250, 2000, 2000
+"""The first `ASIDE` test images are for calibration, the next `CLEAN` for accuracy."""
 
 
 def main() -> None:
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="for journals")
     parser.add_argument("--only", nargs="*", default=list(METHODS), help="names of methods")
+    parser.add_argument("--calibration", type=int, default=ASIDE, help="images of the first 2,000")
     parser.add_argument("--images", type=int, default=1000, help="under faults, a multiple of 250")
     parser.add_argument("--trials", type=int, default=20, help="a rate")
     given = parser.parse_args()
@@ -51,8 +53,8 @@ def main() -> None:
     model = resnet20()
     load_weights(model, next(given.data_root.glob("**/resnet20-*.th")))
     model.eval()
-    test = cifar10(given.data_root, "test", batch_size=BATCH, limit=CALIBRATION + CLEAN)
-    calibration, unseen = test[: CALIBRATION // BATCH], test[CALIBRATION // BATCH :]
+    test = cifar10(given.data_root, "test", batch_size=BATCH, limit=ASIDE + CLEAN)
+    calibration, unseen = test[: given.calibration // BATCH], test[ASIDE // BATCH :]
     clean = Calibration.read(model, unseen, torch.device("cpu"))
     for name in given.only:
         method = METHODS[name]

@@ -206,6 +206,7 @@ def test_class_scores_get_a_guard_instead():
     assert type(safe.head) is GuardedLinear
     assert [site.name for site in hardening_report(safe).sites] == ["layer:0", "act:0"]
     assert hardening_report(safe).thresholds == 2 * 4 + 4 + 3 + 1
+    assert "1 activations and 1 outputs of layers bounded by 16 stored" in str(hardening_report(safe))
     open_ = fp.harden(Anything(nn.Linear(5, 4)), TIGHT, data=data, progress=False)
     assert isinstance(open_.head, Fenced)
     assert hardening_report(open_).thresholds == 2 * 4 + 4 + 2 * 3
