@@ -20,6 +20,7 @@ def test_public_names_are_exactly_these():
         "Exploration",
         "FTClipAct",
         "FaultSpace",
+        "Fence",
         "FitAct",
         "FixedPoint",
         "FlipproofError",

@@ -53,6 +53,7 @@ from .hardening.files import load_hardened as load_hardened
 from .hardening.files import save_hardened as save_hardened
 from .hardening.harden import harden as harden
 from .hardening.methods.avc import AVC as AVC
+from .hardening.methods.fence import Fence as Fence
 from .hardening.methods.fitact import FitAct as FitAct
 from .hardening.methods.ft_clipact import FTClipAct as FTClipAct
 from .hardening.methods.guard import Guard as Guard

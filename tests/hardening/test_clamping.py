@@ -96,3 +96,66 @@ def test_what_it_leaves_to_torch():
         assert done(x) is None  # gradients are asked for
         exported = torch.export.export(torch.nn.Sequential(ZeroAbove(1.0)), (x,)).module()
         assert torch.equal(exported(3 * x), torch.where((3 * x > 0) & (3 * x <= 1), 3 * x, torch.zeros(())))
+
+
+@pytest.mark.parametrize(
+    ("inner", "shape"),
+    [((3, 4, 5), ()), ((3, 4, 5), (3, 1, 1)), ((6, 5), (5,)), ((6, 5), (6, 1)), ((60,), (60,)), ((3, 4, 1), (3, 1, 1))],
+    ids=str,
+)
+@pytest.mark.parametrize("function", ["identity", "tanh"])
+@pytest.mark.parametrize("kind", [Saturate, ZeroAbove])
+def test_two_sides_give_what_torch_gives(kind, function, inner, shape, monkeypatch):
+    used = []
+    asked = bounded.bounded_between
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(7, *inner, generator=generator) * 3
+    x.view(-1)[: len(VALUES)] = torch.tensor(VALUES)
+    x.view(-1)[-len(VALUES) :] = torch.tensor(VALUES)
+    with torch.no_grad(), one_thread(torch.device("cpu")):
+        for high in (None, *BOUNDS):
+            for low in (None, *BOUNDS, -LARGEST):
+                ends = torch.rand(shape, generator=generator) * 3, -torch.rand(shape, generator=generator) * 3
+                for end, fault in zip(ends, (high, low), strict=True):
+                    if fault is not None:
+                        end.view(-1)[-1] = fault
+                bound = kind(ends[0], function, low=ends[1])
+                monkeypatch.setattr(bounded, "bounded_between", lambda *a, **k: used.append(asked(*a, **k)) or used[-1])
+                mine = bound(x)
+                monkeypatch.setattr(bounded, "bounded_between", lambda *a, **k: None)
+                assert torch.equal(mine, bound(x)), (high, low)
+                assert bool(torch.isfinite(mine).all())
+    assert all(result is not None for result in used)
+    assert len(used) == 9 * 10
+
+
+@given(
+    st.sampled_from(VALUES) | st.floats(width=32),
+    st.floats(-4, 4, width=32) | st.sampled_from([-INF, -LARGEST]),
+    st.floats(0, 4, width=32),
+)
+def test_two_sides_against_plain_python(value, low, span):
+    high = torch.tensor(low + span).item() if math.isfinite(low) else span
+    low = torch.tensor(low).item()
+    x = torch.tensor([[value]])
+    with torch.no_grad(), one_thread(torch.device("cpu")):
+        clamped = Saturate(high, "identity", low=low)(x).item()
+        zeroed = ZeroAbove(high, "identity", low=low)(x).item()
+    if math.isnan(value):
+        assert (clamped, zeroed) == (0.0, 0.0)
+    else:
+        assert clamped == max(min(value, high), max(low, -LARGEST))
+        assert zeroed == (value if max(low, -LARGEST) <= value <= high else 0.0)
+
+
+def test_what_two_sides_leave_to_torch():
+    x, low, high = torch.randn(2, 3, 4, 4), torch.tensor(-1.0), torch.tensor(1.0)
+    with torch.no_grad(), one_thread(torch.device("cpu")):
+        for other in (x.double(), x.to(memory_format=torch.channels_last), x[:0]):
+            assert clamping.bounded_between(other, low, high, zero=True) is None
+        for shape in ((3,), (3, 4, 4), (2, 3, 1, 1, 1), (3, 4, 1)):
+            assert clamping.bounded_between(x, -torch.rand(shape), torch.rand(shape), zero=True) is None
+        assert clamping.bounded_between(x, low, high.double(), zero=True) is None
+        assert clamping.bounded_between(x, low, torch.rand(3, 1, 1), zero=True) is None
+    with one_thread(torch.device("cpu")):
+        assert clamping.bounded_between(x, low, high, zero=True) is None  # gradients are asked for

@@ -26,9 +26,25 @@ class TestProAct(HardeningContract):
     method = fp.ProAct(epochs=1, epochs_last=2, held_out=0.5)
 
 
+class TestProActSearched(HardeningContract):
+    method = fp.ProAct(search="line", held_out=0.5, budget=0.5)
+
+
+class TestFitActSearchedByChannel(HardeningContract):
+    method = fp.FitAct(search="line", per="channel", held_out=0.5, budget=0.5)
+
+
 class TestGuard(HardeningContract):
     method = fp.Guard()
 
 
 class TestGuardNeuronSaturating(HardeningContract):
     method = fp.Guard(per="neuron", replace="bound", outputs=False)
+
+
+class TestFence(HardeningContract):
+    method = fp.Fence()
+
+
+class TestFenceLayerClamping(HardeningContract):
+    method = fp.Fence(per="layer", replace="bound", outputs=False)

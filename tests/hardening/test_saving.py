@@ -226,7 +226,7 @@ class TestHostileFiles:
     @pytest.mark.parametrize(
         ("field", "value", "message"),
         [
-            ("version", 1, "expected version 2 of the format, got 1; save the model again"),
+            ("version", 1, "expected version 3 of the format, got 1; save the model again"),
             ("method", 3, "method: expected a text, got 3"),
             ("sites", {"0": 1}, "sites: expected a list, got a?.*'0'"),
             ("sites", ["x"], r"sites\[0\]: expected an object with named fields, got 'x'"),
@@ -238,6 +238,8 @@ class TestHostileFiles:
             ("guarded", "two", "guarded: expected a list, got 'two'"),
             ("guarded", ["one"], "no threshold a class and one resting score for the outputs of 'one'"),
             ("guarded", ["two", "two"], "guards the outputs of 'two', which is no linear layer"),
+            ("fenced", "two", "fenced: expected a list, got 'two'"),
+            ("fenced", ["act"], r"fences the outputs of \['act'\], no layers of this"),
             ("unreachable", [{"name": "a"}], r"unreachable\[0\]: expected a field 'reason'"),
             ("surprise", 1, r"expected only .*, got \['surprise'\] too"),
         ],

@@ -24,13 +24,14 @@ from flipproof.hardening.fitting.acceptance import Acceptance
 from flipproof.hardening.fitting.work import put_bound
 from flipproof.hardening.methods.guard import GuardedLinear, put_guard
 from flipproof.hardening.report import REPORT, HardeningReport, hardening_report
+from flipproof.hardening.rewriting.layers import Fenced, channel_axis
 from flipproof.hardening.rewriting.recurrent import Opened
 from flipproof.hardening.rewriting.sites import ActivationSite, Rewritten, Unreachable, rewrite
 from flipproof.running.data import call
 from flipproof.running.device import device_of
 from flipproof.running.evaluation import eval_mode
 
-VERSION = 2
+VERSION = 3
 """Of the format: counts up whenever what is written changes. A file of another version is refused."""
 
 KINDS: dict[str, type[Bounded]] = {name: getattr(bounds, name) for name in bounds.__all__ if name != "Bounded"}
@@ -81,6 +82,7 @@ def save_hardened(hardened: nn.Module, path: str | os.PathLike[str]) -> Path:
         "seconds": report.seconds,
         "forwards": report.forwards,
         "opened": any(isinstance(module, Opened) for module in hardened.modules()),
+        "fenced": [name for name, module in hardened.named_modules() if isinstance(module, Fenced)],
         "guarded": [name for name, module in hardened.named_modules() if isinstance(module, GuardedLinear)],
         "example": to_plain(report.example),
     }
@@ -112,6 +114,7 @@ def load_hardened(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     about, state = _read(path)
     inputs = inputs_like(about.example, device_of(model))
     rewritten = rewrite(model, inputs, open_recurrent=about.opened)
+    _fence(rewritten, about, inputs, path)
     _rebuild(rewritten, about, state, path)
     _check_state(rewritten.model, state, path)
     rewritten.model.load_state_dict(state)
@@ -152,6 +155,7 @@ class _About:
     seconds: float
     forwards: float
     opened: bool
+    fenced: tuple[str, ...]
     guarded: tuple[str, ...]
     example: Any
     judged: Acceptance | None
@@ -187,6 +191,7 @@ def _about(fields: Fields) -> _About:
         seconds=fields.number("seconds"),
         forwards=fields.number("forwards"),
         opened=fields.flag("opened"),
+        fenced=fields.texts("fenced"),
         guarded=fields.texts("guarded"),
         example=from_plain(fields.take("example"), fields.at("example")),
         judged=None if fields.take("judged") is None else _judged(fields.inside("judged")),
@@ -212,6 +217,17 @@ def _site(fields: Fields) -> tuple[ActivationSite, str, dict[str, float]]:
             raise wrong(more.at(name), "a number above 0", value)
     more.end()
     return site, kind, options
+
+
+def _fence(rewritten: Rewritten, about: _About, inputs: Any, path: object) -> None:
+    """Make the outputs of the layers that the file names sites."""
+    layers = {name for name, module in rewritten.model.named_modules() if channel_axis(module) is not None}
+    if other := [name for name in about.fenced if name not in layers]:
+        raise ModelError(
+            f"{path} fences the outputs of {other[:5]}, no layers of this {type(rewritten.model).__name__}"
+        )
+    if about.fenced:
+        rewritten.open_layers(inputs, layers.difference(about.fenced))
 
 
 def _rebuild(rewritten: Rewritten, about: _About, state: dict[str, Tensor], path: object) -> None:

@@ -9,6 +9,7 @@ import pandas as pd
 from torch import nn
 
 from flipproof.errors import ModelError
+from flipproof.hardening.bounds.activations import FUNCTIONS
 from flipproof.hardening.fitting.acceptance import Acceptance
 from flipproof.hardening.rewriting.sites import ActivationSite, Unreachable
 
@@ -22,7 +23,7 @@ class HardeningReport:
 
     Attributes:
         method: `repr` of the method, which rebuilds it.
-        sites: the bounded activations, in order of execution.
+        sites: the bounded activations and outputs of layers, in order of execution.
         unreachable: activations that are as they were, with the reason.
         notes: what else the user should know.
         parameters: of the original model; `thresholds`: values added to it.
@@ -72,7 +73,9 @@ class HardeningReport:
         return pd.DataFrame(rows)
 
     def __str__(self) -> str:
-        lines = [f"{self.method}: {len(self.sites)} activations bounded by {self.thresholds:,} stored thresholds"]
+        layers = sum(site.function not in FUNCTIONS for site in self.sites)
+        bounded = f"{len(self.sites) - layers} activations" + (f" and {layers} outputs of layers" if layers else "")
+        lines = [f"{self.method}: {bounded} bounded by {self.thresholds:,} stored thresholds"]
         lines += [f"  not bounded: {entry.name}: {entry.reason}" for entry in self.unreachable]
         if self.judged is not None:
             lines.append(f"  {self.judged}")

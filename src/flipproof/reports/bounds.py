@@ -41,7 +41,7 @@ def distribution_figure(table: pd.DataFrame) -> Figure:
 
 
 def history_figure(report: HardeningReport) -> Figure:
-    """How a method found its bounds: mean threshold and held-out accuracy by epoch, or the area by threshold.
+    """How a method found its bounds: mean threshold and accuracy by epoch, loss by factor, or area by threshold.
 
     Raises:
         ConfigError: if the method is a closed form and has no history.
@@ -61,6 +61,17 @@ def history_figure(report: HardeningReport) -> Figure:
         left.set_ylabel("mean threshold", fontsize=7)
         right.set_xlabel("epoch, all layers", fontsize=7)
         right.set_ylabel("held-out accuracy", fontsize=7)
+    elif "scale" in history:
+        for i, (stage, rows) in enumerate(history.groupby("stage", sort=False)):
+            ordered = rows.sort_values("scale")
+            colour = SERIES[i % len(SERIES)]
+            left.plot(ordered["scale"], ordered["loss"], "o-", ms=2, color=colour, lw=0.8, label=literal(str(stage)))
+        taken = history[history["accepted"]]
+        right.plot(np.arange(len(taken)), taken["scale"].to_numpy(), "o-", ms=2, color=SERIES[0], lw=0.8)
+        left.set_xlabel("factor on the thresholds", fontsize=7)
+        left.set_ylabel("loss", fontsize=7)
+        right.set_xlabel("layer, from the last", fontsize=7)
+        right.set_ylabel("factor taken", fontsize=7)
     else:
         for i, (stage, rows) in enumerate(history.groupby("stage", sort=False)):
             ordered = rows.sort_values("threshold")

@@ -110,7 +110,7 @@ class HardeningContract:
     def test_every_activation_is_bounded_and_reported(self) -> None:
         safe = self.hardened(self.network())
         report = hardening_report(safe)
-        assert [site.name for site in report.sites] == ["1:0", "4:0"]
+        assert [site.name for site in report.sites if site.function == "relu"] == ["1:0", "4:0"]
         assert all(isinstance(safe.get_submodule(site.module), Bounded) for site in report.sites)
         assert report.unreachable == ()
         assert report.method == repr(self.method)
@@ -133,7 +133,7 @@ class HardeningContract:
                 note = partial(_note, seen)
                 safe.get_submodule(site.module).register_forward_hook(note)
             safe(self.data()[0][0])
-            assert len(seen) == 2
+            assert len(seen) == len(hardening_report(safe).sites) >= 2
             assert all(bool(torch.isfinite(result).all()) for result in seen)
 
     def test_travels(self) -> None:

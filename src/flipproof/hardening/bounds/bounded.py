@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from flipproof.hardening.bounds.activations import Activation
-from flipproof.hardening.bounds.clamping import bounded_relu
+from flipproof.hardening.bounds.clamping import bounded_between, bounded_relu
 
 
 class Bounded(Activation, ABC):
@@ -114,7 +114,11 @@ class Saturate(Bounded):
             # the order matters: a NaN threshold gives NaN first, a negative one a negative number
             capped = x.clamp_max_(self.threshold) if overwrite else torch.clamp_max(x, self.threshold)
             return capped.nan_to_num_(0.0).relu_()
-        capped = torch.clamp_max(self.activate(x), self.threshold)
+        value = self.activate(x)
+        one_pass = None if self.low is None else bounded_between(value, self.low, self.threshold, zero=False)
+        if one_pass is not None:
+            return one_pass
+        capped = torch.clamp_max(value, self.threshold)
         return (capped if self.low is None else capped.clamp_min_(self.low)).nan_to_num_(0.0)
 
 
@@ -130,7 +134,14 @@ class ZeroAbove(Bounded):
         one_pass = bounded_relu(x, self.threshold, zero=True, overwrite=overwrite) if self.rectifies else None
         if one_pass is not None:
             return one_pass
-        value = self._finite(x, below=0.0, overwrite=overwrite)
+        if self.low is not None:
+            value = self.activate(x)
+            one_pass = bounded_between(value, self.low, self.threshold, zero=True)
+            if one_pass is not None:
+                return one_pass
+            value = torch.nan_to_num(value, 0.0, 0.0, 0.0)
+        else:
+            value = self._finite(x, below=0.0, overwrite=overwrite)
         # the comparison is written as a number: mixing bytes and floats costs three times as much
         inside = value.detach().clone().le_(self.threshold)
         if self.low is not None:

@@ -1,4 +1,4 @@
-"""Bounded ReLU in one pass over memory, where torch takes three or four: on one CPU thread, as campaigns run."""
+"""Bounds in one pass over memory, where torch takes three to six: on one CPU thread, as campaigns run."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ def bounded_relu(x: Tensor, threshold: Tensor, *, zero: bool, overwrite: bool) -
     with several, torch's passes share the work. NaN gives 0, +∞ what lies beyond λ; a threshold that a fault made NaN
     or negative makes everything 0, +∞ is taken for the largest number.
     """
-    usable = is_plain(x) and x.is_contiguous() and threshold.dtype == x.dtype and threshold.device == x.device
-    if not usable or torch.get_num_threads() != 1 or not x.numel():
+    if not _usable(x, threshold):
         return None
     inner = x.shape[1:]
     if threshold.dim() and threshold.dim() != len(inner):
@@ -57,6 +56,39 @@ def bounded_relu(x: Tensor, threshold: Tensor, *, zero: bool, overwrite: bool) -
     else:
         _by_span(values, top, span, zero, out.view(-1).numpy())
     return out
+
+
+def bounded_between(x: Tensor, low: Tensor, high: Tensor, *, zero: bool) -> Tensor | None:
+    """`x` where low ≤ x ≤ high, beyond it the bound that it crossed, or 0 with `zero`; None where torch has to do it.
+
+    As `bounded_relu`, for bounds of the whole layer, or a channel's wherever it counts: of shape (C, 1, …), for the
+    last dimensions of `x`. NaN gives 0, ±∞ what lies beyond; where a fault made a bound NaN everything is 0.
+    """
+    if not _usable(x, low, high) or low.shape != high.shape:
+        return None
+    channels, places = high.shape[:1].numel(), x.shape[x.dim() - high.dim() + 1 :] if high.dim() else x.shape
+    fits = high.dim() <= x.dim() and high.shape[1:].numel() == 1
+    if not fits or (high.dim() and x.shape[-high.dim()] != channels):
+        return None
+    top, bottom = high.detach().reshape(-1).numpy(), low.detach().reshape(-1).numpy()
+    broken = np.isnan(top) | np.isnan(bottom)
+    top = np.where(broken, np.float32(0), np.minimum(top, np.float32(_LARGEST)))
+    bottom = np.where(broken, np.float32(0), np.maximum(bottom, np.float32(-_LARGEST)))
+    if not zero:  # what is put in has to be finite
+        top, bottom = np.maximum(top, np.float32(-_LARGEST)), np.minimum(bottom, np.float32(_LARGEST))
+    out = torch.empty_like(x)
+    span = places.numel()
+    if span == 1 and channels > 1:
+        _between_by_row(x.view(-1).numpy(), bottom, top, zero, out.view(-1).numpy())
+    else:
+        _between_by_span(x.view(-1).numpy(), bottom, top, span, zero, out.view(-1).numpy())
+    return out
+
+
+def _usable(x: Tensor, *bounds: Tensor) -> bool:
+    """Whether a kernel may read these."""
+    alike = all(bound.dtype == x.dtype and bound.device == x.device for bound in bounds)
+    return is_plain(x) and x.is_contiguous() and alike and torch.get_num_threads() == 1 and x.numel() > 0
 
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -120,3 +152,37 @@ def _span(x: Any, t: Any, beyond: Any, out: Any) -> None:
 def _in_place_span(x: Any, t: Any, beyond: Any) -> None:
     for i in range(x.size):
         x[i] = _bounded(x[i], t, beyond)
+
+
+@kernel(error_model="numpy")
+def _between_by_span(x: Any, low: Any, top: Any, span: int, zero: bool, out: Any) -> None:
+    """Two bounds for each `span` values, again and again."""
+    for k in range(x.size // span):
+        b, t = low[k % top.size], top[k % top.size]
+        below, beyond = _instead(b, zero), _instead(t, zero)
+        here, there = x[k * span : (k + 1) * span], out[k * span : (k + 1) * span]
+        for i in range(span):
+            there[i] = _between(here[i], b, t, below, beyond)
+
+
+@kernel(error_model="numpy")
+def _between_by_row(x: Any, low: Any, top: Any, zero: bool, out: Any) -> None:
+    """Two bounds for each value of a row."""
+    below = np.array([_instead(b, zero) for b in low])
+    beyond = np.array([_instead(t, zero) for t in top])
+    for k in range(x.size // top.size):
+        here, there = x[k * top.size : (k + 1) * top.size], out[k * top.size : (k + 1) * top.size]
+        for i in range(top.size):
+            there[i] = _between(here[i], low[i], top[i], below[i], beyond[i])
+
+
+@kernel(inline="always", error_model="numpy")
+def _between(v: Any, b: Any, t: Any, below: Any, beyond: Any) -> Any:
+    w = v if v <= t else beyond
+    w = w if w >= b else below  # in this order, as torch clamps where a fault has the bounds cross
+    return w if v == v else np.float32(0)
+
+
+@kernel(error_model="numpy")
+def _instead(bound: Any, zero: bool) -> Any:
+    return np.float32(0) if zero else bound

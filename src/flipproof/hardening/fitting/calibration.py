@@ -128,14 +128,23 @@ class Calibration:
 
         Inputs that cannot be cut by sample come in their own batches, in random order, without sample numbers.
         """
+        units = self.samples if self.cut is not None else len(self.batches.inputs)
+        yield from self._in_order(torch.randperm(units, generator=generator), size)
+
+    def ordered(self, size: int) -> Iterator[tuple[Tensor | None, Any, Tensor, Tensor]]:
+        """As `shuffled`, in their own order."""
+        units = self.samples if self.cut is not None else len(self.batches.inputs)
+        yield from self._in_order(torch.arange(units), size)
+
+    def _in_order(self, order: Tensor, size: int) -> Iterator[tuple[Tensor | None, Any, Tensor, Tensor]]:
         if self.cut is not None:
             whole = self._joined()
-            for chunk in torch.split(torch.randperm(self.samples, generator=generator), size):
+            for chunk in torch.split(order, size):
                 yield chunk, _rows(whole, chunk, self.cut), self.batches.targets[chunk], self.teacher[chunk]
             return
         targets = torch.split(self.batches.targets, list(self.batches.sizes))
         teacher = torch.split(self.teacher, list(self.batches.sizes))
-        for i in torch.randperm(len(targets), generator=generator).tolist():
+        for i in order.tolist():
             yield None, self.batches.inputs[i], targets[i], teacher[i]
 
     def outputs(self, model: nn.Module) -> Tensor:

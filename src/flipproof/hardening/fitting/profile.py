@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flipproof.errors import ModelError
 from flipproof.hardening.fitting.calibration import Calibration
+from flipproof.hardening.rewriting.layers import channel_axis
 from flipproof.hardening.rewriting.sites import ActivationSite, Rewritten
 from flipproof.running.data import call
 from flipproof.running.evaluation import eval_mode
@@ -31,6 +32,8 @@ class Range:
         calls: how often the site was computed.
         channel_low: per channel, (C, 1, …); None where the number of channels or dimensions changes.
         channel_high: the same.
+        axis: the dimension of the whole output that counts channels, from the end if negative, where it is known:
+            behind a layer. None behind activations.
     """
 
     low: Tensor
@@ -41,20 +44,20 @@ class Range:
     calls: int = 1
     channel_low: Tensor | None = None
     channel_high: Tensor | None = None
+    axis: int | None = None
 
     def finest(self, per: Per) -> Per:
         """How fine bounds can be here, at most `per`: neuron, else channel, else layer.
 
         A channel is the first dimension of one sample's map, with all places taken together: bounds of shape (C, 1, 1)
         for (C, H, W), (N,) for a linear layer's (N,). Maps may have any size. Of two dimensions nobody can say which
-        are channels, those of a sequence (T, D) or of a 1-d map (C, L): there it is one bound for the layer. Bounds a
-        neuron need one size.
+        are channels, those of a sequence (T, D) or of a 1-d map (C, L): there it is one bound for the layer. Behind a
+        layer that is known (`axis`). Bounds a neuron need one size.
         """
         if per == "neuron" and self.neuron_low is not None:
             return "neuron"
-        if per == "layer" or self.channel_low is None or any(len(shape) == 2 for shape in self.shapes):
-            return "layer"
-        return "channel"
+        nobody_knows = self.axis is None and any(len(shape) == 2 for shape in self.shapes)
+        return "layer" if per == "layer" or self.channel_low is None or nobody_knows else "channel"
 
     def of(self, per: Per, site: ActivationSite | None = None) -> tuple[Tensor, Tensor]:
         """(low, high) per layer, channel or neuron, as fine as `finest` says; `site` plays no part."""
@@ -84,7 +87,11 @@ class Range:
         self.shapes |= shapes
         if len(self.shapes) > 1:
             self.neuron_low = self.neuron_high = None
-        if len({(len(shape), shape[:1]) for shape in self.shapes}) > 1:
+        if self.axis is None:
+            kinds = len({(len(shape), shape[:1]) for shape in self.shapes})
+        else:  # a layer has one number of channels, and bounds that count from the end fit any number of dimensions
+            kinds = len({len(shape) for shape in self.shapes}) if self.axis >= 0 else 1
+        if kinds > 1:
             self.channel_low = self.channel_high = None
 
 
@@ -133,13 +140,15 @@ def ranges_of(
     """
     found: dict[str, Range] = {}
     names = {site.module: site for site in rewritten.sites}
+    layers = {site.module: rewritten.layer_of(site) for site in rewritten.sites}
+    axes = {module: None if layer is None else channel_axis(layer) for module, layer in layers.items()}
 
     def watch(module: str) -> Any:
         def before(called: nn.Module, args: tuple[Any, ...]) -> None:  # in-place activations overwrite their input
-            _note(found, names[module], args[0].detach())
+            _note(found, names[module], args[0].detach(), axes[module])
 
         def after(called: nn.Module, args: tuple[Any, ...], result: Tensor) -> None:
-            _note(found, names[module], result.detach())
+            _note(found, names[module], result.detach(), axes[module])
 
         place = rewritten.model.get_submodule(module)
         return place.register_forward_pre_hook(before) if of == "input" else place.register_forward_hook(after)
@@ -155,7 +164,7 @@ def ranges_of(
     return found
 
 
-def _note(found: dict[str, Range], site: ActivationSite, values: Tensor) -> None:
+def _note(found: dict[str, Range], site: ActivationSite, values: Tensor, axis: int | None) -> None:
     if values.numel() == 0:
         return
     low, high = torch.aminmax(values)
@@ -164,12 +173,27 @@ def _note(found: dict[str, Range], site: ActivationSite, values: Tensor) -> None
             f"{site.name} ({site.function}) computes NaN or infinite values on the calibration data without any fault; "
             f"no bound can be read off those"
         )
-    neuron_low, neuron_high = (values.amin(dim=0), values.amax(dim=0)) if values.dim() else (None, None)
+    neuron_low, neuron_high = (
+        (values.amin(dim=0), values.amax(dim=0)) if values.dim() and axis is None else (None, None)
+    )
     channel_low, channel_high = neuron_low, neuron_high
-    if neuron_low is not None and neuron_high is not None and (places := tuple(range(1, neuron_low.dim()))):
+    if axis is not None:  # nobody asks for bounds a neuron behind a layer
+        channel_low, channel_high = _by_channel(values, axis)
+    elif neuron_low is not None and neuron_high is not None and (places := tuple(range(1, neuron_low.dim()))):
         channel_low, channel_high = neuron_low.amin(places, keepdim=True), neuron_high.amax(places, keepdim=True)
-    seen = Range(low, high, neuron_low, neuron_high, {tuple(values.shape[1:])}, 1, channel_low, channel_high)
+    seen = Range(low, high, neuron_low, neuron_high, {tuple(values.shape[1:])}, 1, channel_low, channel_high, axis)
     if site.module in found:
         found[site.module].include(seen)
     else:
         found[site.module] = seen
+
+
+def _by_channel(values: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Extremes of every channel, of shape (C, 1, …): as many ones as there are dimensions behind the channels."""
+    channel = axis % values.dim()
+    others = [dim for dim in range(values.dim()) if dim != channel]
+    if not others:
+        return values.clone(), values.clone()
+    low, high = values.amin(others, keepdim=True), values.amax(others, keepdim=True)
+    shape = low.shape[channel:]
+    return low.reshape(shape), high.reshape(shape)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -22,6 +22,8 @@ from flipproof.hardening.fitting.work import Work
 from flipproof.running.data import call, pick
 from flipproof.running.metrics import accuracy
 from flipproof.running.values import same
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -128,23 +130,37 @@ def train_thresholds(
     Raises:
         ModelError: if the loss becomes NaN or infinite.
     """
+    order = generator.get_state()
+
+    def run(prefix: Prefix | None) -> list[dict[str, Any]]:
+        generator.set_state(order)
+        return _Training(work, stage, parts, loss, prefix).run(generator, step)
+
+    with only(work.model, [bound.threshold for bound in stage.bounds]):
+        return from_the_cut(stage, prefixes if stage.schedule.epochs > 1 else None, run)
+
+
+def from_the_cut(stage: Stage, prefixes: Prefixes | None, run: Callable[[Prefix | None], T]) -> T:
+    """Run a stage on kept values where they prove to be right, else from its start with whole forwards.
+
+    Args:
+        stage: what is run; its thresholds are put back before it runs a second time.
+        prefixes: where the model can be cut; None cuts nothing.
+        run: the stage, given where it begins.
+    """
     thresholds = [bound.threshold for bound in stage.bounds]
-    before, order = [threshold.detach().clone() for threshold in thresholds], generator.get_state()
-    with _only(work.model, thresholds):
-        prefix = None
-        if stage.schedule.epochs > 1:
-            prefix = prefixes.before(stage.bounds, stage.schedule.batch_size)
-        if prefix is not None:
-            try:
-                return _Training(work, stage, parts, loss, prefix).run(generator, step)
-            except PrefixDiffers:  # train again from the start, with whole forwards
-                _write(thresholds, before)
-                generator.set_state(order)
-        return _Training(work, stage, parts, loss, None).run(generator, step)
+    before = [threshold.detach().clone() for threshold in thresholds]
+    prefix = None if prefixes is None else prefixes.before(stage.bounds, stage.schedule.batch_size)
+    if prefix is not None:
+        try:
+            return run(prefix)
+        except PrefixDiffers:
+            write(thresholds, before)
+    return run(None)
 
 
-class _Training:
-    """One stage under way."""
+class StageRun:
+    """One stage under way: the model from the cut on, on what it is fitted to and on what it is accepted on."""
 
     def __init__(
         self,
@@ -157,46 +173,14 @@ class _Training:
         self.work, self.stage, self.loss, self.prefix = work, stage, loss, prefix
         self.fit, self.held = parts
         self.thresholds = [bound.threshold for bound in stage.bounds]
-        self.cost: float | None = None
-        """Forward-equivalents of a step on all data to fit on, without what is kept; None before the first step."""
 
-    def run(self, generator: torch.Generator, step: Step) -> list[dict[str, Any]]:
-        """Train, and leave the thresholds that were accepted last."""
-        schedule, thresholds = self.stage.schedule, self.thresholds
-        floor = self.held.accuracy - schedule.budget
-        best = [threshold.detach().clone() for threshold in thresholds]
-        smallest = _size(best) if self._start() >= floor else float("inf")
-        rows: list[dict[str, Any]] = []
-        optimiser = torch.optim.Adam(thresholds, lr=schedule.lr)
-        halving = torch.optim.lr_scheduler.StepLR(optimiser, schedule.halve_every, gamma=0.5)
-        for epoch in range(1, schedule.epochs + 1):
-            rate = float(optimiser.param_groups[0]["lr"])
-            loss = self._epoch(optimiser, generator)
-            if not loss < float("inf"):
-                raise ModelError(f"{self.stage.label}: the loss became {loss}; use a smaller lr than {schedule.lr}")
-            halving.step()
-            reached = self._accuracy()
-            size = _size(thresholds)
-            accepted = reached >= floor and size < smallest and _alive(self.stage.bounds)
-            if accepted:
-                smallest, best = size, [threshold.detach().clone() for threshold in thresholds]
-            rows.append(
-                {
-                    "stage": self.stage.label,
-                    "epoch": epoch,
-                    "lr": rate,
-                    "loss": loss,
-                    "held_out_accuracy": reached,
-                    "mean_threshold": _mean(thresholds),
-                    "accepted": accepted,
-                }
-            )
-            step(f"{self.stage.label} {reached:.1%}")
-        _write(thresholds, best)
-        return rows
+    @property
+    def floor(self) -> float:
+        """The least accuracy that is accepted."""
+        return self.held.accuracy - self.stage.schedule.budget
 
-    def _start(self) -> float:
-        """Accuracy before training, by the whole model; the two parts of a prefix must give the same answers."""
+    def start(self) -> float:
+        """Accuracy at first, by the whole model; the two parts of a prefix must give the same answers."""
         whole = self.held.outputs(self.work.model)
         self.work.spend(self.held, 1.0)
         if self.prefix is not None:
@@ -206,24 +190,86 @@ class _Training:
                 raise PrefixDiffers
         return accuracy(whole, self.held.batches.targets, self.held.decision)
 
-    def _accuracy(self) -> float:
+    def accuracy(self) -> float:
+        """On what the stage is accepted on."""
         if self.prefix is None:
             self.work.spend(self.held, 1.0)
             return self.held.accuracy_of(self.work.model)
         self.work.spend(self.held, 1.0 - self.prefix.share)
         return accuracy(self.prefix.outputs(self.held), self.held.batches.targets, self.held.decision)
 
+    def loss_of(self, rows: Tensor | None, inputs: Any, targets: Tensor, teacher: Tensor) -> Tensor:
+        """The mean loss of some samples, without γ‖λ‖²."""
+        prefix = self.prefix
+        raw = call(self.work.model, inputs) if prefix is None or rows is None else prefix.run(inputs, rows)
+        outputs = pick(raw, self.fit.output)
+        golden = logits(teacher.to(outputs.device), self.fit.decision)
+        return self.loss(logits(outputs, self.fit.decision), targets.to(outputs.device), golden)
+
+    def spend_pass(self, cost: float, audited: int) -> None:
+        """Count a pass over the data to fit on.
+
+        Args:
+            cost: forward-equivalents without what is kept.
+            audited: `Prefix.audited` before it.
+        """
+        self.work.spend(self.fit, cost)
+        if self.prefix is not None:
+            self.work.spend(self.fit, self.prefix.share * (self.prefix.audited - audited) / self.fit.samples)
+
+    def audited(self) -> int:
+        """Samples whose prefix was computed anew so far."""
+        return 0 if self.prefix is None else self.prefix.audited
+
+
+class _Training(StageRun):
+    """Adam on the thresholds."""
+
+    cost: float | None = None
+    """Forward-equivalents of a step on all data to fit on, without what is kept; None before the first step."""
+
+    def run(self, generator: torch.Generator, step: Step) -> list[dict[str, Any]]:
+        """Train, and leave the thresholds that were accepted last."""
+        schedule, thresholds = self.stage.schedule, self.thresholds
+        best = [threshold.detach().clone() for threshold in thresholds]
+        smallest = size_of(best) if self.start() >= self.floor else float("inf")
+        rows: list[dict[str, Any]] = []
+        optimiser = torch.optim.Adam(thresholds, lr=schedule.lr)
+        halving = torch.optim.lr_scheduler.StepLR(optimiser, schedule.halve_every, gamma=0.5)
+        for epoch in range(1, schedule.epochs + 1):
+            rate = float(optimiser.param_groups[0]["lr"])
+            loss = self._epoch(optimiser, generator)
+            if not loss < float("inf"):
+                raise ModelError(f"{self.stage.label}: the loss became {loss}; use a smaller lr than {schedule.lr}")
+            halving.step()
+            reached = self.accuracy()
+            size = size_of(thresholds)
+            accepted = reached >= self.floor and size < smallest and alive(self.stage.bounds)
+            if accepted:
+                smallest, best = size, [threshold.detach().clone() for threshold in thresholds]
+            rows.append(
+                {
+                    "stage": self.stage.label,
+                    "epoch": epoch,
+                    "lr": rate,
+                    "loss": loss,
+                    "held_out_accuracy": reached,
+                    "mean_threshold": mean_of(thresholds),
+                    "accepted": accepted,
+                }
+            )
+            step(f"{self.stage.label} {reached:.1%}")
+        write(thresholds, best)
+        return rows
+
     def _epoch(self, optimiser: torch.optim.Optimizer, generator: torch.Generator) -> float:
         """Once through the data to fit on; the mean loss."""
-        total, audited = 0.0, 0 if self.prefix is None else self.prefix.audited
+        total, audited = 0.0, self.audited()
         for rows, inputs, targets, teacher in self.fit.shuffled(self.stage.schedule.batch_size, generator):
             value = self._step(optimiser, rows, inputs, targets, teacher)
             total += value * targets.numel()
         assert self.cost is not None
-        self.work.spend(self.fit, self.cost)
-        if self.prefix is not None:
-            anew = (self.prefix.audited - audited) / self.fit.samples
-            self.work.spend(self.fit, anew * self.prefix.share)
+        self.spend_pass(self.cost, audited)
         return total / self.fit.samples
 
     def _step(
@@ -235,13 +281,7 @@ class _Training:
         teacher: Tensor,
     ) -> float:
         with FlopCounterMode(display=False) if self.cost is None else nullcontext() as forward:
-            if self.prefix is None or rows is None:
-                raw = call(self.work.model, inputs)
-            else:
-                raw = self.prefix.run(inputs, rows)
-            outputs = pick(raw, self.fit.output)
-            golden = logits(teacher.to(outputs.device), self.fit.decision)
-            value = self.loss(logits(outputs, self.fit.decision), targets.to(outputs.device), golden)
+            value = self.loss_of(rows, inputs, targets, teacher)
         penalty = self.stage.schedule.weight_decay * sum((each.square().sum() for each in self.thresholds), 0.0)
         optimiser.zero_grad(set_to_none=True)
         with FlopCounterMode(display=False) if self.cost is None else nullcontext() as backward:
@@ -271,7 +311,7 @@ def _cost_of_a_step(forward: FlopCounterMode, backward: FlopCounterMode) -> floa
 
 
 @contextmanager
-def _only(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+def only(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
     """Gradients for these parameters alone, in eval mode; everything is put back."""
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.is_leaf]
     training = [module for module in model.modules() if module.training]
@@ -293,21 +333,24 @@ def _only(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
             module.training = True
 
 
-def _write(thresholds: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+def write(thresholds: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Set thresholds in place."""
     with torch.no_grad():
         for threshold, value in zip(thresholds, values, strict=True):
             threshold.copy_(value)
 
 
-def _size(thresholds: Sequence[Tensor]) -> float:
+def size_of(thresholds: Sequence[Tensor]) -> float:
+    """‖λ‖²."""
     return float(sum(float(threshold.detach().double().square().sum()) for threshold in thresholds))
 
 
-def _mean(thresholds: Sequence[Tensor]) -> float:
+def mean_of(thresholds: Sequence[Tensor]) -> float:
+    """The mean λ."""
     total = sum(float(threshold.detach().double().sum()) for threshold in thresholds)
     return total / sum(threshold.numel() for threshold in thresholds)
 
 
-def _alive(bounds: Sequence[Bounded]) -> bool:
+def alive(bounds: Sequence[Bounded]) -> bool:
     """Whether every ReLU still lets something through."""
     return all(bool((bound.threshold > 0).any()) for bound in bounds if bound.rectifies)

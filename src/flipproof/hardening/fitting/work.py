@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from flipproof.hardening.bounds.activations import Activation, take_place
 from flipproof.hardening.bounds.bounded import Bounded
 from flipproof.hardening.fitting._slack import FOLDS, search_slack, set_bounds, union, widened
 from flipproof.hardening.fitting.calibration import Calibration
-from flipproof.hardening.fitting.profile import Per, Range, ranges_of
+from flipproof.hardening.fitting.profile import Per, Range, profile, ranges_of
 from flipproof.hardening.fitting.stages import Fitted, Rows, Stages
 from flipproof.hardening.rewriting.sites import ActivationSite, Rewritten
 
@@ -59,6 +59,17 @@ class Work:
     ) -> Bounded:
         """Put a bound in a site's place and give it back."""
         return put_bound(self.rewritten, site, kind, threshold, low, **more)
+
+    def open_layers(self, leave: Collection[str] = ()) -> None:
+        """Make outputs of convolutions, linear and normalisation layers sites too, and see what they span.
+
+        Args:
+            leave: names of layers that are to stay as they are.
+        """
+        self.rewritten.open_layers(self.calibration.batches.inputs[0], leave)
+        found = profile(self.rewritten, self.calibration)
+        self.spend(self.calibration, 1.0)
+        self.ranges = {site: self.ranges.get(site, seen) for site, seen in found.items()}
 
     def place(
         self,

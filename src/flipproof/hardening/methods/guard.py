@@ -110,7 +110,7 @@ class Guard(Hardening):
 
 def guard_outputs(work: Work) -> str:
     """Put a `GuardedLinear` in the place of the layer that computes the class scores; says what was done or why not."""
-    name = _scoring_layer(work)
+    name = scoring_layer(work)
     if name is None:
         return (
             "the outputs are not guarded: no linear layer that is called once gives what the model returns; a fault in "
@@ -137,7 +137,7 @@ def put_guard(model: nn.Module, name: str, threshold: Tensor, rest: Tensor) -> G
     return guarded
 
 
-def _scoring_layer(work: Work) -> str | None:
+def scoring_layer(work: Work) -> str | None:
     """The one `nn.Linear`, under one name and called once, whose output is what is judged."""
     places: dict[nn.Module, list[str]] = {}
     for name, module in work.model.named_modules(remove_duplicate=False):

@@ -1,10 +1,14 @@
-"""A copy of a model in which every activation call that can be reached is a module of its own, ready to be bounded."""
+"""A copy of a model in which every activation call that can be reached is a module of its own, ready to be bounded.
+
+Outputs of layers become such places too, where a method asks for it (`Rewritten.open_layers`).
+"""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils import _pytree as pytree
 
+from flipproof._hooks import hooked
 from flipproof.errors import DataError, ModelError
 from flipproof.formats.base import bit_pattern
 from flipproof.hardening.bounds.activations import CALLABLES, Activation, function_of
@@ -24,6 +29,7 @@ from flipproof.hardening.rewriting._tracing import (
     restore_forward,
     rewrite_forward,
 )
+from flipproof.hardening.rewriting.layers import CHILD, Fenced, channel_axis, fence, unfence, why_not
 from flipproof.hardening.rewriting.recurrent import Opened, open_recurrent_
 from flipproof.running.data import call
 from flipproof.running.evaluation import eval_mode
@@ -31,12 +37,12 @@ from flipproof.running.evaluation import eval_mode
 
 @dataclass(frozen=True)
 class ActivationSite:
-    """One activation call that can be bounded.
+    """One activation call, or the output of one layer, that can be bounded.
 
     Attributes:
         name: qualified name of the module it belongs to, then the call index: ``"layer1.0.relu:1"``.
         module: qualified name, in the hardened model, of the module that computes and bounds it.
-        function: the activation.
+        function: the activation, or the layer's class: ``"Conv2d"``.
         calls: how often it runs in one forward pass; more than once if a module that holds it is called several times.
     """
 
@@ -80,9 +86,51 @@ class Rewritten:
         parent, _, name = site.module.rpartition(".")
         self.model.get_submodule(parent)._modules[name] = module
 
+    def layer_of(self, site: ActivationSite) -> nn.Module | None:
+        """The layer whose output this site is; None for an activation."""
+        name = site.module.rpartition(".")[0]
+        parent = self.model.get_submodule(name)
+        return parent if isinstance(parent, Fenced) and site.module == f"{name}.{CHILD}".lstrip(".") else None
+
+    def open_layers(self, inputs: Any, leave: Collection[str] = ()) -> None:
+        """Make the output of every convolution, linear and normalisation layer a site; one a layer, for all its calls.
+
+        Layers that cannot be are listed as unreachable. What the copy computes stays as it is.
+
+        Args:
+            inputs: one batch, which shows the order of execution.
+            leave: names of layers that are to stay as they are.
+        """
+        opened: list[ActivationSite] = []
+        for name, layer in list(self.model.named_modules()):
+            if channel_axis(layer) is None or name in leave:
+                continue
+            if (reason := why_not(layer)) is not None:
+                self.unreachable.append(Unreachable(f"{name} ({type(layer).__name__})", reason))
+                continue
+            fence(layer)
+            opened.append(ActivationSite(f"{name}:0", f"{name}.{CHILD}".lstrip("."), type(layer).__name__, 0))
+        order: dict[str, int] = {}
+        calls: Counter[str] = Counter()
+
+        def note(name: str, module: nn.Module, result: Any) -> None:
+            order.setdefault(name, len(order))
+            calls[name] += 1
+
+        sites = [*self.sites, *opened]
+        places = {site.module: self.model.get_submodule(site.module) for site in sites}
+        with hooked(places, note), eval_mode(self.model):
+            call(self.model, inputs)
+        opened = [replace(site, calls=calls[site.module]) for site in opened]
+        # sites that this batch does not reach come last
+        self.sites[:] = sorted([*self.sites, *opened], key=lambda site: order.get(site.module, len(order)))
+
     def dismiss(self, site: ActivationSite, reason: str) -> None:
         """Give a site up: what it replaced comes back, and it is listed as unreachable."""
-        if site.module in self.originals:
+        layer = self.layer_of(site)
+        if layer is not None:
+            unfence(layer)
+        elif site.module in self.originals:
             self.swap(site, self.originals[site.module])
         self.sites.remove(site)
         self.unreachable.append(Unreachable(site.name, reason))
