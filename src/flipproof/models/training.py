@@ -80,8 +80,9 @@ def train_onecycle(
 ) -> nn.Module:
     """Train in place with AdamW on samples that are mixed anew every epoch; the learning rate goes up, then down to 0.
 
-    It rises from lr / 25 to lr and falls to almost 0, both along a cosine (Smith and Topin 2018). Gradients longer than
-    1 are shortened to 1. What is left over when an epoch is cut into batches is left out of that epoch.
+    It rises from lr / 25 to lr and falls to almost 0, both along a cosine, while AdamW's first momentum goes from 0.95
+    to 0.85 and back (Smith and Topin 2018). Gradients longer than 1 are shortened to 1. What is left over when an epoch
+    is cut into batches is left out of that epoch.
 
     Args:
         model: gives what `loss` takes.
@@ -102,6 +103,13 @@ def train_onecycle(
 
     Raises:
         DataError: if there is nothing to train on, or inputs and targets do not match.
+
+    Example:
+        >>> x = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]])
+        >>> model = train_onecycle(seeded(lambda: nn.Linear(1, 2))(), x, (x[:, 0] > 0).long(), epochs=40, lr=0.2,
+        ...                        batch_size=4)
+        >>> model(x).argmax(dim=1)
+        tensor([0, 0, 1, 1])
     """
     if epochs < 1 or not 0 < batch_size <= len(inputs) or len(inputs) != len(targets):
         raise DataError(
