@@ -16,7 +16,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, num_classes: int, width: int, heads: int, depth: int) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, width, PATCH, stride=PATCH)
-        self.positions = nn.Parameter(torch.randn(1, (IMAGE // PATCH) ** 2, width) * 0.02)
+        self.positions = nn.Parameter(torch.randn(1, (IMAGE // PATCH) ** 2, width) * 0.2)
         self.blocks = nn.Sequential(*(Block(width, heads, causal=False) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.classifier = nn.Linear(width, num_classes)
