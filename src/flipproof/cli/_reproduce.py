@@ -18,6 +18,7 @@ PAPERS = {
     "lstm-beyond": "flipproof.reproduce.lstm_beyond",
     "lstm-clipping": "flipproof.reproduce.lstm_clipping",
     "proact": "flipproof.reproduce.proact",
+    "protection": "flipproof.reproduce.protection",
 }
 """Name on the command line → module with `SUMMARY` and `reproduce`."""
 

@@ -1,10 +1,11 @@
-"""Sentences with a sentiment (SST-2) as numbered words."""
+"""Sentences with a sentiment (SST-2) as numbered words, and plays of Shakespeare as numbered characters."""
 
 from __future__ import annotations
 
 import csv
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch import Tensor
 from flipproof.errors import DataError
 
 PADDING, UNKNOWN = 0, 1
+HELD_OUT = 0.1
+"""Share of the plays, the last of them, that nothing is trained on."""
 
 
 def sst2(
@@ -48,6 +51,64 @@ def sst2(
         return [(x[i : i + batch_size], y[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
 
     return batches(train), batches(test)
+
+
+def tinyshakespeare(
+    root: str | Path,
+    split: Literal["train", "test"] = "test",
+    *,
+    context: int = 64,
+    stride: int = 64,
+    targets: Literal["next", "all"] = "next",
+    batch_size: int = 100,
+    limit: int | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Windows of characters from `tinyshakespeare.txt` somewhere under a folder, and the characters that follow.
+
+    Characters are numbered in the order of their code points, over the whole file: 65 of them. The first nine tenths of
+    the text are "train", the last tenth is "test"; no window reaches across.
+
+    Args:
+        root: the folder.
+        split: "train" or "test".
+        context: characters of a window.
+        stride: characters from the beginning of one window to that of the next.
+        targets: "next" for the character that follows the window, one a sample; "all" for the one that follows each.
+        batch_size: windows a batch.
+        limit: only the first so many windows.
+
+    Returns:
+        Batches of int64 (N, context) and (N,), or (N, context) with ``targets="all"``.
+
+    Raises:
+        DataError: if the file is not there, is not UTF-8 text, or holds no window.
+
+    Source:
+        The plays are in the public domain; the file is that of A. Karpathy's char-rnn (2015).
+    """
+    if min(context, stride, batch_size, 1 if limit is None else limit) < 1:
+        raise DataError(
+            f"context, stride, batch_size and limit are at least 1, got {context}, {stride}, {batch_size} and {limit}"
+        )
+    path = next(Path(root).glob("**/tinyshakespeare.txt"), None)
+    if path is None:
+        raise DataError(
+            f"no tinyshakespeare.txt under {root}; get it once from "
+            f"https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+        )
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path} as UTF-8 text: {error}") from error
+    number = {character: i for i, character in enumerate(sorted(set(text)))}
+    held_out = len(text) - int(len(text) * HELD_OUT)
+    part = text[:held_out] if split == "train" else text[held_out:]
+    if len(part) <= context:
+        raise DataError(f"{path}: its {split} part has {len(part)} characters, no window of {context} and one more")
+    windows = torch.tensor([number[character] for character in part]).unfold(0, context + 1, stride)[:limit]
+    x = windows[:, :-1].contiguous()
+    y = windows[:, 1:].contiguous() if targets == "all" else windows[:, -1].contiguous()
+    return list(zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True))
 
 
 def _read(root: Path, name: str) -> list[tuple[int, str]]:

@@ -48,9 +48,10 @@ TRIALS = {"smoke": 10, "paper": 100}
 BOUNDS: dict[str, Callable[[], Hardening]] = {
     "Guard": Guard,
     "Fence": Fence,
-    "Ranger a neuron": partial(Ranger, granularity="neuron"),
+    "Ranger a neuron": partial(Ranger, per="neuron"),
     "ProAct": ProAct.quick,
-    "FitAct": FitAct.quick,
+    "ProAct along a line": ProAct.searched,
+    "FitAct along a line": FitAct.searched,
 }
 """Bounded activations, around values that are stored in Q15.16 and nothing else."""
 
@@ -262,7 +263,7 @@ def _tables(
         near = f"{row['ratio']:.3f} of the limit, {row['detected blocks']:.1f} blocks lost a trial"
         claims.append(
             {
-                "claim": f"{row['network']}: blocks of 512 bits within {LIMIT_RATIO} of the limit at {LIMIT_RATE:g}: {near}",
+                "claim": f"{row['network']}: 512 bits within {LIMIT_RATIO} × the limit at {LIMIT_RATE:g}: {near}",
                 "holds": "yes" if row["ratio"] <= LIMIT_RATIO and row["low"] >= KEPT * row["clean"] else "no",
             }
         )
