@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from flipproof.errors import FormatError
-from flipproof.formats.base import Coding, Format, word_dtype
+from flipproof.formats.base import Coding, Format, unsigned, word_dtype
 from flipproof.formats.fixed import FixedPoint
-from flipproof.formats.protected import Protected, unsigned
+from flipproof.formats.protected import Protected
 
 
 @dataclass(frozen=True)

@@ -209,13 +209,13 @@ def protect(
 ) -> Protection:
     """Choose how a model is stored so that it survives a bit error rate within budgets, and prove it.
 
-    One half of the data, drawn at random, is to choose on and the other one to verify on (or `verify` is). On the first,
-    each weight in turn is stored in each of `inners`, and has some of its blocks lost: that says what rounding and lost
-    words cost. A multiple-choice knapsack then takes the width and the code of each tensor, so that the expected cost
-    at `ber` is least and all fits into the memory (`Planner`). What memory is left over buys a higher rate. On the
-    second half the chosen form, the model as it came and every rival are injected at `ber`: that is the evidence,
-    paired where spaces are equal. Bounds are added only if the stored form alone does not meet what was asked for and
-    they help.
+    One half of the data, drawn at random, is to choose on and the other one to verify on (or `verify` is). On the
+    first, each weight in turn is stored in each of `inners`, and has some of its blocks lost: that says what rounding
+    and lost words cost. A multiple-choice knapsack then takes the width and the code of each tensor, so that the
+    expected cost at `ber` is least and all fits into the memory (`Planner`). What memory is left over buys a higher
+    rate. On the second half the chosen form, the model as it came and every rival are injected at `ber`: that is the
+    evidence, paired where spaces are equal. Bounds are added only if the stored form alone does not meet what was asked
+    for and they help.
 
     Args:
         model: a classifier that `assess` takes; stays untouched.

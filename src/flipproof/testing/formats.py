@@ -26,6 +26,7 @@ class FormatContract:
         format: the format under test.
         stores_nan: False if it has no word for NaN and must refuse it.
         stores_infinity: False if it has no word for ±inf and must refuse them.
+        healing_keeps_values: False if a redundant bit is read as part of the value, so that mending it moves the value.
         words_round_trip: False if decoding and encoding again may give another word for the same value, as where a
             wrapper repairs bits on the way out.
 
@@ -43,6 +44,7 @@ class FormatContract:
     format: ClassVar[Format]
     stores_nan: ClassVar[bool] = True
     stores_infinity: ClassVar[bool] = True
+    healing_keeps_values: ClassVar[bool] = True
     words_round_trip: ClassVar[bool] = True
 
     def values(self, shape: tuple[int, ...] = (4, 6), dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -214,7 +216,8 @@ class FormatContract:
             shaped = dense(clean.coding, words.shape)
             healed, lost = self.format.heal(words, shaped)
             assert (healed.dtype, healed.shape) == (words.dtype, words.shape)
-            assert same_bits(Stored(self.format, healed, clean.coding, clean.dtype).decode(), stored.decode())
+            if self.healing_keeps_values:
+                assert same_bits(Stored(self.format, healed, clean.coding, clean.dtype).decode(), stored.decode())
             again, still = self.format.heal(healed, shaped)
             assert torch.equal(again, healed)
             assert torch.equal(still, lost)
