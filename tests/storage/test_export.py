@@ -60,7 +60,9 @@ def to_onnx(program):
 
 def run(model, x):
     session = pytest.importorskip("onnxruntime").InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
+        model.SerializeToString(),
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=["ConstantFolding"],  # words are decoded at every run, not when the session is made
     )
     (first,) = session.get_inputs()
     return torch.from_numpy(session.run(None, {first.name: x.numpy()})[0])

@@ -183,8 +183,7 @@ class BlockCode:
     @cached_property
     def tables(self) -> NDArray[np.uint64]:
         """Check bits of each piece of a word, of shape (words, pieces, 2^bits of a piece, limbs)."""
-        pieces = -(-self.width // _PIECE)
-        bits = -(-self.width // pieces)
+        pieces, bits = self.pieces, self.piece
         tables = np.zeros((self.words, pieces, 1 << bits, self.limbs), np.uint64)
         columns = _limbs(self.columns, self.limbs)
         for word in range(self.words):
@@ -198,7 +197,7 @@ class BlockCode:
     @property
     def piece(self) -> int:
         """Data bits of a piece."""
-        return -(-self.width // (-(-self.width // _PIECE)))
+        return -(-self.width // self.pieces)
 
     @cached_property
     def patterns(self) -> tuple[NDArray[np.int8], NDArray[np.int16]]:
@@ -231,6 +230,52 @@ class BlockCode:
         The inner words of a lost block are those that are stored.
         """
         status = np.zeros(words.size // self.words, np.uint8)
+        rest = (*self._searched, out, status)
+        tables = self.tables
+        if self.words == 1 and self.pieces == 1 and self.limbs == 1:
+            _repair_short(words, self._whole.astype(words.dtype), tables[0, 0, :, 0], *rest)
+        elif self.words == 1 and self.pieces <= 3 and self.limbs == 1:
+            _repair_long(words, *self._three, *rest)
+        elif self.limbs <= 2:
+            _repair_narrow(words, tables[..., 0].copy(), tables[..., -1].copy(), self.limbs, *rest)
+        else:
+            _repair(words, tables, *rest)
+        return status
+
+    def read_shifted(self, words: NDArray[Any], shift: int, out: NDArray[Any]) -> tuple[NDArray[np.uint8], int]:
+        """Single words straight to bit patterns, inner word · 2^shift, 0 for lost ones: (status, how many are lost)."""
+        status = np.zeros(words.size, np.uint8)
+        return status, _read_shifted(words, *self._three, shift, *self._searched, out, status)
+
+    def read_looked_up(
+        self, words: NDArray[Any], values: NDArray[Any], out: NDArray[Any]
+    ) -> tuple[NDArray[np.uint8], int]:
+        """Single words straight to values of a table, a row a slice, 0 for a lost one: (status, how many are lost)."""
+        status = np.zeros(words.size, np.uint8)
+        whole = self._whole.astype(words.dtype)
+        return status, _read_looked_up(words, whole, values, self.tables[0, 0, :, 0], *self._searched, out, status)
+
+    @property
+    def pieces(self) -> int:
+        """Of a word, whose check bits are looked up at once."""
+        return -(-self.width // _PIECE)
+
+    @cached_property
+    def _whole(self) -> NDArray[np.uint64]:
+        """The clean word of each inner word."""
+        table: NDArray[np.uint64] = self.tables[0, 0, :, 0]
+        return table << np.uint64(self.width) | np.arange(table.size, dtype=np.uint64)
+
+    @cached_property
+    def _three(self) -> NDArray[np.uint64]:
+        """The tables of up to three pieces of a word; those of pieces that it has not are 0."""
+        three = np.zeros((3, self.tables.shape[2]), np.uint64)
+        three[: self.pieces] = self.tables[0, :, :, 0]
+        return three
+
+    @property
+    def _searched(self) -> tuple[Any, ...]:
+        """What the search for errors takes: the shape of the code, and its table or its field."""
         if self.field is None:
             count, positions = self.patterns
             exp = log = np.zeros(1, np.int64)
@@ -238,21 +283,7 @@ class BlockCode:
             count, positions = np.zeros(1, np.int8), np.zeros((1, 1), np.int16)
             exp, log = self.field.exp, self.field.log
         shape = (self.width, self.words, self.per_word, self.t, int(self.parity), self.checks, self.piece)
-        tables = self.tables
-        rest = (shape, count, positions, exp, log, out, status)
-        if self.words == 1 and tables.shape[1] == 1 and self.limbs == 1:
-            data = np.arange(tables.shape[2], dtype=np.uint64)
-            whole = (tables[0, 0, :, 0] << np.uint64(self.width) | data).astype(words.dtype)
-            _repair_short(words, whole, tables[0, 0, :, 0], *rest)
-        elif self.words == 1 and tables.shape[1] <= 3 and self.limbs == 1:
-            three = np.zeros((3, tables.shape[2]), np.uint64)
-            three[: tables.shape[1]] = tables[0, :, :, 0]
-            _repair_long(words, *three, *rest)
-        elif self.limbs <= 2:
-            _repair_narrow(words, tables[..., 0].copy(), tables[..., -1].copy(), self.limbs, *rest)
-        else:
-            _repair(words, tables, *rest)
-        return status
+        return shape, count, positions, exp, log
 
     # ---------------------------------------------------------------- anywhere, in torch
 
@@ -519,6 +550,55 @@ def _repair_long(words, low, middle, high, shape, count, positions, exp, log, ou
         if sum_ != 0:
             syndrome[0] = sum_
             status[i] = _mend(syndrome, shape, count, positions, exp, log, found, out[i : i + 1])
+
+
+@kernel()
+def _read_shifted(words, low, middle, high, shift, shape, count, positions, exp, log, out, status):  # type: ignore[no-untyped-def]
+    """`_repair_long`, with each inner word shifted, and 0 for lost ones."""
+    width, piece = shape[0], np.uint64(shape[6])
+    keep, mask, above = np.uint64((1 << width) - 1), np.uint64((1 << shape[6]) - 1), np.uint64(width)
+    two, up = np.uint64(2 * shape[6]), np.uint64(shift)
+    syndrome, data_ = np.zeros(1, np.uint64), np.zeros(1, np.uint64)
+    found = np.zeros(shape[3], np.int64)
+    lost = 0
+    for i in range(words.size):
+        word = np.uint64(words[i])
+        data = word & keep
+        sum_ = low[data & mask] ^ middle[(data >> piece) & mask] ^ high[(data >> two) & mask] ^ (word >> above)
+        if sum_ != 0:
+            syndrome[0], data_[0] = sum_, data
+            status[i] = _mend(syndrome, shape, count, positions, exp, log, found, data_)
+            data = data_[0]
+            if status[i] == LOST:
+                data = np.uint64(0)
+                lost += 1
+        out[i] = data << up
+    return lost
+
+
+@kernel()
+def _read_looked_up(words, whole, values, table, shape, count, positions, exp, log, out, status):  # type: ignore[no-untyped-def]
+    """`_repair_short`, with the value of each inner word, and 0 for lost ones."""
+    width = shape[0]
+    mask = words.dtype.type((1 << width) - 1)
+    syndrome, data_ = np.zeros(1, np.uint64), np.zeros(1, np.uint64)
+    found = np.zeros(shape[3], np.int64)
+    slice_size, lost = words.size // values.shape[0], 0
+    for row in range(values.shape[0]):
+        own = values[row]
+        for i in range(row * slice_size, (row + 1) * slice_size):
+            word = words[i]
+            data = word & mask
+            if whole[data] == word:
+                out[i] = own[data]
+                continue
+            syndrome[0], data_[0] = (np.uint64(word) >> np.uint64(width)) ^ table[data], np.uint64(data)
+            status[i] = _mend(syndrome, shape, count, positions, exp, log, found, data_)
+            out[i] = own[data_[0]]
+            if status[i] == LOST:
+                out[i] = 0.0
+                lost += 1
+    return lost
 
 
 @kernel()

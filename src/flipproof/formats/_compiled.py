@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -29,20 +30,29 @@ def unsigned_array(words: Tensor) -> NDArray[Any]:
 
 def by_table(format: Format, words: Tensor, coding: Coding, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """`format.read`, by a table of all its words where that is quicker: narrow words, many of them, on the CPU."""
+    reads = in_reach(words) and words.is_contiguous() and format.together == 1
+    values = table_of(format, words.numel(), coding, dtype) if reads else None
+    if values is None:
+        return format.read(words, coding, dtype)
+    out = torch.empty(words.shape)
+    flat = unsigned_array(words.reshape(-1))
+    _gather(flat, values, words.numel() // len(values), out.view(-1).numpy())
+    return out, None
+
+
+def table_of(format: Format, count: int, coding: Coding, dtype: torch.dtype) -> NDArray[np.float32] | None:
+    """What each word reads as, a row for each entry of the coding; None where `count` words are read without sooner."""
     rows = max((c.numel() for c in coding), default=1)
     entries = rows << format.width if format.width <= _WIDEST_TABLE else 0
-    fits = entries and words.numel() >= max(_SMALLEST, 4 * entries) and format.together == 1
-    if not fits or dtype != torch.float32 or not in_reach(words) or not words.is_contiguous():
-        return format.read(words, coding, dtype)
+    if not entries or count < max(_SMALLEST, 4 * entries) or dtype != torch.float32:
+        return None
     every = torch.arange(1 << format.width).to(word_dtype(format.width))
     shaped = tuple(c.reshape(-1, 1) if c.dim() else c for c in coding)
     values, lost = format.read(every.expand(rows, -1), shaped, dtype)
     if lost is not None:
-        return format.read(words, coding, dtype)
-    out = torch.empty(words.shape)
-    flat = unsigned_array(words.reshape(-1))
-    _gather(flat, values.contiguous().numpy(), words.numel() // rows, out.view(-1).numpy())
-    return out, None
+        return None
+    table: NDArray[np.float32] = values.contiguous().numpy()
+    return table
 
 
 @kernel()

@@ -144,6 +144,10 @@ class Format(ABC):
         """
         return words, torch.zeros_like(words, dtype=torch.bool)
 
+    def left_shift(self, dtype: torch.dtype) -> int | None:
+        """By how many places a word is shifted to be the bit pattern of its value in `dtype`; None if it is not."""
+        return 0 if self.is_native(dtype) else None
+
     def is_native(self, dtype: torch.dtype) -> bool:
         """True if a tensor of `dtype` already holds exactly these words in its memory."""
         return False

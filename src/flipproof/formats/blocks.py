@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flipproof.errors import FormatError
 from flipproof.formats._block_codes import LOST, BlockCode
-from flipproof.formats._compiled import by_table, in_reach, unsigned_array
+from flipproof.formats._compiled import by_table, in_reach, table_of, unsigned_array
 from flipproof.formats.base import Coding, Format, unsigned, word_dtype
 from flipproof.formats.layout import Layout
 from flipproof.formats.protected import Protected
@@ -139,11 +139,30 @@ class Blocks(Protected):
         return out.reshape(data.shape)
 
     def read(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        if self.together == 1 and dtype == torch.float32 and in_reach(words) and words.is_contiguous():
+            found = self._read_at_once(words, coding)
+            if found is not None:
+                return found
         data, lost = self._repair(words)
         values, inside = by_table(self.inner, data, coding, dtype)
         if not in_reach(words) or bool(lost.any()):
             values = torch.where(lost, torch.zeros_like(values), values)
         return values, lost if inside is None else lost | inside
+
+    def _read_at_once(self, words: Tensor, coding: Coding) -> tuple[Tensor, Tensor] | None:
+        """float32 values of words that stand alone, in one pass; None where it does not know the inner format."""
+        code, flat = self.code(1), unsigned_array(words.reshape(-1))
+        out = torch.empty(words.shape, dtype=torch.float32)
+        shift = self.inner.left_shift(torch.float32)
+        table = table_of(self.inner, flat.size, coding, torch.float32) if shift is None else None
+        if shift is not None and code.pieces <= 3 and code.limbs == 1:
+            status, lost = code.read_shifted(flat, shift, unsigned_array(out.view(torch.int32).view(-1)))
+        elif table is not None and code.pieces == 1 and code.limbs == 1:
+            status, lost = code.read_looked_up(flat, table, out.view(-1).numpy())
+        else:
+            return None
+        beyond = torch.from_numpy(status == LOST) if lost else torch.zeros(flat.size, dtype=torch.bool)
+        return out, beyond.reshape(words.shape)
 
     def _parts(self, count: int) -> Iterator[tuple[slice, BlockCode]]:
         """The words of the whole blocks and those of a longer last one, with the code of each."""

@@ -94,6 +94,10 @@ class Rounded(Format):
             words = unsigned(words, self.width).to(whole)
         return self.inner.decode_words(words << self.dropped, coding, dtype)
 
+    def left_shift(self, dtype: torch.dtype) -> int | None:
+        inner = self.inner.left_shift(dtype)
+        return None if inner is None else inner + self.dropped
+
     def _upper(self, full: Tensor) -> Tensor:
         """The kept bits; a 64-bit word has its sign bit at the top of an int64."""
         return (full >> self.dropped) & ((1 << self.bits) - 1)
