@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time as clock
-import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf, prod
 from pathlib import Path
@@ -23,10 +24,8 @@ from flipproof._interrupts import gives_back
 from flipproof.campaigns.assess import assess
 from flipproof.campaigns.assessment import Assessment
 from flipproof.campaigns.estimates import gain
-from flipproof.campaigns.fingerprint import digest_of
 from flipproof.engine.jobs import do_all
 from flipproof.engine.journal import Journal
-from flipproof.engine.progress import progress_bar
 from flipproof.errors import ConfigError, FormatError, JournalError
 from flipproof.faults import BitErrorRate
 from flipproof.formats import (
@@ -62,7 +61,10 @@ from flipproof.storage.codes import LINE, ideal_rate, untouched
 from flipproof.storage.explore import Question, file_name
 from flipproof.storage.files import save_packed
 from flipproof.storage.pack import pack_
-from flipproof.storage.survival import CLEAR, LADDER, Survival, survival
+from flipproof.storage.survival import AT, FRONT, LADDER, Form, Tried, Trying, inject
+
+PROTECTED = "protected"
+"""The form that was chosen, in tables."""
 
 KEPT = 0.99
 """Share of the fault-free accuracy that has to be kept, where no accuracy is asked for."""
@@ -281,7 +283,6 @@ def protect(
         where=where,
         metrics=("accuracy",),
         seed=seed,
-        workers=workers,
         output=output,
         decision=decision,
         device=device,
@@ -299,31 +300,31 @@ def protect(
         folder=folder,
         ber=ber,
     )
-    rivals = published() if rivals is None else dict(rivals)
-    steps = len(rivals) + 2 + (front * (len(rivals) + len(BUDGETS) + 2))
-    with progress_bar(steps, 0, show=progress) as step:
-        plan = making.within(memory, time)
-        step("chosen")
-        making.judge("as it came", work, None, memory=0.0)
-        making.judge("protected", work, plan.formats, memory=making.extra(plan))
-        if not tied and where is None:
-            whole = prod(untouched(f, tuple(work.get_parameter(n).shape), ber) for n, f in plan.formats.items())
-            making.certain["protected"] = whole * making.found["protected"].golden["accuracy"]
-        step("protected")
-        hardening, hardened = "none", None
-        if making.verdict("protected") != "met" and hardenings != {}:
-            hardening, hardened = _bounded(making, plan, hardenings, choosing, output, decision)
-        for name, format in rivals.items():
-            stored = making.rival(format, plan)
-            if stored is not None:
-                making.judge_rival(name, stored[0], memory=stored[1])
-            step(name)
-        table = making.front(rivals, plan, {memory, *BUDGETS}, step) if front else pd.DataFrame()
-    chosen = "protected" if hardening == "none" else f"protected, {hardening}"
-    final = work if hardened is None else hardened
-    safe = _packed(final, plan.formats)
+    plan = making.within(memory, time)
+    making.forms = {"as it came": Form(None, 0.0), PROTECTED: making.form(plan)}
+    stored = {name: making.rival(format, plan) for name, format in (published() if rivals is None else rivals).items()}
+    making.forms |= {name: form for name, form in stored.items() if form is not None}
+    jobs = [(AT, name) for name in making.forms]
+    if front:
+        making.forms |= making.highest({memory, *BUDGETS})
+        jobs += [(FRONT, name) for name in making.forms if name != PROTECTED]
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(str(folder)) as where_to:
+        trying = making.trying(Path(where_to))
+        reached = do_all(trying, jobs, question, None, workers=workers, progress=progress)
+        for kind, name in jobs:
+            if kind == AT:
+                making.found[name] = Assessment.load(trying.path(AT, name, ber))
+    if not tied and where is None:
+        whole = prod(untouched(f, tuple(work.get_parameter(n).shape), ber) for n, f in plan.formats.items())
+        making.certain[PROTECTED] = whole * making.found[PROTECTED].golden["accuracy"]
+    hardening, hardened = "none", None
+    if making.verdict(PROTECTED) != "met" and hardenings != {}:
+        hardening, hardened = _bounded(making, plan, hardenings, choosing, output, decision)
+    chosen = PROTECTED if hardening == "none" else f"{PROTECTED}, {hardening}"
+    safe = _packed(work if hardened is None else hardened, plan.formats)
     evidence = making.evidence()
     evidence.loc[evidence["form"] == chosen, "time"] = making.time_of(safe)
+    table = making.front([found for (kind, _), found in reached.items() if kind == FRONT])
     return Protection(
         model=safe,
         formats=plan.formats,
@@ -356,13 +357,9 @@ class _Making:
     trials: int
     folder: Path | None
     ber: float
+    forms: dict[str, Form] = field(default_factory=dict)
     found: dict[str, Assessment] = field(default_factory=dict)
-    memory: dict[str, float] = field(default_factory=dict)
     certain: dict[str, float] = field(default_factory=dict)
-
-    def extra(self, plan: Plan) -> float:
-        """Memory of a plan beyond that of the model as it came, as a share of that."""
-        return plan.bits / self.planner.now - 1
 
     def within(self, memory: float, time: float | None) -> Plan:
         """The plan for a budget: for the rate that was asked for, or a higher one if that costs no more.
@@ -400,7 +397,7 @@ class _Making:
             best = higher
         return best
 
-    def rival(self, format: Format, plan: Plan) -> tuple[dict[str, Format], float] | None:
+    def rival(self, format: Format, plan: Plan) -> Form | None:
         """How a rival stores the model, and its extra memory; None if it cannot hold some weight."""
         formats = dict(plan.formats)
         bits = 0
@@ -415,46 +412,7 @@ class _Making:
             formats[candidate.name] = format
             bits += format.stored_bits(tuple(candidate.tensor.shape))
         bits += sum(int(rows[candidate.name]) for candidate in self.planner.rest)
-        return formats, bits / self.planner.now - 1
-
-    def judge(
-        self, name: str, model: nn.Module, formats: dict[str, Format] | None, *, memory: float, audit: float = 0.01
-    ) -> None:
-        """Inject a form at the rate, on the data that nothing was chosen on."""
-        self.memory[name] = memory
-        self.found[name] = self._campaign(model, formats, self.verifying, self.ber, self.trials, f"at {name}", audit)
-
-    def judge_rival(self, name: str, formats: dict[str, Format], *, memory: float) -> None:
-        """The same; a few trials are enough for a form that is clearly out."""
-        self.memory[name] = memory
-        for trials in dict.fromkeys((min(_FEW, self.trials), self.trials)):
-            self.found[name] = self._campaign(self.model, formats, self.verifying, self.ber, trials, f"at {name}")
-            if float(self.found[name].summary["accuracy"].iloc[0]) < self.least - CLEAR:
-                return
-
-    def _campaign(
-        self,
-        model: nn.Module,
-        formats: dict[str, Format] | None,
-        data: list[Any],
-        ber: float,
-        trials: int,
-        name: str,
-        audit: float = 0.0,
-    ) -> Assessment:
-        label = f"{name} {ber:g} {digest_of([*map(str, (formats or {}).items())])}"
-        with warnings.catch_warnings():
-            for known in (".*clips bits that are not constant.*", "only .* % of the model's stored bits.*"):
-                warnings.filterwarnings("ignore", message=known)  # `why` says the second once, for all forms
-            return self.campaign(
-                model,
-                data,
-                format=formats,
-                faults=BitErrorRate(ber, exact=False),
-                trials=trials,
-                audit=audit,
-                journal=None if self.folder is None else self.folder / file_name(label),
-            )
+        return Form(formats, bits / self.planner.now - 1)
 
     def verdict(self, name: str) -> str:
         """Whether the interval of the mean over trials lies above what was asked for."""
@@ -470,55 +428,65 @@ class _Making:
             point = found.point(0)
             assert point is not None  # every form was injected
             gained = gain(point, base, "accuracy")
-            first = {"form": name, "memory": self.memory[name], "time": float("nan"), "clean": found.golden["accuracy"]}
+            first = {
+                "form": name,
+                "memory": self.forms[name].memory,
+                "time": float("nan"),
+                "clean": found.golden["accuracy"],
+            }
             more = {"certain": self.certain.get(name, 0.0), "draws": gained.draws}
             rows.append(first | found.summary.iloc[0].to_dict() | gained.estimate.columns("accuracy_gain") | more)
         return pd.DataFrame(rows)
 
-    def front(
-        self, rivals: Mapping[str, Format], plan: Plan, budgets: set[float], step: Callable[..., None]
-    ) -> pd.DataFrame:
-        """The highest rate that each form survives, of the same few samples and trials."""
+    def front(self, reached: Sequence[Tried]) -> pd.DataFrame:
+        """One row a form: the highest rate that it survives, beside the limit of its memory."""
+        values = sum(c.tensor.numel() for c in (*self.planner.weights, *self.planner.rest))
         rows = []
-        trials = max(2, self.trials // 5)
-
-        def survives(name: str, formats: dict[str, Format] | None) -> Survival:
-            def inject(rate: float, count: int) -> Assessment:
-                return self._campaign(self.model, formats, self.some, rate, count, f"front {name}")
-
-            return survival(inject, self.least, trials=trials)
-
-        def row(name: str, memory: float, formats: dict[str, Format] | None, ours: bool) -> None:
-            found = survives(name, formats)
+        for found in reached:
+            form = self.forms[found.name]
             rows.append(
                 {
-                    "form": name,
-                    "ours": ours,
-                    "memory": memory,
+                    "form": found.name,
+                    "ours": form.ours,
+                    "memory": form.memory,
                     "ber": found.ber,
                     "accuracy": found.accuracy,
                     "next": found.next,
+                    "limit": ideal_rate(form.data, (1 + form.memory) * self.planner.now / values),
                 }
             )
-            step(f"front: {name}")
+        return pd.DataFrame(rows)
 
-        row("as it came", 0.0, None, ours=False)
+    def highest(self, budgets: set[float]) -> dict[str, Form]:
+        """For each memory, the plan for the highest rate that is expected to be survived."""
+        found = {}
         for budget in sorted(budgets):
             best = self._highest((1 + budget) * self.planner.now)
             if best is not None:
-                row(f"protect, memory {100 * budget:+.0f} %", self.extra(best), best.formats, ours=True)
-                rows[-1]["data"] = float((best.table["data"] * best.table["values"]).sum() / best.table["values"].sum())
-        for name, format in rivals.items():
-            stored = self.rival(format, plan)
-            if stored is not None:
-                row(name, stored[1], stored[0], ours=False)
-        table = pd.DataFrame(rows)
-        values = sum(c.tensor.numel() for c in (*self.planner.weights, *self.planner.rest))
-        table["limit"] = [
-            ideal_rate(data, (1 + memory) * self.planner.now / values)
-            for data, memory in zip(table["data"], table["memory"], strict=True)
-        ]
-        return table
+                found[f"protect, memory {100 * budget:+.0f} %"] = self.form(best)
+        return found
+
+    def form(self, plan: Plan) -> Form:
+        """A plan as a form."""
+        values = plan.table["values"]
+        data = float((plan.table["data"] * values).sum() / values.sum())
+        return Form(plan.formats, plan.bits / self.planner.now - 1, ours=True, data=data)
+
+    def trying(self, folder: Path) -> Trying:
+        """What injects the forms."""
+        return Trying(
+            model=self.model,
+            forms=self.forms,
+            verifying=self.verifying,
+            some=self.some,
+            campaign=self.campaign,
+            least=self.least,
+            ber=self.ber,
+            trials=self.trials,
+            few=_FEW,
+            whole=("as it came", PROTECTED),
+            folder=folder,
+        )
 
     def _highest(self, bits: float) -> Plan | None:
         """The plan for the highest rate that is expected to be survived within so many bits."""
@@ -556,19 +524,23 @@ def _bounded(
     decision: DecisionChoice,
 ) -> tuple[str, nn.Module | None]:
     """The bounds that help the stored form most, judged on the data of the choice; "none" if none does."""
-    best: tuple[float, str, nn.Module | None] = (0.0, "none", None)
-    plain = making._campaign(making.model, plan.formats, making.choosing, making.ber, making.trials, "choose plain")
-    best = (float(plain.summary["accuracy"].iloc[0]), "none", None)
+
+    def judged(model: nn.Module, name: str, data: list[Any]) -> Assessment:
+        path = None if making.folder is None else making.folder / file_name(f"{name} {making.ber:g}")
+        return inject(making.campaign, model, plan.formats, data, making.ber, making.trials, path)
+
+    plain = judged(making.model, "choose plain", making.choosing)
+    best: tuple[float, str, nn.Module | None] = (float(plain.summary["accuracy"].iloc[0]), "none", None)
     for name, method in ({"Guard": Guard()} if hardenings is None else hardenings).items():
         safe = harden(making.model, method, data=_as_data(choosing), output=output, decision=decision, progress=False)
-        found = making._campaign(safe, plan.formats, making.choosing, making.ber, making.trials, f"choose {name}")
-        mean = float(found.summary["accuracy"].iloc[0])
+        mean = float(judged(safe, f"choose {name}", making.choosing).summary["accuracy"].iloc[0])
         if mean > best[0]:
             best = (mean, name, safe)
     if best[2] is not None:
         extra = sum(p.numel() * p.element_size() * 8 for n, p in best[2].named_parameters() if n not in plan.formats)
-        memory = making.extra(plan) + extra / making.planner.now
-        making.judge(f"protected, {best[1]}", best[2], plan.formats, memory=memory)
+        chosen, form = f"{PROTECTED}, {best[1]}", making.form(plan)
+        making.forms[chosen] = replace(form, memory=form.memory + extra / making.planner.now)
+        making.found[chosen] = judged(best[2], f"at {chosen}", making.verifying)
     return best[1], best[2]
 
 
@@ -594,7 +566,7 @@ def _why(making: _Making, chosen: str, plan: Plan, evidence: pd.DataFrame, tied:
         f"constants of formats, which are taken to lie in protected memory, charged as if the same codes protected "
         f"them.",
     ]
-    rivals = evidence[~evidence["form"].isin(["as it came", "protected", chosen])]
+    rivals = evidence[~evidence["form"].isin(["as it came", PROTECTED, chosen])]
     fair = rivals[rivals["memory"] <= max(float(row["memory"]), 0.0) + 0.005]
     if len(fair):
         best = fair.sort_values("accuracy").iloc[-1]

@@ -1,11 +1,25 @@
-"""The highest bit error rate that a stored form of a model survives."""
+"""Stored forms of a model, injected: at one rate, and for the highest rate that each survives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import nan
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
+from torch import nn
+
+from flipproof._fields import Fields
 from flipproof.campaigns.assessment import Assessment
+from flipproof.campaigns.fingerprint import digest_of
+from flipproof.engine.journal import Key
+from flipproof.faults import BitErrorRate
+from flipproof.formats import Format
+from flipproof.running.device import device_of, release_memory
+from flipproof.storage.explore import file_name
 
 LADDER = tuple(step * 10.0**power for power in range(-8, -1) for step in (1, 2, 3, 5))
 """Bit error rates that are tried: 1e-8, 2e-8, 3e-8, 5e-8, … 5e-2."""
@@ -63,9 +77,174 @@ def survival(
             low = middle
         else:
             high = middle
-    nan = float("nan")
     return Survival(0.0 if low < 0 else ladder[low], means.get(low, nan), means.get(high, nan))
 
 
 def _mean(found: Assessment) -> float:
     return float(found.summary["accuracy"].iloc[0])
+
+
+AT, FRONT = "at the rate", "front"
+"""What is done with a form: injected at the rate that was asked for, or at rates up to the highest that it survives."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to store a model.
+
+    Attributes:
+        formats: as `assess` takes them; None for the model as it came.
+        memory: extra, a share of what the model takes as it came.
+        ours: whether `protect` made it.
+        data: mean data bits of a value; NaN where they are not known.
+    """
+
+    formats: dict[str, Format] | None
+    memory: float
+    ours: bool = False
+    data: float = nan
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What came of one form: where its trials are, and what it survives.
+
+    Attributes:
+        kind: `AT` or `FRONT`.
+        name: of the form.
+        ber: the highest rate that it survives (`FRONT`), or the one that was asked for.
+        accuracy: mean accuracy there.
+        next: one rate above it; NaN if that is not known.
+    """
+
+    kind: str
+    name: str
+    ber: float
+    accuracy: float
+    next: float
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Which job it was."""
+        return self.kind, self.name
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object; NaN is null."""
+        return {name: None if value != value else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Tried:
+        """The inverse of `to_json`."""
+        about = Fields({name: nan if value is None else value for name, value in record.items()}, "the record")
+        found = cls(
+            about.text("kind"), about.text("name"), about.number("ber"), about.number("accuracy"), about.number("next")
+        )
+        about.end()
+        return found
+
+
+@dataclass(frozen=True)
+class Trying:
+    """Injects forms, one a job: many short campaigns, so that workers take forms and not trials.
+
+    Attributes:
+        model: in eval mode.
+        forms: by name.
+        verifying: batches that nothing was chosen on.
+        some: the first of them, for the front.
+        campaign: `assess` with everything that all forms share.
+        least: mean accuracy that is asked for.
+        ber: at which.
+        trials: of the forms in `whole`, and of others that come close.
+        few: trials of a form before it is seen that it is out.
+        whole: forms that get all trials, audited.
+        folder: of the journals.
+    """
+
+    model: nn.Module
+    forms: Mapping[str, Form]
+    verifying: Sequence[Any]
+    some: Sequence[Any]
+    campaign: Callable[..., Assessment]
+    least: float
+    ber: float
+    trials: int
+    few: int
+    whole: tuple[str, ...]
+    folder: Path
+
+    def __call__(self, kind: str, name: str) -> Tried:
+        """Do one job."""
+        if kind == AT:
+            found = self.at(name)
+            return Tried(kind, name, self.ber, _mean(found), nan)
+        reached = survival(
+            lambda rate, trials: self._inject(name, kind, self.some, rate, trials),
+            self.least,
+            trials=max(2, self.trials // 5),
+        )
+        return Tried(kind, name, *reached)
+
+    def at(self, name: str) -> Assessment:
+        """A form at the rate that was asked for; a few trials are enough for one that is clearly out."""
+        if name in self.whole:
+            return self._inject(name, AT, self.verifying, self.ber, self.trials, audit=0.01)
+        found = self._inject(name, AT, self.verifying, self.ber, min(self.few, self.trials))
+        if _mean(found) < self.least - CLEAR:
+            return found
+        return self._inject(name, AT, self.verifying, self.ber, self.trials)
+
+    def _inject(
+        self, name: str, kind: str, data: Sequence[Any], ber: float, trials: int, audit: float = 0.0
+    ) -> Assessment:
+        return inject(
+            self.campaign, self.model, self.forms[name].formats, data, ber, trials, self.path(kind, name, ber), audit
+        )
+
+    def path(self, kind: str, name: str, ber: float) -> Path:
+        """The journal of a form: another one if it is stored otherwise."""
+        formats = self.forms[name].formats or {}
+        return self.folder / file_name(f"{kind} {name} {ber:g} {digest_of([*map(str, formats.items())])}")
+
+    @property
+    def serial_only(self) -> str:
+        """Why it cannot be given to worker processes."""
+        device = device_of(self.model)
+        return "" if device.type == "cpu" else f"one process already fills {device}"
+
+    def describe(self, key: Key) -> str:
+        """A job in words."""
+        return f"{key[1]}, {key[0]}"
+
+    def wake(self) -> None:
+        """In another process: one thread."""
+        torch.set_num_threads(1)
+
+    def recover(self) -> None:
+        """Give memory back to a device that ran out of it."""
+        release_memory()
+
+
+def inject(
+    campaign: Callable[..., Assessment],
+    model: nn.Module,
+    formats: dict[str, Format] | None,
+    data: Sequence[Any],
+    ber: float,
+    trials: int,
+    journal: Path | None,
+    audit: float = 0.0,
+) -> Assessment:
+    """One campaign at one rate, every bit flipped independently: the rate at which codes are reckoned."""
+    with warnings.catch_warnings():
+        for known in (".*clips bits that are not constant.*", "only .* % of the model's stored bits.*"):
+            warnings.filterwarnings("ignore", message=known)  # `protect` says the second once, for all forms
+        return campaign(
+            model,
+            data,
+            format=formats,
+            faults=BitErrorRate(ber, exact=False),
+            trials=trials,
+            audit=audit,
+            journal=journal,
+        )
