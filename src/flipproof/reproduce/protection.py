@@ -45,11 +45,16 @@ NETWORKS_OF = {"smoke": tuple(NETWORKS), "paper": tuple(NETWORKS)}
 SAMPLES = {"smoke": 2000, "paper": 8000}
 TRIALS = {"smoke": 10, "paper": 100}
 
+WHOLE = {"smoke": ("resnet20", "compact_cnn", "vit", "gpt"), "paper": tuple(NETWORKS)}
+"""Networks for which every rival is injected and the front is looked for; of the others the goals are measured."""
+
+BOUNDED = {"smoke": ("resnet20",), "paper": ("resnet20", "resnet56", "compact_cnn")}
+"""Networks of ReLUs, whose activations the papers bound."""
+
 BOUNDS: dict[str, Callable[[], Hardening]] = {
     "Guard": Guard,
     "Fence": Fence,
     "Ranger a neuron": partial(Ranger, per="neuron"),
-    "ProAct": ProAct.quick,
     "ProAct along a line": ProAct.searched,
     "FitAct along a line": FitAct.searched,
 }
@@ -79,12 +84,16 @@ def reproduce(
         subject = trained(name, data_root, samples=SAMPLES[scale])
         folder = out / "journals" / name
         for memory, (ber, kept) in GOALS.items():
-            found = _protected(subject, memory, ber, front=memory == 0.0, scale=scale, folder=folder, workers=workers)
+            whole = memory == 0.0 and name in WHOLE[scale]
+            found = _protected(subject, memory, ber, whole=whole, scale=scale, folder=folder, workers=workers)
             console.print(str(found), markup=False, highlight=False)
             goals.append(_goal(name, memory, ber, kept, found))
             evidence.append(found.evidence.assign(network=name, goal=f"{100 * memory:+.0f} % at {ber:g}"))
-            if memory == 0.0:
-                front = pd.concat([found.front, _bounded(subject, found, scale, folder, workers)], ignore_index=True)
+            if whole:
+                front = found.front
+                if name in BOUNDED[scale]:
+                    more = _bounded(subject, found, scale, folder, workers)
+                    front = pd.concat([front, more], ignore_index=True)
                 fronts.append(front.assign(network=name))
                 save(front_figure(front, least=found.least, data=5), out / f"front-{slug(name)}.png")
                 _before_and_after(name, subject, found, out, scale, folder, workers)
@@ -93,7 +102,7 @@ def reproduce(
 
 
 def _protected(
-    subject: Trained, memory: float, ber: float, *, front: bool, scale: str, folder: Path, workers: int
+    subject: Trained, memory: float, ber: float, *, whole: bool, scale: str, folder: Path, workers: int
 ) -> Protection:
     return protect(
         subject.model,
@@ -101,10 +110,10 @@ def _protected(
         verify=subject.test,
         ber=ber,
         memory=memory,
+        rivals=None if whole else {},
         hardenings={},
-        images=1000,
         trials=TRIALS[scale],
-        front=front,
+        front=SAMPLES[scale] if whole else 0,
         journal=folder,
         workers=workers,
     )

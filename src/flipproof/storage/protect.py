@@ -200,7 +200,7 @@ def protect(
     where: Parameters | None = None,
     images: int = 250,
     trials: int = 20,
-    front: bool = True,
+    front: int = 1000,
     seed: int = 0,
     journal: str | os.PathLike[str] | None = None,
     workers: int = 1,
@@ -233,9 +233,9 @@ def protect(
         inners: what values of weights may be stored in.
         line: stored bits of the longest code word.
         where: which parameters; all by default. Buffers are never packed.
-        images: samples that choices are made on, at most; the front takes four times as many.
+        images: samples that choices are made on, at most.
         trials: injections a form at `ber`; the front takes a fifth of them at each rate.
-        front: whether to look for the highest rate that each form survives.
+        front: samples on which the highest rate that each form survives is looked for, at most; 0 looks for none.
         seed: of all draws.
         journal: folder of the journals: run again after an interruption and it resumes.
         workers: processes.
@@ -252,11 +252,11 @@ def protect(
         >>> _ = torch.manual_seed(0)
         >>> net = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
         >>> x = torch.randn(400, 16)
-        >>> safe = fp.protect(net, [(x, net(x).argmax(dim=1))], ber=1e-2, trials=5, front=False)
+        >>> safe = fp.protect(net, [(x, net(x).argmax(dim=1))], ber=1e-2, trials=5, front=0)
         >>> safe.verdict, float(safe.evidence["memory"].iloc[1]) <= 0
         ('met', True)
     """
-    _check(ber=ber, accuracy=accuracy, memory=memory, time=time, images=images, trials=trials, line=line)
+    _check(ber=ber, accuracy=accuracy, memory=memory, time=time, images=images, trials=trials, line=line, front=front)
     place = check_device(model, device)
     work = copy_in_eval_mode(model).to(place)
     choosing = Calibration.read(work, data, place, output, decision)
@@ -292,7 +292,7 @@ def protect(
         model=work,
         planner=Planner(weights, rest, found, inners, line),
         choosing=_as_data(some),
-        some=_as_data(verifying.some(torch.arange(min(4 * images, verifying.samples)))),
+        some=_as_data(verifying.some(torch.arange(min(front, verifying.samples)))),
         verifying=_as_data(verifying),
         campaign=campaign,
         least=least,
@@ -639,7 +639,7 @@ def _check(**given: Any) -> None:
             closed = name == "accuracy" and value in (0, 1) and not isinstance(value, bool)
             if not closed:
                 raise ConfigError(f"protect takes {name}= a number between {low} and {high}, got {value!r}")
-    for name in ("images", "trials", "line"):
+    for name, least in (("images", 1), ("trials", 1), ("line", 1), ("front", 0)):
         value = given[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"protect takes {name}= a whole number from 1, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"protect takes {name}= a whole number from {least}, got {value!r}")
