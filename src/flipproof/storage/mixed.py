@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -220,6 +222,21 @@ class _Measuring:
         """Nothing to give back: each campaign recovers by itself."""
 
 
+@contextmanager
+def _stdout_closed() -> Iterator[None]:
+    """HiGHS writes a line of its own debugging to the process's output now and then, in the middle of tables."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def least_cost(table: pd.DataFrame, memory: int) -> NDArray[np.bool_]:
     """Which rows to take: one of each layer, together at most `memory` bits, of the least total cost.
 
@@ -247,13 +264,14 @@ def least_cost(table: pd.DataFrame, memory: int) -> NDArray[np.bool_]:
     unit = np.gcd.reduce(bits)
     layers = pd.factorize(rows["layer"])[0]
     of_layer = np.eye(layers.max() + 1)[:, layers]
-    solved = milp(
-        scale * costs,
-        integrality=np.ones(len(rows)),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(of_layer, 1, 1), LinearConstraint(bits / unit, ub=memory // unit)],
-        options={"mip_rel_gap": 0.0},
-    )
+    with _stdout_closed():
+        solved = milp(
+            scale * costs,
+            integrality=np.ones(len(rows)),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(of_layer, 1, 1), LinearConstraint(bits / unit, ub=memory // unit)],
+            options={"mip_rel_gap": 0.0},
+        )
     taken = rows.index[solved.x > 0.5] if solved.success else rows.index[:0]
     if len(taken) != len(of_layer) or int(table.loc[taken, "bits"].sum()) > memory:
         raise InfrastructureError(f"scipy.optimize.milp found no selection within {memory:,} bits: {solved.message}")
