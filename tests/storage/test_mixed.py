@@ -50,7 +50,7 @@ def random_costs(layers, options, *, largest, spread, seed):
 
 @pytest.mark.parametrize("largest", [5, 10**4, 10**8])
 @pytest.mark.parametrize("spread", [0, 1e-6, 1.0])
-def test_theleast_cost_selection_is_that_of_exhaustive_search(largest, spread):
+def test_the_cheapest_selection_is_that_of_exhaustive_search(largest, spread):
     refused = 0
     for seed in range(12):
         table, budget = random_costs(4, 3, largest=largest, spread=spread, seed=seed)

@@ -189,6 +189,7 @@ def _whole(
         faults=BitErrorRate(rate, exact=False),
         trials=trials,
         audit=0.0,
+        cache_bytes=0,
         journal=folder / f"{slug(name)}-{rate:g}.jsonl",
         workers=workers,
         progress=False,

@@ -247,4 +247,5 @@ def inject(
             trials=trials,
             audit=audit,
             journal=journal,
+            cache_bytes=0,  # at such rates the first layer is hit: a cut behind it would be proved and never used
         )
