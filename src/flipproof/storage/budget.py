@@ -21,7 +21,7 @@ from flipproof.formats import Affine, Float16, Float32, Format, Rounded
 from flipproof.hardening.fitting.calibration import Calibration, logits
 from flipproof.running.device import release_memory
 from flipproof.running.evaluation import one_thread
-from flipproof.spaces.tensors import Candidate, own_format
+from flipproof.spaces.tensors import Candidate
 from flipproof.storage.codes import LINE, cheapest, loss, strongest
 from flipproof.storage.mixed import least_cost
 
@@ -215,7 +215,7 @@ class Planner:
 
     Attributes:
         weights: tensors that have several options.
-        rest: tensors that are stored in the first of `rest_inners` that holds them.
+        rest: tensors that are stored in the first of `REST` that holds them.
         found: measurements, by (number of the weight, option).
         inners: what weights may be stored in.
         line: stored bits of the longest code word.
@@ -234,88 +234,75 @@ class Planner:
 
     def plan(self, ber: float, bits: float) -> Plan | None:
         """The plan of least expected drift for a rate within so many bits; None if nothing fits."""
-        rest = [self._rest(candidate, ber) for candidate in self.rest]
-        if any(row is None for row in rest):
+        options = self._options(ber)
+        if not all(options):
             return None
-        taken = sum(row["bits"] for row in rest if row is not None)
-        options = [row for i in range(len(self.weights)) for row in self._options(i, ber)]
-        if len({row["name"] for row in options}) < len(self.weights):
+        table = pd.DataFrame([row for rows in options for row in rows])
+        costs = table.rename(columns={"name": "layer", "drift": "cost"})[["layer", "bits", "cost"]]
+        try:
+            chosen = table[least_cost(costs, int(bits))].reset_index(drop=True)
+        except ConfigError:
             return None
-        if self.weights:
-            table = pd.DataFrame(options)
-            costs = table.rename(columns={"name": "layer", "drift": "cost"})[["layer", "bits", "cost"]]
-            try:
-                chosen = table[least_cost(costs, int(bits - taken))]
-            except ConfigError:
-                return None
-        elif taken > bits:
-            return None
-        else:
-            chosen = pd.DataFrame()
-        whole = pd.concat([chosen, pd.DataFrame([row for row in rest if row is not None])], ignore_index=True)
-        formats = dict(zip(whole["name"].tolist(), whole["stored"].tolist(), strict=True))
-        return Plan(ber, formats, whole.drop(columns="stored"))
+        formats = dict(zip(chosen["name"].tolist(), chosen["stored"].tolist(), strict=True))
+        return Plan(ber, formats, chosen.drop(columns="stored"))
 
     def least(self, ber: float) -> float:
         """The fewest bits for which there is a plan at this rate; infinite if there is none."""
-        rest = [self._rest(candidate, ber) for candidate in self.rest]
-        each = [[row["bits"] for row in self._options(i, ber)] for i in range(len(self.weights))]
-        if any(row is None for row in rest) or not all(each):
-            return inf
-        return float(sum(row["bits"] for row in rest if row is not None) + sum(map(min, each)))
+        return float(sum(min((row["bits"] for row in rows), default=inf) for rows in self._options(ber)))
 
-    def _options(self, number: int, ber: float) -> list[dict[str, Any]]:
-        candidate, shape = self.weights[number], tuple(self.weights[number].tensor.shape)
-        rows: dict[str, dict[str, Any]] = {}
-        each_lost = self.found[number, -1].drift or 0.0
-        for k, inner in enumerate(self.inners):
-            rounding = self.found[number, k].drift
-            if rounding is None:
-                continue
-            for share in SHARES if ber else (0.0,):
-                code = inner if not ber else cheapest(inner, ber, share, words=prod(shape), line=self.line)
-                if code is None:
-                    continue
-                lost = loss(code, ber) if ber else 0.0
-                rows[repr(code)] = _row(candidate, code, inner, lost, rounding + min(lost * each_lost, WORST))
+    def _options(self, ber: float) -> list[list[dict[str, Any]]]:
+        """How each tensor may be stored."""
+        weights = [
+            self._coded(candidate, ber, self._rounded(i), self.found[i, -1].drift or 0.0)
+            for i, candidate in enumerate(self.weights)
+        ]
+        return weights + [self._coded(candidate, ber, _first_that_holds(candidate), WORST) for candidate in self.rest]
+
+    def _rounded(self, number: int) -> list[tuple[Format, float]]:
+        """What a weight may be stored in, and what rounding costs."""
+        measured = [(inner, self.found[number, k].drift) for k, inner in enumerate(self.inners)]
+        return [(inner, cost) for inner, cost in measured if cost is not None]
+
+    def _coded(
+        self, candidate: Candidate, ber: float, inners: Sequence[tuple[Format, float]], each_lost: float
+    ) -> list[dict[str, Any]]:
+        """Each of these under a code of each strength; at least under the strongest one that there is."""
+        count, rows = candidate.tensor.numel(), {}
+        for inner, rounding in inners:
+            codes = [cheapest(inner, ber, share, words=count, line=self.line) for share in SHARES]
+            if not any(codes):
+                codes = [strongest(inner, 64, words=count, line=max(self.line, 64))]
+            for code in codes:
+                if code is not None:
+                    lost = loss(code, ber)
+                    cost = rounding + min(lost * each_lost, WORST)
+                    rows[repr(code)] = _row(candidate, code, inner, lost, cost)
         return list(rows.values())
 
-    def _rest(self, candidate: Candidate, ber: float) -> dict[str, Any] | None:
-        """The strongest that `SHARES` asks for, of the first format that can hold the values."""
-        count = candidate.tensor.numel()
-        if not candidate.tensor.is_floating_point():
-            return _row(candidate, own_format(candidate.tensor.dtype), None, 0.0, 0.0)
-        for inner in REST:
-            try:
-                decoded = inner.encode(candidate.tensor.detach()).decode()
-            except FormatError:
-                continue
-            if not bool(torch.isfinite(decoded).all()):
-                continue
-            if not ber:
-                return _row(candidate, inner, inner, 0.0, 0.0)
-            for share in reversed(SHARES):
-                code = cheapest(inner, ber, share, words=count, line=max(self.line, 64))
-                if code is not None:
-                    return _row(candidate, code, inner, loss(code, ber), 0.0)
-            code = strongest(inner, 64, words=count, line=max(self.line, 64))
-            if code is not None:
-                return _row(candidate, code, inner, loss(code, ber), 0.0)
-        return None
+
+def _first_that_holds(candidate: Candidate) -> list[tuple[Format, float]]:
+    """The first of `REST` that can hold the values; rounding them so little is taken to cost nothing."""
+    for inner in REST:
+        try:
+            decoded = inner.encode(candidate.tensor.detach()).decode()
+        except FormatError:
+            continue
+        if bool(torch.isfinite(decoded).all()):
+            return [(inner, 0.0)]
+    return []
 
 
-def _row(candidate: Candidate, code: Format, inner: Format | None, lost: float, cost: float) -> dict[str, Any]:
+def _row(candidate: Candidate, code: Format, inner: Format, lost: float, cost: float) -> dict[str, Any]:
     shape = tuple(candidate.tensor.shape)
     stored = code.stored_bits(shape)
-    data = code.width if inner is None else inner.width
     # constants are taken to lie in protected memory: they are charged as if the same code protected them
-    charged = round(constant_bits(code, candidate.tensor) * stored / (data * max(prod(shape), 1)))
+    charged = round(constant_bits(code, candidate.tensor) * stored / (inner.width * max(prod(shape), 1)))
     return {
         "name": candidate.name,
         "kind": candidate.kind,
         "values": prod(shape),
         "format": repr(code),
-        "data": data,
+        "data": inner.width,
         "bits": stored + charged,
         "lost": lost,
         "drift": cost if isfinite(cost) else WORST,

@@ -117,7 +117,7 @@ class Protection:
         least: the mean accuracy that was asked for at that rate, a fraction.
         golden: accuracy of the model as it came, without faults, on the data that it was verified on.
         verdict: "met", "not met" or "cannot be told": whether the interval of the mean accuracy at `ber` over trials
-            lies above `least`, below it, or holds it. `certain` may raise its lower end.
+            lies above `least`, below it, or holds it. What is `certain` narrows it.
         certain: a mean accuracy over faults that needs no trial: (the probability that no code word has more faults
             than its code corrects) × (accuracy without faults, of these samples).
         why: the same in sentences.
@@ -316,7 +316,8 @@ def protect(
                 making.found[name] = Assessment.load(trying.path(AT, name, ber))
     if not tied and where is None:
         whole = prod(untouched(f, tuple(work.get_parameter(n).shape), ber) for n, f in plan.formats.items())
-        making.certain[PROTECTED] = whole * making.found[PROTECTED].golden["accuracy"]
+        clean = making.found[PROTECTED].golden["accuracy"]
+        making.certain[PROTECTED] = (whole * clean, whole * clean + 1 - whole)
     hardening, hardened = "none", None
     if making.verdict(PROTECTED) != "met" and hardenings != {}:
         hardening, hardened = _bounded(making, plan, hardenings, choosing, output, decision)
@@ -333,7 +334,7 @@ def protect(
         least=least,
         golden=golden,
         verdict=making.verdict(chosen),
-        certain=making.certain.get(chosen, 0.0),
+        certain=making.certain.get(chosen, (0.0, 1.0))[0],
         why=_why(making, chosen, plan, evidence, tied),
         table=plan.table,
         evidence=evidence,
@@ -359,7 +360,7 @@ class _Making:
     ber: float
     forms: dict[str, Form] = field(default_factory=dict)
     found: dict[str, Assessment] = field(default_factory=dict)
-    certain: dict[str, float] = field(default_factory=dict)
+    certain: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def within(self, memory: float, time: float | None) -> Plan:
         """The plan for a budget: for the rate that was asked for, or a higher one if that costs no more.
@@ -417,8 +418,8 @@ class _Making:
     def verdict(self, name: str) -> str:
         """Whether the interval of the mean over trials lies above what was asked for."""
         row = self.found[name].summary.iloc[0]
-        low = max(float(row["accuracy_low"]), self.certain.get(name, 0.0))
-        high = float(row["accuracy_high"])
+        low, high = self.certain.get(name, (0.0, 1.0))
+        low, high = max(low, float(row["accuracy_low"])), min(high, float(row["accuracy_high"]))
         return "met" if low >= self.least else "not met" if high < self.least else "cannot be told"
 
     def evidence(self) -> pd.DataFrame:
@@ -434,7 +435,7 @@ class _Making:
                 "time": float("nan"),
                 "clean": found.golden["accuracy"],
             }
-            more = {"certain": self.certain.get(name, 0.0), "draws": gained.draws}
+            more = {"certain": self.certain.get(name, (0.0, 1.0))[0], "draws": gained.draws}
             rows.append(first | found.summary.iloc[0].to_dict() | gained.estimate.columns("accuracy_gain") | more)
         return pd.DataFrame(rows)
 
@@ -555,9 +556,9 @@ def _why(making: _Making, chosen: str, plan: Plan, evidence: pd.DataFrame, tied:
         f"{'Met' if making.verdict(chosen) == 'met' else making.verdict(chosen).capitalize()}: at a bit error rate of "
         f"{making.ber:g} the mean accuracy is {_percent(row, 'accuracy')}; asked for were {100 * making.least:.2f} %. "
         + (
-            f"Whatever the trials show, {100 * making.certain[chosen]:.2f} % are certain: so often does no code word "
-            f"have more faults than its code corrects."
-            if making.certain.get(chosen, 0) > making.least
+            f"Whatever the trials show, {100 * making.certain[chosen][0]:.2f} % are certain: so often has no code word "
+            f"more faults than its code corrects."
+            if making.certain.get(chosen, (0.0, 1.0))[0] > making.least
             else ""
         ),
         f"The model as it came has {100 * plain['clean']:.2f} % without faults and {_percent(plain, 'accuracy')} at "
