@@ -42,7 +42,7 @@ def test_it_trains_a_good_network_and_says_how_good(demo):
 def test_everything_promised_is_written(demo):
     folder, found, _, text = demo
     names = ("rates.jsonl", "bits.jsonl", "rates.csv", "rates-summary.csv", "bits-summary.csv")
-    figures = ("accuracy.png", "outcomes.png", "bits.png")
+    figures = ("accuracy.png", "outcomes.png", "bits.png", "before-after.png")
     for name in (*names, *figures):
         assert (folder / "out" / name).stat().st_size > 200
         assert name in text
@@ -51,6 +51,17 @@ def test_everything_promised_is_written(demo):
     with (folder / "out" / "bits.jsonl").open() as lines:
         assert len([json.loads(line) for line in lines]) == 1 + 32
     assert len(found["bits"].summary) == 32
+
+
+def test_protection_keeps_the_answers_where_float32_loses_them(demo):
+    folder, found, again, text = demo
+    before, after = (found[name].summary.set_index("ber")["accuracy"] for name in ("before", "after"))
+    golden = found["before"].golden["accuracy"]
+    assert before[1e-3] < 0.5 * golden
+    assert after[3e-2] >= 0.99 * golden
+    assert "Met: at a bit error rate of 0.03" in text
+    assert again["after"].trials.equals(found["after"].trials)
+    assert (folder / "out" / "protected" / "words.safetensors").exists()
 
 
 def test_it_fits_100_columns_and_has_words(demo):
