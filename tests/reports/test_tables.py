@@ -284,3 +284,24 @@ class TestOtherMetrics:
 @pytest.mark.parametrize("name", ["[bold]x", "[/]", "$x_1$", "<b>", "a[b]c"])
 def test_names_are_printed_as_they_are(assess, name):
     assert name in printed(summary_table(assess(), title=name))
+
+
+def test_findings_say_how_stored_words_were_read():
+    torch.manual_seed(0)
+    net = torch.nn.Linear(16, 4, bias=False)
+    x = torch.randn(40, 16)
+    found = fp.assess(
+        net,
+        [(x, net(x).argmax(dim=1))],
+        format=fp.SECDED(fp.Float16()),
+        faults=fp.BitErrorRate([1e-3, 2e-2]),
+        trials=20,
+    )
+    last = found.summary.iloc[-1]
+    assert findings(found)[-1] == (
+        f"At BER 2e-2 a trial hits {last['corrected'] + last['detected'] + last['miscorrected']:,.1f} stored words: "
+        f"{last['corrected']:,.1f} read as without faults, {last['detected']:,.1f} are known to be lost, "
+        f"{last['miscorrected']:,.1f} read as another value, and nothing notices."
+    )
+    plain = fp.assess(net, [(x, net(x).argmax(dim=1))], faults=fp.BitErrorRate(2e-2), trials=5)
+    assert not any("stored words" in sentence for sentence in findings(plain))

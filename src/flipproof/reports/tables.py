@@ -10,6 +10,7 @@ import pandas as pd
 
 from flipproof.campaigns.assessment import Assessment
 from flipproof.campaigns.estimates import gain
+from flipproof.campaigns.record import WORD_OUTCOMES
 from flipproof.errors import ConfigError
 from flipproof.running.scales import Scale
 
@@ -186,6 +187,14 @@ def findings(assessment: Assessment) -> list[str]:
         said.append(
             f"At {name} {number(worst[coordinate])} {worst['critical_total']:.1%} of answers are lost, "
             f"mostly to {kind}: {worst['critical_sdc']:.1%} critical SDC, {worst['due']:.1%} DUE."
+        )
+    repaired = assessment.summary[(assessment.summary[["corrected", "detected"]] > 0).any(axis=1)]
+    if len(repaired):
+        last = repaired.iloc[-1]
+        said.append(
+            f"At {name} {number(last[coordinate])} a trial hits {last[list(WORD_OUTCOMES)].sum():,.1f} stored words: "
+            f"{last['corrected']:,.1f} read as without faults, {last['detected']:,.1f} are known to be lost, "
+            f"{last['miscorrected']:,.1f} read as another value, and nothing notices."
         )
     return said
 
