@@ -4,7 +4,8 @@
 
 trains what the cache does not have, measures every network without faults and writes the table `networks`. ResNet-20
 and ResNet-56 are public checkpoints (`resnet20-*.th` somewhere under the data). The compact CNN, the ViT and the GPT
-are trained here; their recipes were chosen by the calibration samples and never by the others.
+are trained here; their recipes were chosen by training and calibration samples. The others were seen once before: by a
+first ViT, which was underfitted (87.3 %).
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ python -m flipproof.reproduce.protection_networks --data-root DATA --out docs/re
 ```
 
 Made on {date} with torch {torch}. No faults, float32. `accuracy` is over all held-out samples, `unseen_accuracy` over
-those behind the first {calibration:,}, by which the recipes were chosen; `low` and `high` are 95 % Wilson intervals.
+those behind the first {calibration:,}, by which the recipes were chosen (a first ViT, underfitted, was seen on all of
+them: 87.3 %). `low` and `high` are 95 % Wilson intervals.
 `seconds` is processor time of training on one thread. A sample of tinyshakespeare is a window of {context} characters
 and the one that follows. Windows begin {stride} characters apart and overlap: their interval may be too narrow.
 
@@ -281,16 +283,14 @@ def _right(model: nn.Module, batches: Batches) -> tuple[int, int]:
     return right, sum(len(targets) for _, targets in batches)
 
 
-def main() -> None:
-    """Train what is missing, measure, write the table."""
-    parser = argparse.ArgumentParser(description="The networks that protection is measured on.")
-    parser.add_argument("--data-root", type=Path, default=Path("data"))
-    parser.add_argument("--out", type=Path, default=Path("results/protection"))
-    parser.add_argument("--network", choices=sorted(NETWORKS), action="append", help="only this one; may be repeated")
-    chosen = parser.parse_args()
-    names = chosen.network or list(NETWORKS)
-    table = pd.DataFrame([measure(name, chosen.data_root) for name in names])
-    path = chosen.out / "networks"
+def write_page(table: pd.DataFrame, out: Path) -> None:
+    """Write `networks.csv` and `networks.md`, with the command, the date and how each network was trained.
+
+    Args:
+        table: rows of `measure`.
+        out: the folder.
+    """
+    path = out / "networks"
     write_table(table, path, title="The networks of protection, without faults")
     notes = NOTES.format(
         date=date.today().isoformat(),
@@ -298,10 +298,21 @@ def main() -> None:
         calibration=CALIBRATION,
         context=CONTEXT,
         stride=STRIDE,
-        recipes="\n".join(f"| {name} | {NETWORKS[name].recipe} |" for name in names),
+        recipes="\n".join(f"| {name} | {NETWORKS[name].recipe} |" for name in table["network"]),
     )
     page = path.with_suffix(".md")
     page.write_text(page.read_text(encoding="utf-8") + notes, encoding="utf-8")
+
+
+def main() -> None:
+    """Train what is missing, measure, write the table."""
+    parser = argparse.ArgumentParser(description="The networks that protection is measured on.")
+    parser.add_argument("--data-root", type=Path, default=Path("data"))
+    parser.add_argument("--out", type=Path, default=Path("results/protection"))
+    parser.add_argument("--network", choices=sorted(NETWORKS), action="append", help="only this one; may be repeated")
+    chosen = parser.parse_args()
+    table = pd.DataFrame([measure(name, chosen.data_root) for name in chosen.network or NETWORKS])
+    write_page(table, chosen.out)
     print(table.to_string(index=False))
 
 
