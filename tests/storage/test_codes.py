@@ -131,7 +131,7 @@ def test_the_table_of_codes_fits_and_is_a_front():
     assert set(table["stored"]) >= {"float32", "bfloat16", "float16", "Q15.16", "8 bits a channel", "4 bits a channel"}
     widths = {"float32": 32, "bfloat16": 16, "float16": 16, "float8 E4M3": 8, "Q15.16": 32}
     widths |= {"8 bits a channel": 8, "4 bits a channel": 4}
-    for row in table.to_dict("records"):
+    for row in table[table["format"] != ""].to_dict("records"):
         format = parse_format(row["format"])
         layout = format.layout(format.together)
         assert row["bits"] == layout.bits / layout.values <= widths[row["stored"]] * (1 + row["memory"])
@@ -139,4 +139,5 @@ def test_the_table_of_codes_fits_and_is_a_front():
     for _, group in table.groupby(["stored", "memory"]):
         assert group["data"].is_monotonic_decreasing
         assert group["ber"].is_monotonic_increasing
-    assert set(table[table["stored"] == "float32"]["memory"]) == {0.0, -0.25, -0.5}
+    assert len(set(zip(table["stored"], table["memory"], strict=True))) == 7 * 4
+    assert set(table[table["format"] == ""]["stored"]) <= {"float8 E4M3", "8 bits a channel", "4 bits a channel"}

@@ -61,7 +61,10 @@ def _codes() -> None:
             "bits a value": table["bits"].round(2),
             "repairs": [f"{t} of {line}" for t, line in zip(table["corrects"], table["line"], strict=True)],
             "survives": [f"{rate:.2g}" for rate in table["ber"]],
-            "stored as": [f"  {short_name(text).replace(', parity=True', '')}" for text in table["format"]],
+            "stored as": [
+                f"  {short_name(text).replace(', parity=True', '')}" if text else "  nothing fits"
+                for text in table["format"]
+            ],
         }
     )
     out.print(shown.to_string(index=False), markup=False, highlight=False, soft_wrap=True)

@@ -118,7 +118,7 @@ def _multiply(a: int, b: int) -> int:
     return product
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=65536)
 def bch_checks(data: int, t: int) -> tuple[int, int]:
     """(m, check bits) of the shortest BCH code that corrects t errors in so many data bits, without a parity.
 

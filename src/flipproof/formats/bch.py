@@ -50,7 +50,8 @@ class BCH(Blocks):
     With `block`, as many consecutive words as fit into that many data bits share one code word. Long code words come
     nearer to what memory can carry: at a bit error rate of 1 % no code gets by with fewer than 1.09 stored bits a data
     bit, (32, 11) takes 2.9, and ``BCH(Affine(bits=5, axis=0), t=14, block=385)`` 1.33. Blocks and what is left over at
-    the end of a tensor are stored as in `SECDED`.
+    the end of a tensor are stored as in `SECDED`; the last block, which is longer, corrects as many more faults:
+    ⌈t · words / words of a block⌉.
 
     Up to 20 check bits errors are looked up by their syndrome, beyond that found with the algorithm of Berlekamp and
     Massey and the search of Chien. Source: Hocquenghem 1959; Bose and Ray-Chaudhuri 1960; Massey 1969.
@@ -94,8 +95,11 @@ class BCH(Blocks):
     def data_bits(self) -> int | None:
         return self.block
 
+    def corrected(self, words: int) -> int:
+        return -(-self.t * words // self.together)
+
     def check_bits(self, words: int) -> int:
-        return bch_checks(self.inner.width * words, self.t)[1] + self.parity
+        return bch_checks(self.inner.width * words, self.corrected(words))[1] + self.parity
 
     def code(self, words: int) -> BlockCode:
-        return bch_code(self.inner.width, words, self.checks, self.t, self.parity)
+        return bch_code(self.inner.width, words, self.checks, self.corrected(words), self.parity)

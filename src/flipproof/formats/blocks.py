@@ -45,6 +45,10 @@ class Blocks(Protected):
         """Check bits of a block of so many words."""
         raise NotImplementedError
 
+    def corrected(self, words: int) -> int:
+        """How many faults in a block of so many words are corrected."""
+        raise NotImplementedError
+
     def code(self, words: int) -> BlockCode:
         """The code of such a block."""
         raise NotImplementedError

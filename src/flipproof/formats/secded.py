@@ -55,6 +55,9 @@ class SECDED(Blocks):
     def data_bits(self) -> int | None:
         return self.block
 
+    def corrected(self, words: int) -> int:
+        return 1
+
     def check_bits(self, words: int) -> int:
         return hamming_checks(self.inner.width * words)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import inf, isfinite, prod
 from typing import Any
@@ -22,7 +22,7 @@ from flipproof.hardening.fitting.calibration import Calibration, logits
 from flipproof.running.device import release_memory
 from flipproof.running.evaluation import one_thread
 from flipproof.spaces.tensors import Candidate
-from flipproof.storage.codes import LINE, cheapest, loss, strongest
+from flipproof.storage.codes import LINE, cheapest, lost_share, strongest
 from flipproof.storage.mixed import least_cost
 
 INNERS: tuple[Format, ...] = (
@@ -32,14 +32,22 @@ INNERS: tuple[Format, ...] = (
 )
 """What the values of a weight may be stored in, before its code."""
 
-REST: tuple[Format, ...] = (Rounded(Float32(), bits=20), Rounded(Float32(), bits=16))
-"""The same for biases, norms and whatever else has fewer than two dimensions, the preferred one first."""
+REST: tuple[tuple[Format, float], ...] = (
+    (Rounded(Float32(), bits=20), 0.0),
+    (Rounded(Float32(), bits=16), 1e-5),
+    (Rounded(Float16(), bits=12), 1e-4),
+)
+"""The same for biases, norms and whatever else has fewer than two dimensions, with nominal costs: the more precise one
+is taken unless faults say otherwise. What it comes to is seen when the whole model is verified."""
 
 SHARES = (1e-2, 1e-3, 1e-4, 1e-6, 1e-9)
 """Shares of code words that may be beyond repair: the strengths that are tried of each code."""
 
 WORST = 20.0
 """Nats: a sample that answers NaN has drifted that far, and none is counted as farther."""
+
+_LONGEST = 2048
+"""Stored bits of the longest code words of biases and norms."""
 
 _LOST = 0.02
 """Share of a tensor's blocks that reads as 0 where it is measured what a lost block costs."""
@@ -187,7 +195,7 @@ class Plan:
         ber: the bit error rate that it is made for.
         formats: {qualified name: format}.
         table: one row a tensor: `name`, `kind`, `values`, `format`, `data` (bits of a value), `bits` (stored in all,
-            constants included), `lost` (expected share of its code words), `drift` (expected, nats).
+            constants included), `lost` (expected share of its values), `drift` (expected, nats).
         bits: stored bits in all, constants included.
         drift: expected in all, nats.
     """
@@ -215,7 +223,7 @@ class Planner:
 
     Attributes:
         weights: tensors that have several options.
-        rest: tensors that are stored in the first of `REST` that holds them.
+        rest: tensors that are stored in one of `REST`.
         found: measurements, by (number of the weight, option).
         inners: what weights may be stored in.
         line: stored bits of the longest code word.
@@ -256,7 +264,8 @@ class Planner:
             self._coded(candidate, ber, self._rounded(i), self.found[i, -1].drift or 0.0)
             for i, candidate in enumerate(self.weights)
         ]
-        return weights + [self._coded(candidate, ber, _first_that_holds(candidate), WORST) for candidate in self.rest]
+        rest = replace(self, line=max(self.line, _LONGEST))  # so few values that longer code words cost no time
+        return weights + [rest._coded(candidate, ber, _that_hold(candidate), WORST) for candidate in self.rest]
 
     def _rounded(self, number: int) -> list[tuple[Format, float]]:
         """What a weight may be stored in, and what rounding costs."""
@@ -274,22 +283,23 @@ class Planner:
                 codes = [strongest(inner, 64, words=count, line=max(self.line, 64))]
             for code in codes:
                 if code is not None:
-                    lost = loss(code, ber)
+                    lost = lost_share(code, count, ber)
                     cost = rounding + min(lost * each_lost, WORST)
                     rows[repr(code)] = _row(candidate, code, inner, lost, cost)
         return list(rows.values())
 
 
-def _first_that_holds(candidate: Candidate) -> list[tuple[Format, float]]:
-    """The first of `REST` that can hold the values; rounding them so little is taken to cost nothing."""
-    for inner in REST:
+def _that_hold(candidate: Candidate) -> list[tuple[Format, float]]:
+    """Those of `REST` that can hold the values, with their costs."""
+    found = []
+    for inner, cost in REST:
         try:
             decoded = inner.encode(candidate.tensor.detach()).decode()
         except FormatError:
             continue
         if bool(torch.isfinite(decoded).all()):
-            return [(inner, 0.0)]
-    return []
+            found.append((inner, cost))
+    return found
 
 
 def _row(candidate: Candidate, code: Format, inner: Format, lost: float, cost: float) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from scipy.special import bdtrc
 from flipproof.errors import ConfigError, FormatError
 from flipproof.formats import (
     BCH,
-    SECDED,
     Affine,
     BFloat16,
     FixedPoint,
@@ -29,6 +28,9 @@ from flipproof.formats.blocks import Blocks
 
 LINE = 512
 """Stored bits of the longest code words that are tried: a memory line."""
+
+_MORE = 12
+"""How many t more are tried, where the last block of a tensor needs them."""
 
 _LINES = (64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -74,7 +76,23 @@ def loss(format: Format, ber: float) -> float:
         '7.2e-07'
     """
     bits = format.layout(format.together).bits
-    return float(bdtrc(_corrected(format), bits, ber))
+    return float(bdtrc(_corrected(format, format.together), bits, ber))
+
+
+def lost_share(format: Format, words: int, ber: float) -> float:
+    """The expected share of a tensor's values that lie in code words beyond repair, its longer last block included.
+
+    >>> import flipproof as fp
+    >>> code = fp.BCH(fp.Affine(bits=5, axis=0), t=14, block=385)
+    >>> round(lost_share(code, 77_000, 1e-2) / loss(code, 1e-2), 3)
+    1.0
+    """
+    layout = format.layout(words)
+    lost = 0.0
+    for block, count in ((layout.block, layout.blocks), (layout.tail, 1 if layout.tail else 0)):
+        if count:
+            lost += count * len(block) * float(bdtrc(_corrected(format, len(block)), sum(block), ber))
+    return lost / words
 
 
 def untouched(format: Format, shape: tuple[int, ...], ber: float) -> float:
@@ -91,10 +109,11 @@ def untouched(format: Format, shape: tuple[int, ...], ber: float) -> float:
         True
     """
     layout = format.layout(math.prod(shape) + format.constant_words(shape))
-    t, log = _corrected(format), 0.0
-    for bits, count in ((sum(layout.block), layout.blocks), (sum(layout.tail), 1 if layout.tail else 0)):
+    log = 0.0
+    for block, count in ((layout.block, layout.blocks), (layout.tail, 1 if layout.tail else 0)):
         if count:
-            log += count * math.log1p(-min(float(bdtrc(t, bits, ber)), 1 - 1e-16))
+            lost = float(bdtrc(_corrected(format, len(block)), sum(block), ber))
+            log += count * math.log1p(-min(lost, 1 - 1e-16))
     return math.exp(log)
 
 
@@ -108,10 +127,8 @@ def survivable(format: Format, share: float = 1e-4) -> float:
     return float(brentq(lambda ber: loss(format, ber) - share, 1e-15, 0.5, xtol=1e-15))
 
 
-def _corrected(format: Format) -> int:
-    if isinstance(format, BCH):
-        return format.t
-    return 1 if isinstance(format, SECDED) else 0
+def _corrected(format: Format, words: int) -> int:
+    return format.corrected(words) if isinstance(format, Blocks) else 0
 
 
 def cheapest(inner: Format, ber: float, share: float, *, words: int, line: int = LINE) -> Format | None:
@@ -120,7 +137,7 @@ def cheapest(inner: Format, ber: float, share: float, *, words: int, line: int =
     Args:
         inner: what is protected; each word stands alone.
         ber: the bit error rate to survive.
-        share: of code words that may be beyond repair.
+        share: of the values that may lie in code words beyond repair.
         words: of the tensor: no block is longer.
         line: most stored bits of a code word.
 
@@ -134,9 +151,18 @@ def cheapest(inner: Format, ber: float, share: float, *, words: int, line: int =
         (BCH(inner=Affine(bits=5, axis=0), t=13, block=375, parity=True), 6.57)
     """
     most = max(1, min(words, line // inner.width))
-    codes = (_coded(inner, size, t) for size, t in _enough(inner.width, ber, share, most, line))
+    codes = (_for_all(inner, size, t, ber, share, words) for size, t in _enough(inner.width, ber, share, most, line))
     found = [code for code in codes if code is not None]
-    return min(found, key=lambda code: code.layout(code.together).bits / code.together, default=None)
+    return min(found, key=lambda code: code.layout(words).bits, default=None)
+
+
+def _for_all(inner: Format, size: int, t: int, ber: float, share: float, words: int) -> BCH | None:
+    """The code with which no larger share of the values is lost: the last block, which is longer, may need more t."""
+    for more in range(_MORE):
+        code = _coded(inner, size, t + more)
+        if code is not None and lost_share(code, words, ber) <= share:
+            return code
+    return None
 
 
 @lru_cache(maxsize=4096)
@@ -163,10 +189,15 @@ def _sizes(most: int, words: int) -> Iterator[int]:
 
 def _least(width: int, words: int, ber: float, share: float, longest: int) -> int | None:
     """The smallest t that keeps the loss of such a block, if its code word is no longer than that."""
-    checks = check_bits(width * words, min(longest, 64 * words) - 1)  # no word is wider than 64 bits
+    checks = check_bits(width * words, min(longest, _widest(words) * words) - 1)
     stored = width * words + checks + 1
     enough = np.flatnonzero(bdtrc(np.arange(checks.size), stored, ber)[1:] <= share)
     return int(enough[0]) + 1 if enough.size else None
+
+
+def _widest(words: int) -> int:
+    """Stored bits of a word, at most: 64, with room for a last block that is longer and of a longer field."""
+    return 64 if words == 1 else 56
 
 
 def strongest(inner: Format, bits: float, *, words: int, line: int = LINE) -> Format | None:
@@ -190,7 +221,7 @@ def strongest(inner: Format, bits: float, *, words: int, line: int = LINE) -> Fo
     sizes = {1, *(min(int(length // bits), words) for length in _LINES if length <= line)} - {0}
     for size in sizes:
         data = inner.width * size
-        t = check_bits(data, int(min(bits, 64) * size) - 1).size - 1
+        t = check_bits(data, int(min(bits, _widest(size)) * size) - 1).size - 1
         code = _coded(inner, size, t) if t else None
         if code is not None and (best is None or survivable(code) > best[0]):
             best = survivable(code), code
@@ -219,6 +250,9 @@ _STORED: dict[str, tuple[int, Sequence[Format]]] = {
 }
 """What weights are stored in, its bits, and what it may be stored in instead, the most precise first."""
 
+_CHANNELS = [Affine(b, axis=0) for b in (8, 6, 5, 4)]
+"""What weights of any float or fixed point may be stored in, if they have scales of their own."""
+
 BUDGETS = (0.0, -0.25, -0.5, -0.75)
 """Extra memory, as a share of what it is now."""
 
@@ -227,8 +261,9 @@ def code_table(*, line: int = LINE, share: float = 1e-4) -> pd.DataFrame:
     """For each kind of stored number, the best codes that fit into the memory it has, or less of it.
 
     Of all codes that fit, those that no other one beats in both precision and rate: one row each, with `stored`,
-    `memory` (extra, a share), `format`, `data` (bits of the value), `bits` (stored a value), `corrects` (faults a code
-    word), `line` (bits of a code word) and `ber`, the bit error rate at which `share` of the code words is lost.
+    `memory` (extra, a share), `format` (empty where nothing fits), `data` (bits of a value), `bits` (stored a value),
+    `corrects` (faults a code word), `line` (bits of a code word) and `ber`, the bit error rate at which `share` of the
+    code words is lost.
 
     Example:
         >>> table = code_table(line=64)
@@ -236,11 +271,12 @@ def code_table(*, line: int = LINE, share: float = 1e-4) -> pd.DataFrame:
         >>> row["format"], int(row["corrects"])
         ('BCH(inner=Rounded(inner=Float16(), bits=9), t=10, block=18, parity=True)', 10)
     """
-    rows = []
+    rows: list[dict[str, object]] = []
     for stored, (bits, inners) in _STORED.items():
         for budget in BUDGETS:
             best = 0.0
-            for inner in inners:
+            before = len(rows)
+            for inner in (*inners, *_CHANNELS) if bits > 8 else inners:
                 code = strongest(inner, bits * (1 + budget), words=10**6, line=line)
                 if code is None:
                     continue
@@ -256,11 +292,14 @@ def code_table(*, line: int = LINE, share: float = 1e-4) -> pd.DataFrame:
                         "format": repr(code),
                         "data": inner.width,
                         "bits": layout.bits / layout.values,
-                        "corrects": _corrected(code),
+                        "corrects": _corrected(code, code.together),
                         "line": layout.bits,
                         "ber": rate,
                     }
                 )
+            if len(rows) == before:
+                nothing = {"format": "", "data": 0, "bits": 0.0, "corrects": 0, "line": 0, "ber": 0.0}
+                rows.append({"stored": stored, "memory": budget} | nothing)
     return pd.DataFrame(rows)
 
 

@@ -27,7 +27,6 @@ from flipproof.campaigns.estimates import gain
 from flipproof.engine.jobs import do_all
 from flipproof.engine.journal import Journal
 from flipproof.errors import ConfigError, FormatError, JournalError
-from flipproof.faults import BitErrorRate
 from flipproof.formats import (
     CEP,
     MSET,
@@ -606,17 +605,8 @@ def _tensors(model: nn.Module, where: Parameters | None) -> tuple[list[Candidate
 
 
 def _fingerprint(model: nn.Module, data: list[Any], output: Output, decision: DecisionChoice, device: Any) -> Any:
-    found = assess(
-        model,
-        data,
-        faults=BitErrorRate(0.0),
-        trials=1,
-        output=output,
-        decision=decision,
-        device=device,
-        progress=False,
-    )
-    return found.header.fingerprint
+    campaign = partial(assess, output=output, decision=decision, device=device, progress=False)
+    return inject(campaign, model, None, data, 0.0, 1, None).header.fingerprint
 
 
 def _as_data(part: Calibration) -> list[Any]:
