@@ -112,11 +112,11 @@ def test_every_pattern_of_two_errors_in_a_block_and_its_tail():
     data = np.arange(11) * 7 % 16
     words = written(format, data)
     stored = format.layout(11)
-    assert stored.bits == 44 + bch_checks(16, 2)[1] + bch_checks(28, 2)[1]
+    assert stored.bits == 44 + bch_checks(16, 2)[1] + bch_checks(28, 4)[1]  # ⌈2 · 7 / 4⌉ faults in the longer one
     values, bits = stored.locate(np.arange(stored.bits))
-    for first, last, wide in ((0, 4, 16), (4, 11, 28)):
+    for first, last, wide, t in ((0, 4, 16, 2), (4, 11, 28, 4)):
         own = np.flatnonzero((values >= first) & (values < last))
-        assert own.size == wide + bch_checks(wide, 2)[1]
+        assert own.size == wide + bch_checks(wide, t)[1]
         for hits in [*itertools.combinations(own, 1), *itertools.combinations(own, 2)]:
             faulty = words.copy()
             for hit in hits:
@@ -151,22 +151,23 @@ def test_long_blocks_correct_t_errors_and_detect_one_more(kind, seed, whole, ove
     borders = [*range(0, whole * together, together), count]
     for first, last in itertools.pairwise(borders):
         own = np.flatnonzero((values >= first) & (values < last))
-        for errors in (t, t + 1) if full else (int(random.integers(0, t + 1)),):
+        most = -(-t * (last - first) // together)  # a last block that is longer corrects as many more
+        for errors in (most, most + 1) if full else (int(random.integers(0, most + 1)),):
             faulty = words.copy()
             for hit in random.permutation(own)[:errors]:
                 faulty[values[hit]] ^= np.int64(1) << bits[hit]
             found, lost = read(format, faulty)
             block_ = np.arange(first, last)
-            assert lost.tolist() == np.isin(np.arange(count), block_ if errors > t else []).tolist()
+            assert lost.tolist() == np.isin(np.arange(count), block_ if errors > most else []).tolist()
             assert (found[~lost] == data[~lost]).all()
 
 
 def test_a_tail_may_need_a_longer_field():
     format = fp.BCH(fp.Affine(8), t=2, block=48)  # 6 words are 48 bits and 12; 11 words 88 bits in the next field
-    assert (bch_checks(48, 2), bch_checks(88, 2)) == ((6, 12), (7, 14))
+    assert (bch_checks(48, 2), bch_checks(88, 4)) == ((6, 12), (7, 28))
     data = np.arange(17) * 29 % 256
     words, stored = written(format, data), format.layout(17)
-    assert stored.bits == 17 * 8 + 13 + 15
+    assert stored.bits == 17 * 8 + 13 + 29
     values, bits = stored.locate(np.arange(stored.bits))
     tail = np.flatnonzero(values >= 6)
     masks = patterns_of_places(tail, 2)

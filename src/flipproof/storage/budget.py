@@ -22,7 +22,7 @@ from flipproof.hardening.fitting.calibration import Calibration, logits
 from flipproof.running.device import release_memory
 from flipproof.running.evaluation import one_thread
 from flipproof.spaces.tensors import Candidate
-from flipproof.storage.codes import LINE, cheapest, lost_share, strongest
+from flipproof.storage.codes import LINE, cheapest, lost_share, strongest, untouched
 from flipproof.storage.mixed import least_cost
 
 INNERS: tuple[Format, ...] = (
@@ -45,6 +45,9 @@ SHARES = (1e-2, 1e-3, 1e-4, 1e-6, 1e-9)
 
 WORST = 20.0
 """Nats: a sample that answers NaN has drifted that far, and none is counted as farther."""
+
+_UNSURE = 0.1
+"""Nats for a tensor in which a code word is sure to be lost: what is never lost makes the accuracy certain."""
 
 _LONGEST = 2048
 """Stored bits of the longest code words of biases and norms."""
@@ -217,9 +220,9 @@ class Plan:
 class Planner:
     """Plans within a memory budget.
 
-    The cost of storing a weight is what its rounding costs and what the expected share of lost blocks costs; costs of
-    tensors are added, which holds as long as they are small. The choice of least total cost within the budget is a
-    multiple-choice knapsack, see `least_cost`.
+    The cost of storing a weight is what its rounding costs, what the expected share of lost blocks costs, and a little
+    for the chance that any is lost at all; costs of tensors are added, which holds as long as they are small. The
+    choice of least total cost within the budget is a multiple-choice knapsack, see `least_cost`.
 
     Attributes:
         weights: tensors that have several options.
@@ -284,7 +287,8 @@ class Planner:
             for code in codes:
                 if code is not None:
                     lost = lost_share(code, count, ber)
-                    cost = rounding + min(lost * each_lost, WORST)
+                    unsure = 1 - untouched(code, tuple(candidate.tensor.shape), ber)
+                    cost = rounding + min(lost * each_lost, WORST) + _UNSURE * unsure
                     rows[repr(code)] = _row(candidate, code, inner, lost, cost)
         return list(rows.values())
 

@@ -148,7 +148,7 @@ def cheapest(inner: Format, ber: float, share: float, *, words: int, line: int =
         >>> import flipproof as fp
         >>> found = cheapest(fp.Affine(bits=5, axis=0), 1e-2, 1e-3, words=10_000)
         >>> found, round(found.layout(10_000).bits / 10_000, 2)
-        (BCH(inner=Affine(bits=5, axis=0), t=13, block=375, parity=True), 6.57)
+        (BCH(inner=Affine(bits=5, axis=0), t=13, block=375, parity=True), 6.58)
     """
     most = max(1, min(words, line // inner.width))
     codes = (_for_all(inner, size, t, ber, share, words) for size, t in _enough(inner.width, ber, share, most, line))
@@ -250,7 +250,7 @@ _STORED: dict[str, tuple[int, Sequence[Format]]] = {
 }
 """What weights are stored in, its bits, and what it may be stored in instead, the most precise first."""
 
-_CHANNELS = [Affine(b, axis=0) for b in (8, 6, 5, 4)]
+_CHANNELS = [Affine(b, axis=0) for b in (8, 6, 5, 4, 3)]
 """What weights of any float or fixed point may be stored in, if they have scales of their own."""
 
 BUDGETS = (0.0, -0.25, -0.5, -0.75)
@@ -269,7 +269,7 @@ def code_table(*, line: int = LINE, share: float = 1e-4) -> pd.DataFrame:
         >>> table = code_table(line=64)
         >>> row = table[(table["stored"] == "float32") & (table["memory"] == 0)].iloc[-1]
         >>> row["format"], int(row["corrects"])
-        ('BCH(inner=Rounded(inner=Float16(), bits=9), t=10, block=18, parity=True)', 10)
+        ('BCH(inner=Affine(bits=3, axis=0), t=15, block=6, parity=True)', 15)
     """
     rows: list[dict[str, object]] = []
     for stored, (bits, inners) in _STORED.items():

@@ -576,7 +576,7 @@ def _why(making: _Making, chosen: str, plan: Plan, evidence: pd.DataFrame, tied:
         )
     found = making.found[chosen]
     if found.coverage < 1:
-        outside = sorted(found.left_out)
+        outside = sorted(name for name in found.left_out if not name.endswith("num_batches_tracked"))
         sentences.append(
             f"Faults hit {100 * found.coverage:.2f} % of what the model stores; outside are {', '.join(outside[:2])}"
             f"{f' and {len(outside) - 2} more' if len(outside) > 2 else ''}, which are never packed."
