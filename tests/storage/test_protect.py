@@ -186,11 +186,24 @@ def test_saved_words_come_back(safe, tmp_path):
         ({"trials": 0}, "trials= a whole number from 1"),
         ({"front": -1}, "front= a whole number from 0"),
         ({"accuracy": 1.5}, "accuracy= a number"),
+        ({"rivals": {"a": 3}}, "formats as rivals=.*got 3"),
+        ({"inners": [fp.Affine]}, "formats as inners="),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(more, message):
     with pytest.raises(ConfigError, match=message):
         fp.protect(network(), batches(), **SETUP | more)
+
+
+def test_a_rival_that_cannot_hold_a_weight_is_named():
+    rivals = {"too long": fp.SECDED(fp.Affine(bits=8), block=4096)}
+    found = fp.protect(network(), batches(), **SETUP | {"rivals": rivals})
+    assert "Not compared, since they cannot hold some weight: too long." in found.why
+
+
+def test_a_model_is_a_module():
+    with pytest.raises(fp.FlipproofError, match=r"torch\.nn\.Module, got int"):
+        fp.protect(3, batches(), **SETUP)
 
 
 def test_a_file_is_no_folder_for_journals(tmp_path):

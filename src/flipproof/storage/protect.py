@@ -54,7 +54,7 @@ from flipproof.running.device import check_device
 from flipproof.running.evaluation import eval_mode, one_thread
 from flipproof.running.outcomes import DecisionChoice
 from flipproof.spaces.sites import Parameters, check_where
-from flipproof.spaces.tensors import Candidate, inventory
+from flipproof.spaces.tensors import Candidate, check_model, inventory
 from flipproof.storage.budget import INNERS, Drift, Measuring, Plan, Planner, copy_in_eval_mode, keys_of
 from flipproof.storage.codes import LINE, ideal_rate, untouched
 from flipproof.storage.explore import Question, file_name
@@ -256,6 +256,11 @@ def protect(
         ('met', True)
     """
     _check(ber=ber, accuracy=accuracy, memory=memory, time=time, images=images, trials=trials, line=line, front=front)
+    check_model(model)
+    rivals = published() if rivals is None else dict(rivals)
+    for what, given in (("rivals", rivals.values()), ("inners", inners)):
+        if wrong := [format for format in given if not isinstance(format, Format)]:
+            raise ConfigError(f"protect takes formats as {what}=, such as fp.Affine(bits=5, axis=0), got {wrong[0]!r}")
     place = check_device(model, device)
     work = copy_in_eval_mode(model).to(place)
     choosing = Calibration.read(work, data, place, output, decision)
@@ -301,7 +306,7 @@ def protect(
     )
     plan = making.within(memory, time)
     making.forms = {"as it came": Form(None, 0.0), PROTECTED: making.form(plan)}
-    stored = {name: making.rival(format, plan) for name, format in (published() if rivals is None else rivals).items()}
+    stored = {name: making.rival(format, plan) for name, format in rivals.items()}
     making.forms |= {name: form for name, form in stored.items() if form is not None}
     jobs = [(AT, name) for name in making.forms]
     if front:
@@ -334,7 +339,7 @@ def protect(
         golden=golden,
         verdict=making.verdict(chosen),
         certain=making.certain.get(chosen, (0.0, 1.0))[0],
-        why=_why(making, chosen, plan, evidence, tied),
+        why=_why(making, chosen, plan, evidence, tied, [name for name, form in stored.items() if form is None]),
         table=plan.table,
         evidence=evidence,
         front=table,
@@ -544,7 +549,14 @@ def _bounded(
     return best[1], best[2]
 
 
-def _why(making: _Making, chosen: str, plan: Plan, evidence: pd.DataFrame, tied: Sequence[str]) -> str:
+def _why(
+    making: _Making,
+    chosen: str,
+    plan: Plan,
+    evidence: pd.DataFrame,
+    tied: Sequence[str],
+    unable: Sequence[str],
+) -> str:
     """What was chosen and what came of it, in sentences."""
     row = evidence[evidence["form"] == chosen].iloc[0]
     plain = evidence[evidence["form"] == "as it came"].iloc[0]
@@ -581,6 +593,8 @@ def _why(making: _Making, chosen: str, plan: Plan, evidence: pd.DataFrame, tied:
             f"Faults hit {100 * found.coverage:.2f} % of what the model stores; outside are {', '.join(outside[:2])}"
             f"{f' and {len(outside) - 2} more' if len(outside) > 2 else ''}, which are never packed."
         )
+    if unable:
+        sentences.append(f"Not compared, since they cannot hold some weight: {', '.join(unable)}.")
     if tied:
         sentences.append(f"Not stored, since tied parameters cannot be packed: {', '.join(tied)}.")
     return "\n".join(sentences)
