@@ -136,7 +136,7 @@ def test_two_sides_give_what_torch_gives(kind, function, inner, shape, monkeypat
 )
 def test_two_sides_against_plain_python(value, low, span):
     high = torch.tensor(low + span).item() if math.isfinite(low) else span
-    low = torch.tensor(low).item()
+    low, value = torch.tensor(low).item(), torch.tensor(value).item()
     x = torch.tensor([[value]])
     with torch.no_grad(), one_thread(torch.device("cpu")):
         clamped = Saturate(high, "identity", low=low)(x).item()

@@ -315,7 +315,7 @@ def test_data_and_method_in_either_order_and_by_keyword(mlp: nn.Module, blobs: A
 
 
 def test_a_missing_or_doubled_method_or_data_is_named(mlp: nn.Module, blobs: Any) -> None:
-    with pytest.raises(ConfigError, match="of AVC, FTClipAct, FitAct, Guard, ProAct, Ranger; got list"):
+    with pytest.raises(ConfigError, match="of AVC, FTClipAct, Fence, FitAct, Guard, ProAct, Ranger; got list"):
         harden(mlp, blobs)
     with pytest.raises(ConfigError, match="one and not more"):
         harden(mlp, blobs, Ranger(), method=Ranger())
