@@ -54,8 +54,9 @@ def outcomes(space, hits, stuck=None):
         (fp.SECDED(fp.Affine(8), block=64), [(0, 0), (7, 3), (8, 1), (159, 8)], (2, 1, 0)),
         (fp.BCH(fp.Affine(5, axis=0), 14, block=385), [(v, 0) for v in range(14)], (1, 0, 0)),
         (fp.BCH(fp.Affine(5, axis=0), 14, block=385), [(v, 0) for v in range(15)], (0, 1, 0)),
-        # 160 words are a block of 77 and one of 83
-        (fp.BCH(fp.Affine(5, axis=0), 14, block=385), [(0, 0), *((v, 1) for v in range(77, 92))], (1, 1, 0)),
+        # 160 words are a block of 77 and one of 83, in which 16 faults are corrected
+        (fp.BCH(fp.Affine(5, axis=0), 14, block=385), [(0, 0), *((v, 1) for v in range(77, 93))], (2, 0, 0)),
+        (fp.BCH(fp.Affine(5, axis=0), 14, block=385), [(0, 0), *((v, 1) for v in range(77, 94))], (1, 1, 0)),
         (fp.Affine(8), [(0, 0), (0, 1), (4, 7)], (0, 0, 2)),
         (fp.Rounded(fp.Float16(), 11), [(0, 0), (0, 10), (4, 7)], (0, 0, 2)),
         (fp.BitClipped(fp.Float32(), zeros=30), [(0, 30), (1, 30), (1, 2), (2, 2)], (1, 0, 2)),

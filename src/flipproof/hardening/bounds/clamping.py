@@ -87,8 +87,10 @@ def bounded_between(x: Tensor, low: Tensor, high: Tensor, *, zero: bool) -> Tens
 
 def _usable(x: Tensor, *bounds: Tensor) -> bool:
     """Whether a kernel may read these."""
+    if not is_plain(x) or not x.is_contiguous():  # asked first: a traced value has no dtype to compare
+        return False
     alike = all(bound.dtype == x.dtype and bound.device == x.device for bound in bounds)
-    return is_plain(x) and x.is_contiguous() and alike and torch.get_num_threads() == 1 and x.numel() > 0
+    return alike and torch.get_num_threads() == 1 and x.numel() > 0
 
 
 _LARGEST = float(np.finfo(np.float32).max)
