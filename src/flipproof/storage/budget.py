@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from math import inf, isfinite, prod
 from typing import Any
@@ -237,6 +237,7 @@ class Planner:
     found: dict[Key, Drift]
     inners: Sequence[Format]
     line: int = LINE
+    _known: dict[float, list[list[dict[str, Any]]]] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def now(self) -> int:
@@ -262,7 +263,12 @@ class Planner:
         return float(sum(min((row["bits"] for row in rows), default=inf) for rows in self._options(ber)))
 
     def _options(self, ber: float) -> list[list[dict[str, Any]]]:
-        """How each tensor may be stored."""
+        """How each tensor may be stored; reckoned once a rate, since memory has no say in it."""
+        if ber not in self._known:
+            self._known[ber] = self._every(ber)
+        return self._known[ber]
+
+    def _every(self, ber: float) -> list[list[dict[str, Any]]]:
         weights = [
             self._coded(candidate, ber, self._rounded(i), self.found[i, -1].drift or 0.0)
             for i, candidate in enumerate(self.weights)
