@@ -21,7 +21,7 @@ from flipproof.formats import Format
 from flipproof.running.device import device_of, release_memory
 from flipproof.storage.explore import file_name
 
-LADDER = tuple(step * 10.0**power for power in range(-8, -1) for step in (1, 2, 3, 5))
+LADDER = tuple(float(f"{step}e{power}") for power in range(-8, -1) for step in (1, 2, 3, 5))
 """Bit error rates that are tried: 1e-8, 2e-8, 3e-8, 5e-8, … 5e-2."""
 
 
