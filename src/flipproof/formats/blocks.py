@@ -82,11 +82,7 @@ class Blocks(Protected):
     def protect_words(self, data: Tensor) -> Tensor:
         flat = data.reshape(-1)
         if in_reach(data):
-            out = torch.empty(flat.shape, dtype=word_dtype(self.width))
-            words, whole = unsigned_array(flat), unsigned_array(out)
-            for part, code in self._parts(flat.numel()):
-                code.protect(words[part], whole[part])
-            return unsigned(out, self.width).to(data.dtype).reshape(data.shape)
+            return unsigned(self._wide(data), self.width).to(data.dtype)
         wide = unsigned(flat, self.inner.width)
         rows = [code.protect_torch(wide[part].reshape(-1, code.words)) for part, code in self._parts(flat.numel())]
         return torch.cat([row.reshape(-1) for row in rows] or [flat]).to(data.dtype).reshape(data.shape)

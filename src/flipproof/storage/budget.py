@@ -131,13 +131,8 @@ class Measuring:
         original = parameter.detach().clone()
         try:
             if option >= 0:
-                try:
-                    changed = [self.inners[option].encode(original).decode()]
-                except FormatError:
-                    return Drift(tensor, option, None)
-                if not bool(torch.isfinite(changed[0]).all()):
-                    return Drift(tensor, option, None)
-                return Drift(tensor, option, self._judge(parameter, changed))
+                rounded = held_by(self.inners[option], original)
+                return Drift(tensor, option, None if rounded is None else self._judge(parameter, [rounded]))
             changed, share = self._with_losses(original, tensor)
             return Drift(tensor, option, self._judge(parameter, changed) / share)
         finally:
@@ -301,15 +296,16 @@ class Planner:
 
 def _that_hold(candidate: Candidate) -> list[tuple[Format, float]]:
     """Those of `REST` that can hold the values, with their costs."""
-    found = []
-    for inner, cost in REST:
-        try:
-            decoded = inner.encode(candidate.tensor.detach()).decode()
-        except FormatError:
-            continue
-        if bool(torch.isfinite(decoded).all()):
-            found.append((inner, cost))
-    return found
+    return [(inner, cost) for inner, cost in REST if held_by(inner, candidate.tensor) is not None]
+
+
+def held_by(format: Format, tensor: Tensor) -> Tensor | None:
+    """The values as a format stores them; None where it has no finite word for one of them."""
+    try:
+        decoded = format.encode(tensor.detach()).decode()
+    except FormatError:
+        return None
+    return decoded if bool(torch.isfinite(decoded).all()) else None
 
 
 def _row(candidate: Candidate, code: Format, inner: Format, lost: float, cost: float) -> dict[str, Any]:

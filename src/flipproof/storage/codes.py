@@ -87,19 +87,14 @@ def lost_share(format: Format, words: int, ber: float) -> float:
     >>> round(lost_share(code, 77_000, 1e-2) / loss(code, 1e-2), 3)
     1.0
     """
-    layout = format.layout(words)
-    lost = 0.0
-    for block, count in ((layout.block, layout.blocks), (layout.tail, 1 if layout.tail else 0)):
-        if count:
-            lost += count * len(block) * float(bdtrc(_corrected(format, len(block)), sum(block), ber))
-    return lost / words
+    return sum(count * size * lost for size, count, lost in _losses(format, words, ber)) / words
 
 
 def untouched(format: Format, shape: tuple[int, ...], ber: float) -> float:
     """The probability that every value of a tensor is read as it was stored: no code word has too many faults.
 
     ∏ (1 − loss) over the code words; faults are independent. That at most t faults are corrected is not estimated but
-    proved, by enumeration (tests/formats/test_bch.py).
+    proved, by enumeration (tests/formats/test_block_codes.py).
 
     Example:
         >>> import flipproof as fp
@@ -108,13 +103,16 @@ def untouched(format: Format, shape: tuple[int, ...], ber: float) -> float:
         >>> round(untouched(fp.Float32(), (10,), 1e-3), 3) == round((1 - 1e-3) ** 320, 3)
         True
     """
-    layout = format.layout(math.prod(shape) + format.constant_words(shape))
-    log = 0.0
+    every = _losses(format, math.prod(shape) + format.constant_words(shape), ber)
+    return math.exp(sum(count * math.log1p(-min(lost, 1 - 1e-16)) for _, count, lost in every))
+
+
+def _losses(format: Format, words: int, ber: float) -> Iterator[tuple[int, int, float]]:
+    """(words of a block, how many such blocks, the chance that one is beyond repair): whole blocks, then the last."""
+    layout = format.layout(words)
     for block, count in ((layout.block, layout.blocks), (layout.tail, 1 if layout.tail else 0)):
         if count:
-            lost = float(bdtrc(_corrected(format, len(block)), sum(block), ber))
-            log += count * math.log1p(-min(lost, 1 - 1e-16))
-    return math.exp(log)
+            yield len(block), count, float(bdtrc(_corrected(format, len(block)), sum(block), ber))
 
 
 def survivable(format: Format, share: float = 1e-4) -> float:

@@ -26,7 +26,7 @@ from flipproof.campaigns.assessment import Assessment
 from flipproof.campaigns.estimates import gain
 from flipproof.engine.jobs import do_all
 from flipproof.engine.journal import Journal
-from flipproof.errors import ConfigError, FormatError, JournalError
+from flipproof.errors import ConfigError, JournalError
 from flipproof.formats import (
     CEP,
     MSET,
@@ -53,9 +53,10 @@ from flipproof.running.data import Data, Output, call
 from flipproof.running.device import check_device
 from flipproof.running.evaluation import eval_mode, one_thread
 from flipproof.running.outcomes import DecisionChoice
+from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Parameters, check_where
 from flipproof.spaces.tensors import Candidate, check_model, inventory
-from flipproof.storage.budget import INNERS, Drift, Measuring, Plan, Planner, copy_in_eval_mode, keys_of
+from flipproof.storage.budget import INNERS, Drift, Measuring, Plan, Planner, copy_in_eval_mode, held_by, keys_of
 from flipproof.storage.codes import LINE, ideal_rate, untouched
 from flipproof.storage.explore import Question, file_name
 from flipproof.storage.files import save_packed
@@ -318,7 +319,7 @@ def protect(
         for kind, name in jobs:
             if kind == AT:
                 making.found[name] = Assessment.load(trying.path(AT, name, ber))
-    if not tied and where is None:
+    if all(site.name in plan.formats for site in FaultSpace(work, where=where, format=plan.formats).sites):
         whole = prod(untouched(f, tuple(work.get_parameter(n).shape), ber) for n, f in plan.formats.items())
         clean = making.found[PROTECTED].golden["accuracy"]
         making.certain[PROTECTED] = (whole * clean, whole * clean + 1 - whole)
@@ -408,11 +409,7 @@ class _Making:
         bits = 0
         rows = plan.table.set_index("name")["bits"]
         for candidate in self.planner.weights:
-            try:
-                decoded = format.encode(candidate.tensor.detach()).decode()
-            except FormatError:
-                return None
-            if not bool(torch.isfinite(decoded).all()):
+            if held_by(format, candidate.tensor) is None:
                 return None
             formats[candidate.name] = format
             bits += format.stored_bits(tuple(candidate.tensor.shape))
