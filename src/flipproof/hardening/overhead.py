@@ -75,16 +75,17 @@ def overhead(model: nn.Module, hardened: nn.Module, *, inputs: Any = None, repea
         report = vars(hardened).get(REPORT)
         if isinstance(report, HardeningReport):
             inputs = inputs_like(report.example, next(model.parameters()).device)
-    ratio = _time_ratio(model, hardened, inputs, repeats) if inputs is not None and repeats > 0 else None
+    ratio = time_ratio(model, hardened, inputs, repeats) if inputs is not None and repeats > 0 else None
     return Overhead(counts[0], added, 100.0 * added / counts[0], sizes[1] - sizes[0], ratio)
 
 
-def _time_ratio(model: nn.Module, hardened: nn.Module, inputs: Any, repeats: int) -> float:
+def time_ratio(model: nn.Module, other: nn.Module, inputs: Any, repeats: int) -> float:
+    """A forward of the other model ÷ one of the first: medians of so many, in turn, accelerators waited for."""
     seconds: tuple[list[float], list[float]] = ([], [])
-    devices = devices_of(model, hardened, inputs)
-    with given_back(model), given_back(hardened), eval_mode(model), eval_mode(hardened):
+    devices = devices_of(model, other, inputs)
+    with given_back(model), given_back(other), eval_mode(model), eval_mode(other):
         for run in range(repeats + 1):
-            for each, taken in zip((model, hardened), seconds, strict=True):
+            for each, taken in zip((model, other), seconds, strict=True):
                 wait_for(devices)
                 began = time.perf_counter()
                 call(each, inputs)

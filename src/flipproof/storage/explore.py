@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -12,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal
 
 import numpy as np
@@ -32,10 +30,10 @@ from flipproof.faults import BitErrorRate
 from flipproof.formats import Affine, Format, TripleMSB
 from flipproof.hardening.harden import harden
 from flipproof.hardening.methods.base import Hardening
-from flipproof.hardening.overhead import devices_of, wait_for
-from flipproof.running.data import Data, Output, call, read_batches
+from flipproof.hardening.overhead import time_ratio
+from flipproof.running.data import Data, Output, read_batches
 from flipproof.running.device import device_of
-from flipproof.running.evaluation import eval_mode, one_thread
+from flipproof.running.evaluation import one_thread
 from flipproof.running.outcomes import DecisionChoice
 from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Parameters
@@ -374,18 +372,8 @@ class _Exploring:
             theirs = pack_(deepcopy(self.plain), BASELINE, where=self.where)
         except FormatError:
             return float("nan")
-        seconds: tuple[list[float], list[float]] = ([], [])
-        devices = devices_of(ours, theirs, inputs)
-        with one_thread(device), torch.no_grad():
-            for _ in range(9):
-                for packed, taken in zip((ours, theirs), seconds, strict=True):
-                    with eval_mode(packed):
-                        wait_for(devices)
-                        began = time.perf_counter()
-                        call(packed, inputs)
-                        wait_for(devices)
-                        taken.append(time.perf_counter() - began)
-        return median(seconds[0]) / median(seconds[1])
+        with one_thread(device):
+            return time_ratio(theirs, ours, inputs, 9)
 
 
 def _candidates(judged: Sequence[_Judged]) -> pd.DataFrame:

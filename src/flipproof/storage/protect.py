@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time as clock
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
@@ -12,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf, prod
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -49,9 +47,10 @@ from flipproof.hardening.fitting.calibration import Calibration
 from flipproof.hardening.harden import harden
 from flipproof.hardening.methods.base import Hardening
 from flipproof.hardening.methods.guard import Guard
-from flipproof.running.data import Data, Output, call
-from flipproof.running.device import check_device
-from flipproof.running.evaluation import eval_mode, one_thread
+from flipproof.hardening.overhead import time_ratio
+from flipproof.running.data import Data, Output
+from flipproof.running.device import check_device, device_of
+from flipproof.running.evaluation import one_thread
 from flipproof.running.outcomes import DecisionChoice
 from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Parameters, check_where
@@ -502,19 +501,8 @@ class _Making:
 
     def time_of(self, packed: nn.Module) -> float:
         """A forward that decodes at use ÷ one of the model as it came, in turn, on the first batch."""
-        inputs = self.verifying[0][0]
-        taken: tuple[list[float], list[float]] = ([], [])
-        device = next(self.model.parameters()).device
-        with one_thread(device), torch.no_grad():
-            for _ in range(7):
-                for one, seconds in zip((packed, self.model), taken, strict=True):
-                    with eval_mode(one):
-                        began = clock.perf_counter()
-                        call(one, inputs)
-                        if device.type == "cuda":
-                            torch.cuda.synchronize(device)
-                        seconds.append(clock.perf_counter() - began)
-        return median(taken[0]) / median(taken[1])
+        with one_thread(device_of(self.model)):
+            return time_ratio(self.model, packed, self.verifying[0][0], 7)
 
 
 def _bounded(
