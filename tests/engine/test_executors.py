@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -173,3 +175,37 @@ def test_workers_are_processes_and_leave_with_the_campaign(setup):
 def test_fewer_than_one_worker(setup, workers):
     with pytest.raises(ConfigError, match=f"workers ≥ 1.*workers={workers}"):
         fp.assess(nn.Linear(4, 3), **setup, workers=workers)
+
+
+THREADS_THAT_WERE_NOT_FORKED = """
+import torch
+from flipproof.engine.executors import executor
+
+class Adding:
+    serial_only = ""
+    def __call__(self, key):
+        return torch.get_num_threads(), torch.ones(1_000_000).round().sum().item()  # split among threads, if there are
+    def describe(self, key):
+        return str(key)
+    def wake(self):
+        pass
+    def recover(self):
+        pass
+
+torch.set_num_threads(2)
+torch.ones(1_000_000).round()  # starts the threads of the parent
+with executor(Adding(), 2) as crew:
+    print(sorted(crew.run([(0,), (1,), (2,)])))
+"""
+
+
+def test_a_worker_does_not_wait_for_threads_that_were_not_forked():
+    """Whatever work it is: an operator with threads waits for ever in a child that was forked without them."""
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS_THAT_WERE_NOT_FORKED],
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == str([(1, 1_000_000.0)] * 3), done.stderr

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import torch
-
 from flipproof._fields import Fields
 from flipproof.analysis.probes import ProbedSite, Prober
 from flipproof.campaigns.fingerprint import attributes_digest, code_digest, digest_of
@@ -117,8 +115,7 @@ class ModuleJobs(Generic[R]):
         return str(key[-1]) or "the model"
 
     def wake(self) -> None:
-        """One thread in a worker process."""
-        torch.set_num_threads(1)
+        """Nothing to prepare in a worker."""
 
     def recover(self) -> None:
         """Give memory back to a device that ran out of it."""

@@ -254,7 +254,6 @@ class TrialRunner:
         return {**self.__dict__, "faulty": asleep}
 
     def wake(self) -> None:
-        """In another process: one thread, and the state of the copy that arrived there."""
-        torch.set_num_threads(1)
+        """In another process: the state of the copy that arrived there."""
         if "state" not in vars(self.faulty):
             self.faulty.state = Snapshot(self.faulty.model)

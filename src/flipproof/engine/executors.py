@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
+
 from flipproof._interrupts import check
 from flipproof.engine.journal import Key
 from flipproof.errors import ConfigError, InfrastructureError
@@ -88,9 +90,13 @@ _adopted: Work[Any] | None = None
 
 
 def _adopt(work: Work[Any], parent: int) -> None:
-    """Start of a worker: Ctrl-C is the parent's to handle, and a worker does not outlive it."""
+    """Start of a worker: Ctrl-C is the parent's to handle, and a worker does not outlive it.
+
+    It has one torch thread: the others of the parent were not forked, and an operator would wait for them for ever.
+    """
     global _adopted
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
     work.wake()
     _adopted = work
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()

@@ -9,7 +9,6 @@ from math import nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from flipproof._fields import Fields
@@ -217,8 +216,7 @@ class Trying:
         return f"{key[1]}, {key[0]}"
 
     def wake(self) -> None:
-        """In another process: one thread."""
-        torch.set_num_threads(1)
+        """Nothing to prepare in a worker: each campaign sets up what it needs."""
 
     def recover(self) -> None:
         """Give memory back to a device that ran out of it."""
