@@ -99,6 +99,6 @@ def test_a_front_without_rows_is_refused_and_one_with_them_is_drawn():
             "ber": [1e-6, 5e-2, 0.0],
         }
     )
-    figure = front_figure(front, least=0.9, data=5)
+    figure = front_figure(front, kept=0.9, data=5)
     assert len(figure.axes[0].lines) == 3  # ours, the others, the limit
     assert "$rival" not in [text.get_text() for text in figure.axes[0].texts]  # it survives nothing

@@ -217,19 +217,39 @@ def test_packed_models_are_refused(safe):
         fp.protect(safe.model, batches(), **SETUP)
 
 
-@pytest.mark.parametrize("least", [0.2, 0.5, 0.9])
-def test_bisection_ends_at_the_last_rate_that_is_enough(least):
-    """Against a campaign whose accuracy is a known function of the rate."""
-    ladder = tuple(10.0**-power for power in range(8, 0, -1))
+LONG = tuple(10.0**-power for power in range(12, 0, -1))
 
-    class Found:
-        def __init__(self, rate):
-            self.summary = pd.DataFrame({"accuracy": [1 / (1 + rate * 1e4)]})
 
-    found = survival(lambda rate, trials: Found(rate), least, trials=3, ladder=ladder)
-    enough = [rate for rate in ladder if 1 / (1 + rate * 1e4) >= least]
-    assert found.ber == max(enough)
-    assert found.next < least <= found.accuracy
+class Curve:
+    """Campaigns whose accuracy is a known function of the rate; `shift` of them guesses so many decades off."""
+
+    def __init__(self, shift=0.0):
+        self.shift, self.asked = shift, []
+
+    def __call__(self, rate, trials):
+        self.asked.append((rate, trials))
+        self.summary = pd.DataFrame({"accuracy": [1 / (1 + rate * 10 ** (4 + self.shift))]})
+        return self
+
+
+@pytest.mark.parametrize("shift", [-9, -3, -1, 0, 1, 2, 8])
+@pytest.mark.parametrize("least", [0.2, 0.5, 0.9, 1.1, 0.0])
+def test_the_search_ends_at_the_last_rate_that_is_enough_wherever_it_was_guessed(least, shift):
+    campaign = Curve()
+    found = survival(campaign, least, trials=3, guess=(Curve(shift), least), ladder=LONG)
+    clear = [rate for rate in LONG if 1 / (1 + rate * 10 ** (4 + shift)) >= least - 0.1]
+    enough = [rate for rate in LONG if 1 / (1 + rate * 1e4) >= least and rate in clear]
+    assert found.ber == max(enough, default=0.0)
+    assert not found.next >= least
+    assert np.isnan(found.accuracy) if not enough else found.accuracy >= least
+    assert {trials for _, trials in campaign.asked} <= {3}
+    assert len(campaign.asked) == len(set(campaign.asked)) <= 7
+
+
+def test_a_rate_that_is_clearly_out_on_few_samples_is_not_tried_on_all():
+    campaign = Curve()
+    assert survival(campaign, 0.9, trials=3, guess=(Curve(), 0.9), ladder=LONG).ber == 1e-5
+    assert campaign.asked == [(1e-5, 3)]
 
 
 def test_drift_is_the_relative_entropy():

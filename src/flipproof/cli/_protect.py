@@ -14,7 +14,7 @@ def show(call: Call) -> None:
     found.save(call.folder)
     written = "words.safetensors (for fp.load_packed), table.csv, evidence.csv, verdict.txt"
     if len(found.front):
-        save(front_figure(found.front, least=found.least), call.folder / "front.png")
+        save(front_figure(found.front, kept=found.kept), call.folder / "front.png")
         written += ", front.csv, front.png"
     call.say(str(found))
     call.say(f"Written to {call.folder}/: {written}")

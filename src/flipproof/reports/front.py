@@ -13,19 +13,19 @@ from flipproof.reports.style import SERIES
 from flipproof.storage.codes import ideal_rate
 
 
-def front_figure(front: pd.DataFrame, *, least: float | None = None, data: float | None = None) -> Figure:
+def front_figure(front: pd.DataFrame, *, kept: float | None = None, data: float | None = None) -> Figure:
     """Memory against the highest surviving bit error rate: what `protect` makes, what others make, and the limit.
 
     Args:
         front: `Protection.front`, or several of them with the same columns.
-        least: accuracy that counts as survival, a fraction, for the title.
+        kept: share of the accuracy without faults that counts as survival, for the title.
         data: bits a weight for which the limit is drawn, where no code can do more (Shannon 1948); none by default.
 
     Raises:
         ConfigError: if there is nothing to draw.
     """
     if front.empty:
-        raise ConfigError("the front is empty; run protect with front=True")
+        raise ConfigError("the front is empty; run protect with front=500")
     figure, axes = empty_figure()
     table = front[front["ber"] > 0]
     ours, others = table[table["ours"]].sort_values("memory"), table[~table["ours"]]
@@ -42,9 +42,7 @@ def front_figure(front: pd.DataFrame, *, least: float | None = None, data: float
     axes.set_xlabel("extra memory")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylabel("highest bit error rate survived")
-    title = (
-        "survived: mean accuracy as asked for" if least is None else f"survived: mean accuracy ≥ {100 * least:.1f} %"
-    )
-    axes.set_title(title, fontsize=7, loc="left")
+    share_kept = "the mean accuracy asked for" if kept is None else f"{100 * kept:.1f} % of the fault-free accuracy"
+    axes.set_title(f"survived: {share_kept} is kept", fontsize=7, loc="left")
     axes.legend(fontsize=6.5, frameon=False, loc="lower right")
     return figure

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
+import torch
 from rich.console import Console
 from torch import nn
 
@@ -24,7 +25,7 @@ from flipproof.hardening.harden import harden
 from flipproof.hardening.methods import Fence, Guard, Hardening, ProAct, Ranger
 from flipproof.reports.figures import metric_figure, save
 from flipproof.reports.front import front_figure
-from flipproof.reproduce.protection_networks import NETWORKS, Trained, trained
+from flipproof.reproduce.protection_networks import NETWORKS, Batches, Trained, trained
 from flipproof.reproduce.published import slug, write_table
 from flipproof.storage.codes import capacity, cheapest, shannon_ratio
 from flipproof.storage.protect import KEPT, Protection, protect, published
@@ -106,7 +107,7 @@ def reproduce(
                     more = _bounded(subject, found, scale, folder, workers)
                     front = pd.concat([front, more], ignore_index=True)
                 fronts.append(front.assign(network=name))
-                save(front_figure(front, least=found.least, data=5), out / f"front-{slug(name)}.png")
+                save(front_figure(front, kept=found.kept, data=5), out / f"front-{slug(name)}.png")
             if whole and name == NETWORKS_OF[scale][0]:
                 _before_and_after(name, subject, found, out, scale, folder, workers)
         limits.append(_limit(name, subject, scale, folder, workers))
@@ -183,10 +184,17 @@ def _bounded(subject: Trained, found: Protection, scale: str, folder: Path, work
             )
         except (ConfigError, ModelError):  # a network without activations that the method knows
             continue
+        first = subject.test[:1]
+        with torch.inference_mode():
+            right = float((subject.model(first[0][0]).argmax(dim=1) == first[0][1]).float().mean())
         reached = survival(
-            partial(_whole, safe, FixedPoint(), subject, folder, f"bounds {name}", workers),
+            partial(_whole, safe, FixedPoint(), subject.test, folder, f"bounds {name}", workers),
             found.least,
-            trials=max(2, TRIALS[scale] // 5),
+            trials=max(3, TRIALS[scale] // 5),
+            guess=(
+                partial(_whole, safe, FixedPoint(), first, folder, f"guess {name}", workers),
+                found.least * right / found.golden,
+            ),
         )
         memory = sum(p.numel() for p in safe.parameters()) / now - 1
         rows.append(
@@ -203,11 +211,11 @@ def _bounded(subject: Trained, found: Protection, scale: str, folder: Path, work
 
 
 def _whole(
-    model: nn.Module, format: Format, subject: Trained, folder: Path, name: str, workers: int, rate: float, trials: int
+    model: nn.Module, format: Format, data: Batches, folder: Path, name: str, workers: int, rate: float, trials: int
 ) -> Assessment:
     return assess(
         model,
-        subject.test,
+        data,
         format={"*": format},
         faults=BitErrorRate(rate, exact=False),
         trials=trials,

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import inf, prod
+from math import inf, nan, prod
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,11 @@ class Protection:
     assessments: dict[str, Assessment]
     hardened: nn.Module | None = field(default=None, repr=False)
 
+    @property
+    def kept(self) -> float:
+        """The share of the accuracy without faults that was asked for; NaN if there is none to keep."""
+        return self.least / self.golden if self.golden else nan
+
     def __str__(self) -> str:
         shown = self.evidence[["form", "memory", "time", "clean", "accuracy", "accuracy_low", "accuracy_high"]].copy()
         for column in ("memory", "clean", "accuracy", "accuracy_low", "accuracy_high"):
@@ -157,7 +162,8 @@ class Protection:
             front["memory"] = (100 * front["memory"]).round(1)
             front.columns = ["form", "memory %", "survives", "ideal"]
             text += (
-                f"\n\nHighest bit error rate with {100 * self.least:.2f} % accuracy:\n{front.to_string(index=False)}"
+                f"\n\nHighest bit error rate at which {100 * self.kept:.2f} % of the accuracy without "
+                f"faults are kept:\n{front.to_string(index=False)}"
             )
         return text
 
@@ -233,8 +239,9 @@ def protect(
         line: stored bits of the longest code word.
         where: which parameters; all by default. Buffers are never packed.
         images: samples that choices are made on, at most.
-        trials: injections a form at `ber`; the front takes a fifth of them at each rate.
+        trials: injections a form at `ber`; the front takes a fifth of them at each rate, and three at least.
         front: samples on which the highest rate that each form survives is looked for, at most; 0 looks for none.
+            Survived is a rate at which as large a share of their accuracy is kept as is asked for at `ber`.
         seed: of all draws.
         journal: folder of the journals: run again after an interruption and it resumes.
         workers: processes.
@@ -274,7 +281,7 @@ def protect(
     if folder is not None and folder.is_file():
         raise JournalError(f"{folder} is a file; protect takes journal= a folder, for a journal of each form")
     question = Question(
-        _fingerprint(work, _as_data(some), output, decision, device),
+        _fingerprint(work, some, output, decision, device),
         {"tensors": [[c.name, list(c.tensor.shape)] for c in weights], "inners": [*map(repr, inners)], "seed": seed},
     )
     file = None if folder is None else Journal(folder / "drift.jsonl", Question, Drift, kind="protection")
@@ -295,9 +302,9 @@ def protect(
     making = _Making(
         model=work,
         planner=Planner(weights, rest, found, inners, line),
-        choosing=_as_data(some),
-        some=_as_data(verifying.some(torch.arange(min(front, verifying.samples)))),
-        verifying=_as_data(verifying),
+        choosing=some,
+        some=verifying.some(torch.arange(min(front, verifying.samples))),
+        verifying=verifying,
         campaign=campaign,
         least=least,
         trials=trials,
@@ -354,9 +361,9 @@ class _Making:
 
     model: nn.Module
     planner: Planner
-    choosing: list[Any]
-    some: list[Any]
-    verifying: list[Any]
+    choosing: Calibration
+    some: Calibration
+    verifying: Calibration
     campaign: Callable[..., Assessment]
     least: float
     trials: int
@@ -502,7 +509,7 @@ class _Making:
     def time_of(self, packed: nn.Module) -> float:
         """A forward that decodes at use ÷ one of the model as it came, in turn, on the first batch."""
         with one_thread(device_of(self.model)):
-            return time_ratio(self.model, packed, self.verifying[0][0], 7)
+            return time_ratio(self.model, packed, self.verifying.batches.inputs[0], 7)
 
 
 def _bounded(
@@ -515,7 +522,7 @@ def _bounded(
 ) -> tuple[str, nn.Module | None]:
     """The bounds that help the stored form most, judged on the data of the choice; "none" if none does."""
 
-    def judged(model: nn.Module, name: str, data: list[Any]) -> Assessment:
+    def judged(model: nn.Module, name: str, data: Calibration) -> Assessment:
         path = None if making.folder is None else making.folder / file_name(f"{name} {making.ber:g}")
         return inject(making.campaign, model, plan.formats, data, making.ber, making.trials, path)
 
@@ -603,7 +610,7 @@ def _tensors(model: nn.Module, where: Parameters | None) -> tuple[list[Candidate
     return weights, [c for c in free if not c.quantisable], tied
 
 
-def _fingerprint(model: nn.Module, data: list[Any], output: Output, decision: DecisionChoice, device: Any) -> Any:
+def _fingerprint(model: nn.Module, data: Calibration, output: Output, decision: DecisionChoice, device: Any) -> Any:
     campaign = partial(assess, output=output, decision=decision, device=device, progress=False)
     return inject(campaign, model, None, data, 0.0, 1, None).header.fingerprint
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from flipproof._fields import Fields
@@ -17,6 +19,7 @@ from flipproof.campaigns.fingerprint import digest_of
 from flipproof.engine.journal import Key
 from flipproof.faults import BitErrorRate
 from flipproof.formats import Format
+from flipproof.hardening.fitting.calibration import Calibration
 from flipproof.running.device import device_of, release_memory
 from flipproof.storage.explore import file_name
 
@@ -25,7 +28,13 @@ LADDER = tuple(float(f"{step}e{power}") for power in range(-8, -1) for step in (
 
 
 CLEAR = 0.1
-"""Accuracy: so far from what is asked for, one trial of a whole model says enough for a search."""
+"""Accuracy: so far below what is asked for, one trial says enough."""
+
+SEARCHED = 100
+"""Samples on which it is guessed where on the ladder to look."""
+
+Campaign = Callable[[float, int], Assessment]
+"""Injects at one rate, so many trials."""
 
 
 class Survival(NamedTuple):
@@ -34,7 +43,8 @@ class Survival(NamedTuple):
     Attributes:
         ber: the highest rate of the ladder at which the mean is at least what was asked for; 0.0 if there is none.
         accuracy: the mean there.
-        next: the mean one rate above it; NaN at the end of the ladder.
+        next: the mean one rate above it, or what one trial of the guess had there, if that is clearly out; NaN at the
+            end of the ladder.
     """
 
     ber: float
@@ -43,40 +53,64 @@ class Survival(NamedTuple):
 
 
 def survival(
-    campaign: Callable[[float, int], Assessment],
+    campaign: Campaign,
     least: float,
     *,
     trials: int,
+    guess: tuple[Campaign, float],
     ladder: tuple[float, ...] = LADDER,
 ) -> Survival:
-    """Bisect the ladder for the highest rate at which the mean accuracy is at least `least`.
+    """Look on a ladder for the highest rate at which the mean accuracy is at least `least`.
+
+    It is guessed by bisection, on few samples and by one trial a rate, and then looked for from there, on all samples
+    and by all trials. A rate at which the guess found an accuracy `CLEAR` too low is taken to be out.
 
     It takes for granted that accuracy falls with the rate. Where it does not, within the noise of few trials, the
-    answer may be a step of the ladder off. One trial decides where it ends `CLEAR` away from `least`.
+    answer may be a step of the ladder off.
 
     Args:
-        campaign: injects at one rate, so many trials.
-        least: mean accuracy that is still enough, a fraction.
-        trials: at a rate that one trial does not decide.
+        campaign: on all samples.
+        least: mean accuracy that is still enough there, a fraction.
+        trials: at a rate.
+        guess: a campaign on few samples, and what is still enough on them.
         ladder: rates, ascending.
     """
+    few, least_of_few = guess
+    guessed: dict[int, float] = {}
     means: dict[int, float] = {}
 
-    def mean(index: int) -> float:
-        if index not in means:
-            means[index] = _mean(campaign(ladder[index], 1))
-            if abs(means[index] - least) < CLEAR:
-                means[index] = _mean(campaign(ladder[index], trials))
-        return means[index]
+    def guesses(index: int) -> bool:
+        guessed[index] = _mean(few(ladder[index], 1))
+        return guessed[index] >= least_of_few
 
-    low, high = -1, len(ladder)
+    def enough(index: int) -> bool:
+        if index < 0 or index == len(ladder):
+            return index < 0
+        if index not in means:
+            if guessed.get(index, least_of_few) < least_of_few - CLEAR:
+                return False
+            means[index] = _mean(campaign(ladder[index], trials))
+        return means[index] >= least
+
+    low = _bisected(guesses, -1, len(ladder))
+    high, step = low + 1, 1
+    if enough(low):
+        while enough(high):
+            low, high, step = high, min(high + step, len(ladder)), 2 * step
+    else:
+        low, high = low - 1, low
+        while not enough(low):
+            low, high, step = max(low - step, -1), low, 2 * step
+    low = _bisected(enough, low, high)
+    return Survival(0.0 if low < 0 else ladder[low], means.get(low, nan), means.get(low + 1, guessed.get(low + 1, nan)))
+
+
+def _bisected(enough: Callable[[int], bool], low: int, high: int) -> int:
+    """The last index that is enough; `low` is, and `high` is not."""
     while high - low > 1:
         middle = (low + high) // 2
-        if mean(middle) >= least:
-            low = middle
-        else:
-            high = middle
-    return Survival(0.0 if low < 0 else ladder[low], means.get(low, nan), means.get(high, nan))
+        low, high = (middle, high) if enough(middle) else (low, middle)
+    return low
 
 
 def _mean(found: Assessment) -> float:
@@ -85,6 +119,8 @@ def _mean(found: Assessment) -> float:
 
 AT, FRONT = "at the rate", "front"
 """What is done with a form: injected at the rate that was asked for, or at rates up to the highest that it survives."""
+
+_GUESS = "guess"
 
 
 @dataclass(frozen=True)
@@ -149,8 +185,8 @@ class Trying:
     Attributes:
         model: in eval mode.
         forms: by name.
-        verifying: batches that nothing was chosen on.
-        some: the first of them, for the front.
+        verifying: what nothing was chosen on.
+        some: the first samples of it, for the front.
         campaign: `assess` with everything that all forms share.
         least: mean accuracy that is asked for.
         ber: at which.
@@ -162,8 +198,8 @@ class Trying:
 
     model: nn.Module
     forms: Mapping[str, Form]
-    verifying: Sequence[Any]
-    some: Sequence[Any]
+    verifying: Calibration
+    some: Calibration
     campaign: Callable[..., Assessment]
     least: float
     ber: float
@@ -177,12 +213,19 @@ class Trying:
         if kind == AT:
             found = self.at(name)
             return Tried(kind, name, self.ber, _mean(found), nan)
+        few = self.some.some(torch.arange(min(SEARCHED, self.some.samples)))
         reached = survival(
-            lambda rate, trials: self._inject(name, kind, self.some, rate, trials),
-            self.least,
-            trials=max(2, self.trials // 5),
+            partial(self._inject, name, FRONT, self.some),
+            self._least_of(self.some),
+            trials=max(3, self.trials // 5),
+            guess=(partial(self._inject, name, _GUESS, few), self._least_of(few)),
         )
         return Tried(kind, name, *reached)
+
+    def _least_of(self, part: Calibration) -> float:
+        """What is asked for, on some of the samples: as large a share of the accuracy without faults."""
+        whole = self.verifying.accuracy
+        return self.least * part.accuracy / whole if whole else self.least
 
     def at(self, name: str) -> Assessment:
         """A form at the rate that was asked for; a few trials are enough for one that is clearly out."""
@@ -194,11 +237,10 @@ class Trying:
         return self._inject(name, AT, self.verifying, self.ber, self.trials)
 
     def _inject(
-        self, name: str, kind: str, data: Sequence[Any], ber: float, trials: int, audit: float = 0.0
+        self, name: str, kind: str, data: Calibration, ber: float, trials: int, audit: float = 0.0
     ) -> Assessment:
-        return inject(
-            self.campaign, self.model, self.forms[name].formats, data, ber, trials, self.path(kind, name, ber), audit
-        )
+        path = self.path(kind, name, ber)
+        return inject(self.campaign, self.model, self.forms[name].formats, data, ber, trials, path, audit)
 
     def path(self, kind: str, name: str, ber: float) -> Path:
         """The journal of a form: another one if it is stored otherwise."""
@@ -227,7 +269,7 @@ def inject(
     campaign: Callable[..., Assessment],
     model: nn.Module,
     formats: dict[str, Format] | None,
-    data: Sequence[Any],
+    data: Calibration,
     ber: float,
     trials: int,
     journal: Path | None,
@@ -237,9 +279,10 @@ def inject(
     with warnings.catch_warnings():
         for known in (".*clips bits that are not constant.*", "only .* % of the model's stored bits.*"):
             warnings.filterwarnings("ignore", message=known)  # `protect` says the second once, for all forms
+        targets = torch.split(data.batches.targets, list(data.batches.sizes))
         return campaign(
             model,
-            data,
+            list(zip(data.batches.inputs, targets, strict=True)),
             format=formats,
             faults=BitErrorRate(ber, exact=False),
             trials=trials,
