@@ -8,7 +8,8 @@ from torch import nn
 
 import flipproof as fp
 from flipproof.errors import ConfigError, JournalError
-from flipproof.storage.budget import drift
+from flipproof.hardening.fitting.calibration import Calibration
+from flipproof.storage.budget import INNERS, Measuring, drift
 from flipproof.storage.codes import untouched
 from flipproof.storage.survival import LADDER, survival
 
@@ -257,3 +258,58 @@ def test_drift_is_the_relative_entropy():
     golden, other = torch.randn(5, 7), torch.randn(5, 7)
     p, q = torch.softmax(golden.double(), 1), torch.softmax(other.double(), 1)
     assert drift(other, golden) == pytest.approx(float((p * (p / q).log()).sum(1).mean()))
+
+
+class Counting(Net):
+    """Its answers depend on how often it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("asked", torch.zeros(()))
+
+    def forward(self, x):
+        self.asked += 1
+        return super().forward(x) * (1 + self.asked)
+
+
+class Forgetful(Net):
+    """Traced, it loses what a weight decides: a branch on a plain number that is read once."""
+
+    def forward(self, x):
+        hidden = torch.relu(self.norm(self.conv(x))).flatten(1)
+        with torch.no_grad():
+            share = float((self.fc.weight == 0).float().mean())
+        return self.fc(hidden) * (1 + 10 * share)
+
+
+def measured(model, shortcut=True):
+    part = Calibration.read(model.eval(), batches(), torch.device("cpu"))
+    names = [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
+    measuring = Measuring(model, names, INNERS[:2], part, 0)
+    used = measuring._suffixes is not None
+    if not shortcut:
+        measuring._suffixes = None
+    return used, measuring, {(t, k): measuring(t, k).drift for t in range(len(names)) for k in (1, -1, 0)}
+
+
+def test_what_a_tensor_costs_is_the_same_with_and_without_kept_values():
+    used, _, kept = measured(network())
+    assert used
+    assert kept == measured(network(), shortcut=False)[2]
+    assert min(kept.values()) > 0
+
+
+def test_what_a_tensor_costs_does_not_depend_on_what_was_measured_before():
+    model = Counting().eval()
+    before = copy.deepcopy(model.state_dict())
+    used, measuring, costs = measured(model)
+    assert not used
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert {key: measuring(*key).drift for key in reversed(costs)} == costs
+
+
+def test_a_model_that_loses_something_when_it_is_cut_is_measured_as_a_whole():
+    model = Forgetful().eval()
+    used, _, costs = measured(copy.deepcopy(model))
+    assert not used
+    assert costs == measured(model, shortcut=False)[2]

@@ -19,8 +19,13 @@ from flipproof.engine.journal import Key
 from flipproof.errors import ConfigError, FormatError
 from flipproof.formats import Affine, Float16, Float32, Format, Rounded
 from flipproof.hardening.fitting.calibration import Calibration, logits
-from flipproof.running.device import release_memory
-from flipproof.running.evaluation import one_thread
+from flipproof.running.data import call, pick
+from flipproof.running.device import device_of, release_memory
+from flipproof.running.evaluation import eval_mode, one_thread
+from flipproof.running.resume import Suffixes
+from flipproof.running.snapshots import Snapshot
+from flipproof.running.straight import refers_to_tensors
+from flipproof.running.values import same
 from flipproof.spaces.tensors import Candidate
 from flipproof.storage.codes import LINE, cheapest, lost_share, strongest, untouched
 from flipproof.storage.mixed import least_cost
@@ -57,6 +62,9 @@ _LOST = 0.02
 
 _BLOCK = 64
 _DRAWS = 2
+
+_KEPT_BYTES = 2**29
+"""Of values at cuts."""
 
 
 def drift(outputs: Tensor, golden: Tensor) -> float:
@@ -107,11 +115,13 @@ class Drift:
         return found
 
 
-@dataclass(frozen=True)
 class Measuring:
     """Measures `Drift`: one tensor at a time is changed, the others stay whole.
 
-    Attributes:
+    What lies before the first use of a tensor is computed once, where that is proved to give the same bits: without
+    faults at every cut, and with lost blocks in the first, the middle and the last tensor.
+
+    Args:
         model: a copy that may be changed.
         names: of the tensors.
         inners: what their values may be stored in.
@@ -119,24 +129,55 @@ class Measuring:
         seed: of the blocks that are lost.
     """
 
-    model: nn.Module
-    names: Sequence[str]
-    inners: Sequence[Format]
-    data: Calibration
-    seed: int
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], inners: Sequence[Format], data: Calibration, seed: int
+    ) -> None:
+        self.model, self.names, self.inners, self.data, self.seed = model, names, inners, data, seed
+        self._state = Snapshot(model)
+        self._suffixes = self._cuts()
+
+    def _cuts(self) -> Suffixes | None:
+        """Values at cuts of the model, if it is one that can be cut and whose forward writes nothing."""
+        batches, output = self.data.batches, self.data.output
+        if not self.names or (callable(output) and refers_to_tensors(output)):
+            return None
+        with eval_mode(self.model), one_thread(device_of(self.model)):
+            call(self.model, batches.inputs[0])
+            if self._state.changed():
+                self._state.restore()
+                return None
+            suffixes = Suffixes.trace(self.model, batches.inputs)
+            if suffixes is None:
+                return None
+            suffixes.prepare(self.model, batches.inputs, batches.sizes, output, _KEPT_BYTES)
+            return (
+                suffixes
+                if all(self._faithful(suffixes, i) for i in {0, len(self.names) // 2, len(self.names) - 1})
+                else None
+            )
+
+    def _faithful(self, suffixes: Suffixes, tensor: int) -> bool:
+        """Whether the model answers the same from the last cut before a tensor and as a whole, with blocks lost."""
+        name = self.names[tensor]
+        parameter = self.model.get_parameter(name)
+        try:
+            with torch.no_grad():
+                parameter.copy_(self._with_losses(parameter.detach().clone(), tensor)[0][0])
+            return same(self._outputs(name, suffixes), self.data.outputs(self.model))
+        finally:
+            self._state.restore()
 
     def __call__(self, tensor: int, option: int) -> Drift:
         """Measure one."""
-        parameter = self.model.get_parameter(self.names[tensor])
+        name = self.names[tensor]
+        parameter = self.model.get_parameter(name)
         original = parameter.detach().clone()
-        try:
+        with eval_mode(self.model), one_thread(parameter.device), torch.no_grad():
             if option >= 0:
                 rounded = held_by(self.inners[option], original)
-                return Drift(tensor, option, None if rounded is None else self._judge(parameter, [rounded]))
+                return Drift(tensor, option, None if rounded is None else self._judge(name, [rounded]))
             changed, share = self._with_losses(original, tensor)
-            return Drift(tensor, option, self._judge(parameter, changed) / share)
-        finally:
-            parameter.data.copy_(original)
+            return Drift(tensor, option, self._judge(name, changed) / share)
 
     def _with_losses(self, original: Tensor, tensor: int) -> tuple[list[Tensor], float]:
         """The tensor with a few of its blocks lost, several times; and which share of its values that is."""
@@ -152,19 +193,29 @@ class Measuring:
             found.append(values.reshape(original.shape))
         return found, lost / blocks
 
-    def _judge(self, parameter: nn.Parameter, changed: Sequence[Tensor]) -> float:
+    def _judge(self, name: str, changed: Sequence[Tensor]) -> float:
         rule, found = self.data.decision, 0.0
         golden = logits(self.data.teacher, rule)
-        with one_thread(parameter.device):
-            for values in changed:
-                parameter.data.copy_(values)
-                found += drift(logits(self.data.outputs(self.model), rule), golden)
+        for values in changed:
+            try:
+                self.model.get_parameter(name).copy_(values)
+                found += drift(logits(self._outputs(name, self._suffixes), rule), golden)
+            finally:
+                self._state.restore()
         return found / len(changed)
+
+    def _outputs(self, name: str, suffixes: Suffixes | None) -> Tensor:
+        """What the model answers, computed from the last cut before the tensor if there is one."""
+        cut = 0 if suffixes is None else suffixes.cut_of([name])
+        if suffixes is None or cut == 0:
+            return self.data.outputs(self.model)
+        answers = [suffixes.resume(cut, batch) for batch in range(len(self.data.batches.inputs))]
+        return torch.cat([pick(answer, self.data.output).detach().cpu() for answer in answers])
 
     @property
     def serial_only(self) -> str:
         """Why it cannot be given to worker processes."""
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         return "" if device.type == "cpu" else f"one process already fills {device}"
 
     def describe(self, key: Key) -> str:

@@ -204,8 +204,8 @@ def protect(
     line: int = LINE,
     where: Parameters | None = None,
     images: int = 250,
-    trials: int = 20,
-    front: int = 1000,
+    trials: int = 10,
+    front: int = 500,
     seed: int = 0,
     journal: str | os.PathLike[str] | None = None,
     workers: int = 1,
@@ -285,8 +285,14 @@ def protect(
         {"tensors": [[c.name, list(c.tensor.shape)] for c in weights], "inners": [*map(repr, inners)], "seed": seed},
     )
     file = None if folder is None else Journal(folder / "drift.jsonl", Question, Drift, kind="protection")
-    measuring = Measuring(work, [c.name for c in weights], inners, some, seed)
-    found = do_all(measuring, keys_of(len(weights), len(inners)), question, file, workers=workers, progress=progress)
+    found = do_all(
+        Measuring(work, [c.name for c in weights], inners, some, seed),
+        keys_of(len(weights), len(inners)),
+        question,
+        file,
+        workers=workers,
+        progress=progress,
+    )
     golden = verifying.accuracy
     least = KEPT * golden if accuracy is None else accuracy
     campaign = partial(

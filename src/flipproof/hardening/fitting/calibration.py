@@ -19,6 +19,7 @@ from flipproof.running.decision import decide
 from flipproof.running.evaluation import eval_mode, golden_run, is_infrastructure
 from flipproof.running.metrics import accuracy
 from flipproof.running.outcomes import Decision, DecisionChoice
+from flipproof.running.snapshots import Snapshot
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Calibration:
         output: Output = None,
         decision: DecisionChoice = None,
     ) -> Calibration:
-        """Read the data and run the unbounded model on it.
+        """Read the data and run the unbounded model on it; what its forwards write is put back.
 
         Raises:
             DataError: if there is none, inputs hold NaN or ±∞, or labels do not fit the model.
@@ -64,10 +65,14 @@ class Calibration:
                         f"off those. Clean the data, or leave the samples out"
                     )
         with eval_mode(model):
-            teacher = golden_run(model, batches, output)
-            rule = decide(model, batches, output, teacher, decision)
-            check_labels(batches.targets, rule.classes)
-            cut = _samples_lie_in(model, batches, teacher, output)
+            state = Snapshot(model)
+            try:
+                teacher = golden_run(model, batches, output, state)
+                rule = decide(model, batches, output, teacher, decision)
+                check_labels(batches.targets, rule.classes)
+                cut = _samples_lie_in(model, batches, teacher, output)
+            finally:
+                state.restore()
         return cls(batches, teacher, rule, output, cut)
 
     @property
