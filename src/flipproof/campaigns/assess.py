@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -136,16 +136,152 @@ def assess(
         >>> result.summary[["ber", "accuracy", "critical_total", "trials"]].round(3).shape
         (2, 4)
     """
+    with _opened(
+        model,
+        data,
+        faults=faults,
+        format=format,
+        where=where,
+        plan=Plan(trials, margin, confidence),
+        metrics=metrics,
+        seed=seed,
+        journal=journal,
+        workers=workers,
+        device=device,
+        output=output,
+        decision=decision,
+        cache_bytes=cache_bytes,
+        audit=audit,
+    ) as campaign:
+        if campaign.left:
+            _take_shortcuts(campaign.runner, cache_bytes, campaign.off)
+        _fill(campaign, workers, progress)
+        if campaign.records and audit:
+            with _noting(campaign.file):
+                campaign.runner.ask_without_faults(*max(campaign.records))
+        return campaign.so_far()
+
+
+@contextmanager
+def on_demand(
+    model: nn.Module,
+    data: Data,
+    *,
+    faults: FaultModel,
+    format: FormatChoice = None,
+    where: Parameters | Neurons | Where | None = None,
+    trials: int = 100,
+    metrics: Metrics = ("accuracy",),
+    seed: int = 0,
+    journal: str | os.PathLike[str] | None = None,
+    output: Output = None,
+    decision: DecisionChoice = None,
+    device: str | torch.device | None = None,
+) -> Iterator[Callable[[int, int], list[Trial]]]:
+    """A campaign of which only those trials run that are asked for, here: for searches that jump from rate to rate.
+
+    The trials are those that `assess` would run with these arguments, and its golden run is made once. Inside the
+    `with` the model is the campaign's.
+
+    Args:
+        model: as for `assess`, like all others.
+        data: …
+        faults: all points that may be asked for.
+        format: …
+        where: …
+        trials: at a point, at most.
+        metrics: …
+        seed: …
+        journal: of the trials that ran.
+        output: …
+        decision: …
+        device: …
+
+    Yields:
+        (point, trials) → the first so many trials of a point.
+    """
+    with _opened(
+        model,
+        data,
+        faults=faults,
+        format=format,
+        where=where,
+        plan=Plan(trials, None, 0.95),
+        metrics=metrics,
+        seed=seed,
+        journal=journal,
+        workers=1,
+        device=device,
+        output=output,
+        decision=decision,
+        cache_bytes=0,
+        audit=0.0,
+    ) as campaign:
+
+        def ask(point: int, count: int) -> list[Trial]:
+            keys = [(point, trial) for trial in range(min(count, campaign.ceilings[point]))]
+            for key in keys:
+                if key not in campaign.records:
+                    trial = campaign.runner(*key)
+                    if campaign.file is not None:
+                        campaign.file.append(trial)
+                    campaign.records[key] = trial
+            return [campaign.records[key] for key in keys]
+
+        yield ask
+
+
+@dataclass
+class _Campaign:
+    """A campaign after its golden run."""
+
+    runner: TrialRunner
+    header: Header
+    records: dict[tuple[int, int], Trial]
+    ceilings: list[int]
+    file: CampaignJournal | None
+    off: frozenset[str]
+
+    @property
+    def left(self) -> bool:
+        """Whether trials are missing."""
+        return len(self.records) < sum(self.ceilings)
+
+    def so_far(self) -> Assessment:
+        """What the trials that there are come to."""
+        return Assessment(self.header, answer(list(self.records.values()), self.header))
+
+
+@contextmanager
+def _opened(
+    model: nn.Module,
+    data: Data,
+    *,
+    faults: FaultModel,
+    format: FormatChoice,
+    where: Parameters | Neurons | Where | None,
+    plan: Plan,
+    metrics: Metrics,
+    seed: int,
+    journal: str | os.PathLike[str] | None,
+    workers: int,
+    device: str | torch.device | None,
+    output: Output,
+    decision: DecisionChoice,
+    cache_bytes: int | None,
+    audit: float,
+) -> Iterator[_Campaign]:
+    """Check the arguments, store the model, make the golden run, open the journal; give the model back at the end."""
     chosen = resolve(metrics)
     decision = check_choice(decision)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"assess takes a torch.nn.Module first, got {model!r}")
     check_numbers(
-        trials=trials,
+        trials=plan.trials,
         workers=workers,
         seed=seed,
-        margin=margin,
-        confidence=confidence,
+        margin=plan.margin,
+        confidence=plan.confidence,
         cache_bytes=cache_bytes,
         journal=journal,
         audit=audit,
@@ -181,8 +317,8 @@ def assess(
             batches = read_batches(data, target)
             randomness = RandomState(seed, target)
         if (missing := space.shortfall()) is not None:
-            warnings.warn(missing, FlipproofWarning, stacklevel=2)
-        ceilings = [1 if space.samples is None and point.repeats(space) else trials for point in points]
+            warnings.warn(missing, FlipproofWarning, stacklevel=4)
+        ceilings = [1 if space.samples is None and point.repeats(space) else plan.trials for point in points]
         auditing = audit_of(model, audit, ceilings, seed, output)
         pristine = auditing.pristine if auditing is not None else None
         if pristine is not None:
@@ -196,20 +332,14 @@ def assess(
             faulty = FaultyModel(model, space, batches, output, golden, state, randomness)
             runner = TrialRunner(faulty, points, chosen, rule, seed, target)
             runner.audit = _audit_on_copies(faulty, auditing)
-            header = header_of(runner, faults, where or Parameters(), Plan(trials, margin, confidence))
+            header = header_of(runner, faults, where or Parameters(), plan)
             file = campaign_journal(journal) if journal is not None else None
             with written(file, header) as done:
                 off = file.switched_off if file is not None else frozenset()
-                records = {(r.point, r.trial): r for r in planned(done, trials)}
+                records = {(r.point, r.trial): r for r in planned(done, plan.trials)}
                 if "versions" in off:
                     state.watch_bits()
-                if len(records) < sum(ceilings):
-                    _take_shortcuts(runner, cache_bytes, off)
-                _fill(runner, records, file, header, workers, progress)
-                if records and audit:
-                    with _noting(file):
-                        runner.ask_without_faults(*max(records))
-    return Assessment(header, answer(list(records.values()), header))
+                yield _Campaign(runner, header, records, ceilings, file, off)
 
 
 def _audit_on_copies(faulty: FaultyModel, audit: Audit | None) -> Audit | None:
@@ -242,16 +372,12 @@ def _noting(journal: CampaignJournal | None) -> Iterator[None]:
 
 
 def _fill(
-    runner: TrialRunner,
-    records: dict[tuple[int, int], Trial],
-    journal: CampaignJournal | None,
-    header: Header,
+    campaign: _Campaign,
     workers: int,
     progress: bool | None,
 ) -> None:
     """Run whatever the records still lack."""
-    plan = header.plan
-    ceilings = [1 if point.repeats else plan.trials for point in header.points]
+    header, records, ceilings = campaign.header, campaign.records, campaign.ceilings
 
     def label(key: Key) -> str:
         return " ".join(f"{name} {value:g}" for name, value in header.points[int(key[0])].coordinates.items())
@@ -260,18 +386,18 @@ def _fill(
         return [key for key in keys if key not in records]
 
     with (
-        _noting(journal),
+        _noting(campaign.file),
         crew(
-            runner,
+            campaign.runner,
             workers=workers,
-            journal=journal,
+            journal=campaign.file,
             total=sum(ceilings),
             done=len(records),
             progress=progress,
             label=label,
         ) as hands,
     ):
-        if plan.margin is None:
+        if header.plan.margin is None:
             for trial in hands.run(missing((p, t) for p, ceiling in enumerate(ceilings) for t in range(ceiling))):
                 records[trial.point, trial.trial] = trial
             return

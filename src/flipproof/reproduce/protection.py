@@ -12,24 +12,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-import torch
 from rich.console import Console
-from torch import nn
 
-from flipproof.campaigns.assess import assess
-from flipproof.campaigns.assessment import Assessment
+from flipproof.campaigns.assess import assess, on_demand
 from flipproof.errors import ConfigError, ModelError
 from flipproof.faults import BitErrorRate
-from flipproof.formats import BCH, Affine, FixedPoint, Float32, Format
+from flipproof.formats import BCH, Affine, FixedPoint, Float32
 from flipproof.hardening.harden import harden
 from flipproof.hardening.methods import Fence, Guard, Hardening, ProAct, Ranger
 from flipproof.reports.figures import metric_figure, save
 from flipproof.reports.front import front_figure
-from flipproof.reproduce.protection_networks import NETWORKS, Batches, Trained, trained
+from flipproof.reproduce.protection_networks import NETWORKS, Trained, trained
 from flipproof.reproduce.published import slug, write_table
 from flipproof.storage.codes import capacity, cheapest, shannon_ratio
 from flipproof.storage.protect import KEPT, Protection, protect, published
-from flipproof.storage.survival import survival
+from flipproof.storage.survival import LADDER, mean_accuracy, survival
 
 SUMMARY = "What repaired words survive at which memory, on five networks, against published forms and bounds"
 
@@ -104,7 +101,7 @@ def reproduce(
             if whole:
                 front = found.front
                 if name in BOUNDED[scale]:
-                    more = _bounded(subject, found, scale, folder, workers)
+                    more = _bounded(subject, found, scale, folder)
                     front = pd.concat([front, more], ignore_index=True)
                 fronts.append(front.assign(network=name))
                 save(front_figure(front, kept=found.kept, data=5), out / f"front-{slug(name)}.png")
@@ -169,7 +166,7 @@ def _goal(network: str, memory: float, ber: float, kept: float, found: Protectio
     }
 
 
-def _bounded(subject: Trained, found: Protection, scale: str, folder: Path, workers: int) -> pd.DataFrame:
+def _bounded(subject: Trained, found: Protection, scale: str, folder: Path) -> pd.DataFrame:
     """The highest rate that bounded activations survive; all parameters and bounds are hit, in Q15.16."""
     rows = []
     now = sum(p.numel() for p in subject.model.parameters())
@@ -184,18 +181,16 @@ def _bounded(subject: Trained, found: Protection, scale: str, folder: Path, work
             )
         except (ConfigError, ModelError):  # a network without activations that the method knows
             continue
-        first = subject.test[:1]
-        with torch.inference_mode():
-            right = float((subject.model(first[0][0]).argmax(dim=1) == first[0][1]).float().mean())
-        reached = survival(
-            partial(_whole, safe, FixedPoint(), subject.test, folder, f"bounds {name}", workers),
-            found.least,
-            trials=max(3, TRIALS[scale] // 5),
-            guess=(
-                partial(_whole, safe, FixedPoint(), first, folder, f"guess {name}", workers),
-                found.least * right / found.golden,
-            ),
-        )
+        trials = max(3, TRIALS[scale] // 5)
+        with on_demand(
+            safe,
+            subject.test,
+            format={"*": FixedPoint()},
+            faults=BitErrorRate(LADDER, exact=False),
+            trials=trials,
+            journal=folder / f"bounds-{slug(name)}.jsonl",
+        ) as ask:
+            reached = survival(partial(mean_accuracy, ask), found.least, trials=trials)
         memory = sum(p.numel() for p in safe.parameters()) / now - 1
         rows.append(
             {
@@ -208,23 +203,6 @@ def _bounded(subject: Trained, found: Protection, scale: str, folder: Path, work
             }
         )
     return pd.DataFrame(rows)
-
-
-def _whole(
-    model: nn.Module, format: Format, data: Batches, folder: Path, name: str, workers: int, rate: float, trials: int
-) -> Assessment:
-    return assess(
-        model,
-        data,
-        format={"*": format},
-        faults=BitErrorRate(rate, exact=False),
-        trials=trials,
-        audit=0.0,
-        cache_bytes=0,
-        journal=folder / f"{slug(name)}-{rate:g}.jsonl",
-        workers=workers,
-        progress=False,
-    )
 
 
 def _before_and_after(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import partial
 from math import inf, nan, prod
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from torch import nn
 
 from flipproof._files import replacing
 from flipproof._interrupts import gives_back
-from flipproof.campaigns.assess import assess
 from flipproof.campaigns.assessment import Assessment
 from flipproof.campaigns.estimates import gain
 from flipproof.engine.jobs import do_all
@@ -295,23 +293,21 @@ def protect(
     )
     golden = verifying.accuracy
     least = KEPT * golden if accuracy is None else accuracy
-    campaign = partial(
-        assess,
-        where=where,
-        metrics=("accuracy",),
-        seed=seed,
-        output=output,
-        decision=decision,
-        device=device,
-        progress=False,
-    )
+    choices = {
+        "where": where,
+        "metrics": ("accuracy",),
+        "seed": seed,
+        "output": output,
+        "decision": decision,
+        "device": device,
+    }
     making = _Making(
         model=work,
         planner=Planner(weights, rest, found, inners, line),
         choosing=some,
         some=verifying.some(torch.arange(min(front, verifying.samples))),
         verifying=verifying,
-        campaign=campaign,
+        choices=choices,
         least=least,
         trials=trials,
         folder=folder,
@@ -370,7 +366,7 @@ class _Making:
     choosing: Calibration
     some: Calibration
     verifying: Calibration
-    campaign: Callable[..., Assessment]
+    choices: dict[str, Any]
     least: float
     trials: int
     folder: Path | None
@@ -493,7 +489,7 @@ class _Making:
             forms=self.forms,
             verifying=self.verifying,
             some=self.some,
-            campaign=self.campaign,
+            choices=self.choices,
             least=self.least,
             ber=self.ber,
             trials=self.trials,
@@ -530,7 +526,7 @@ def _bounded(
 
     def judged(model: nn.Module, name: str, data: Calibration) -> Assessment:
         path = None if making.folder is None else making.folder / file_name(f"{name} {making.ber:g}")
-        return inject(making.campaign, model, plan.formats, data, making.ber, making.trials, path)
+        return inject(making.choices, model, plan.formats, data, making.ber, making.trials, path)
 
     plain = judged(making.model, "choose plain", making.choosing)
     best: tuple[float, str, nn.Module | None] = (float(plain.summary["accuracy"].iloc[0]), "none", None)
@@ -617,8 +613,8 @@ def _tensors(model: nn.Module, where: Parameters | None) -> tuple[list[Candidate
 
 
 def _fingerprint(model: nn.Module, data: Calibration, output: Output, decision: DecisionChoice, device: Any) -> Any:
-    campaign = partial(assess, output=output, decision=decision, device=device, progress=False)
-    return inject(campaign, model, None, data, 0.0, 1, None).header.fingerprint
+    choices = {"output": output, "decision": decision, "device": device}
+    return inject(choices, model, None, data, 0.0, 1, None).header.fingerprint
 
 
 def _as_data(part: Calibration) -> list[Any]:

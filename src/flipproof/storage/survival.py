@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import nan
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from flipproof._fields import Fields
+from flipproof.campaigns.assess import assess, on_demand
 from flipproof.campaigns.assessment import Assessment
 from flipproof.campaigns.fingerprint import digest_of
+from flipproof.campaigns.record import Trial
 from flipproof.engine.journal import Key
 from flipproof.faults import BitErrorRate
 from flipproof.formats import Format
@@ -28,13 +32,7 @@ LADDER = tuple(float(f"{step}e{power}") for power in range(-8, -1) for step in (
 
 
 CLEAR = 0.1
-"""Accuracy: so far below what is asked for, one trial says enough."""
-
-SEARCHED = 100
-"""Samples on which it is guessed where on the ladder to look."""
-
-Campaign = Callable[[float, int], Assessment]
-"""Injects at one rate, so many trials."""
+"""Accuracy: so far from what is asked for, a few trials say enough."""
 
 
 class Survival(NamedTuple):
@@ -43,8 +41,7 @@ class Survival(NamedTuple):
     Attributes:
         ber: the highest rate of the ladder at which the mean is at least what was asked for; 0.0 if there is none.
         accuracy: the mean there.
-        next: the mean one rate above it, or what one trial of the guess had there, if that is clearly out; NaN at the
-            end of the ladder.
+        next: the mean one rate above it; NaN at the end of the ladder.
     """
 
     ber: float
@@ -53,46 +50,39 @@ class Survival(NamedTuple):
 
 
 def survival(
-    campaign: Campaign,
-    least: float,
-    *,
-    trials: int,
-    guess: tuple[Campaign, float],
-    ladder: tuple[float, ...] = LADDER,
+    mean: Callable[[int, int], float], least: float, *, trials: int, ladder: tuple[float, ...] = LADDER
 ) -> Survival:
     """Look on a ladder for the highest rate at which the mean accuracy is at least `least`.
 
-    It is guessed by bisection, on few samples and by one trial a rate, and then looked for from there, on all samples
-    and by all trials. A rate at which the guess found an accuracy `CLEAR` too low is taken to be out.
+    Where it lies is guessed by bisection, with one trial a rate. From there it is looked for with all trials, except at
+    rates where the one trial was `CLEAR` too low.
 
     It takes for granted that accuracy falls with the rate. Where it does not, within the noise of few trials, the
     answer may be a step of the ladder off.
 
     Args:
-        campaign: on all samples.
-        least: mean accuracy that is still enough there, a fraction.
+        mean: (index of a rate, trials) → mean accuracy of the first so many trials there.
+        least: mean accuracy that is still enough, a fraction.
         trials: at a rate.
-        guess: a campaign on few samples, and what is still enough on them.
         ladder: rates, ascending.
     """
-    few, least_of_few = guess
     guessed: dict[int, float] = {}
     means: dict[int, float] = {}
 
-    def guesses(index: int) -> bool:
-        guessed[index] = _mean(few(ladder[index], 1))
-        return guessed[index] >= least_of_few
+    def guess(index: int) -> bool:
+        guessed[index] = mean(index, 1)
+        return guessed[index] >= least
 
     def enough(index: int) -> bool:
         if index < 0 or index == len(ladder):
             return index < 0
+        if guessed.get(index, least) < least - CLEAR:
+            return False
         if index not in means:
-            if guessed.get(index, least_of_few) < least_of_few - CLEAR:
-                return False
-            means[index] = _mean(campaign(ladder[index], trials))
+            means[index] = mean(index, trials)
         return means[index] >= least
 
-    low = _bisected(guesses, -1, len(ladder))
+    low = _bisected(guess, -1, len(ladder))
     high, step = low + 1, 1
     if enough(low):
         while enough(high):
@@ -113,14 +103,17 @@ def _bisected(enough: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
+def mean_accuracy(ask: Callable[[int, int], list[Trial]], point: int, trials: int) -> float:
+    """Of the first so many trials of a point."""
+    return fmean(trial.metrics["accuracy"] for trial in ask(point, trials))
+
+
 def _mean(found: Assessment) -> float:
     return float(found.summary["accuracy"].iloc[0])
 
 
 AT, FRONT = "at the rate", "front"
 """What is done with a form: injected at the rate that was asked for, or at rates up to the highest that it survives."""
-
-_GUESS = "guess"
 
 
 @dataclass(frozen=True)
@@ -187,7 +180,7 @@ class Trying:
         forms: by name.
         verifying: what nothing was chosen on.
         some: the first samples of it, for the front.
-        campaign: `assess` with everything that all forms share.
+        choices: arguments of `assess` that all forms share.
         least: mean accuracy that is asked for.
         ber: at which.
         trials: of the forms in `whole`, and of others that come close.
@@ -200,7 +193,7 @@ class Trying:
     forms: Mapping[str, Form]
     verifying: Calibration
     some: Calibration
-    campaign: Callable[..., Assessment]
+    choices: Mapping[str, Any]
     least: float
     ber: float
     trials: int
@@ -213,13 +206,20 @@ class Trying:
         if kind == AT:
             found = self.at(name)
             return Tried(kind, name, self.ber, _mean(found), nan)
-        few = self.some.some(torch.arange(min(SEARCHED, self.some.samples)))
-        reached = survival(
-            partial(self._inject, name, FRONT, self.some),
-            self._least_of(self.some),
-            trials=max(3, self.trials // 5),
-            guess=(partial(self._inject, name, _GUESS, few), self._least_of(few)),
-        )
+        trials = max(3, self.trials // 5)
+        with (
+            _known_warnings_off(),
+            on_demand(
+                self.model,
+                _labelled(self.some),
+                format=self.forms[name].formats,
+                faults=BitErrorRate(LADDER, exact=False),
+                trials=trials,
+                journal=self.path(FRONT, name, 0.0),
+                **self.choices,
+            ) as ask,
+        ):
+            reached = survival(partial(mean_accuracy, ask), self._least_of(self.some), trials=trials)
         return Tried(kind, name, *reached)
 
     def _least_of(self, part: Calibration) -> float:
@@ -240,7 +240,7 @@ class Trying:
         self, name: str, kind: str, data: Calibration, ber: float, trials: int, audit: float = 0.0
     ) -> Assessment:
         path = self.path(kind, name, ber)
-        return inject(self.campaign, self.model, self.forms[name].formats, data, ber, trials, path, audit)
+        return inject(self.choices, self.model, self.forms[name].formats, data, ber, trials, path, audit)
 
     def path(self, kind: str, name: str, ber: float) -> Path:
         """The journal of a form: another one if it is stored otherwise."""
@@ -266,7 +266,7 @@ class Trying:
 
 
 def inject(
-    campaign: Callable[..., Assessment],
+    choices: Mapping[str, Any],
     model: nn.Module,
     formats: dict[str, Format] | None,
     data: Calibration,
@@ -276,17 +276,29 @@ def inject(
     audit: float = 0.0,
 ) -> Assessment:
     """One campaign at one rate, every bit flipped independently: the rate at which codes are reckoned."""
-    with warnings.catch_warnings():
-        for known in (".*clips bits that are not constant.*", "only .* % of the model's stored bits.*"):
-            warnings.filterwarnings("ignore", message=known)  # `protect` says the second once, for all forms
-        targets = torch.split(data.batches.targets, list(data.batches.sizes))
-        return campaign(
+    with _known_warnings_off():
+        return assess(
             model,
-            list(zip(data.batches.inputs, targets, strict=True)),
+            _labelled(data),
             format=formats,
             faults=BitErrorRate(ber, exact=False),
             trials=trials,
             audit=audit,
             journal=journal,
             cache_bytes=0,  # at such rates the first layer is hit: a cut behind it would be proved and never used
+            progress=False,
+            **choices,
         )
+
+
+def _labelled(data: Calibration) -> list[Any]:
+    """Batches as `assess` takes them."""
+    return list(zip(data.batches.inputs, torch.split(data.batches.targets, list(data.batches.sizes)), strict=True))
+
+
+@contextmanager
+def _known_warnings_off() -> Iterator[None]:
+    with warnings.catch_warnings():
+        for known in (".*clips bits that are not constant.*", "only .* % of the model's stored bits.*"):
+            warnings.filterwarnings("ignore", message=known)  # `protect` says the second once, for all forms
+        yield
