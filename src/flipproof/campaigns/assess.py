@@ -180,22 +180,22 @@ def on_demand(
 ) -> Iterator[Callable[[int, int], list[Trial]]]:
     """A campaign of which only those trials run that are asked for, here: for searches that jump from rate to rate.
 
-    The trials are those that `assess` would run with these arguments, and its golden run is made once. Inside the
-    `with` the model is the campaign's.
+    The trials are those that `assess` runs with the same arguments, and there is one golden run for all of them. Inside
+    the `with`, the model is the campaign's; behind it, it is as it came.
 
     Args:
-        model: as for `assess`, like all others.
-        data: …
+        model: as for `assess`, and so are `data`, `format`, `where`, `metrics`, `seed`, `output`, `decision`, `device`.
+        data: labelled batches.
         faults: all points that may be asked for.
-        format: …
-        where: …
+        format: how values are stored.
+        where: what is hit.
         trials: at a point, at most.
-        metrics: …
-        seed: …
-        journal: of the trials that ran.
-        output: …
-        decision: …
-        device: …
+        metrics: of a trial.
+        seed: of all draws.
+        journal: where the trials that ran are kept; asked for again, they are read from there.
+        output: picks what is judged.
+        decision: how outputs become classes.
+        device: to run on.
 
     Yields:
         (point, trials) → the first so many trials of a point.

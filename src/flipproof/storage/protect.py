@@ -122,7 +122,7 @@ class Protection:
         evidence: one row a stored form, injected at `ber` on the data that nothing was chosen on: `form`, `memory`
             (extra, a share), `time` (a forward that decodes ÷ one of the model as it came; NaN where not measured),
             `clean` (accuracy without faults), `accuracy` with intervals, `accuracy_gain` over the unprotected model,
-            paired, words by outcome.
+            paired, words by outcome, and between which means it is without any trial (`certain`, `certain_high`).
         front: one row a stored form: `form`, `memory`, `ber` (the highest of a ladder of rates that it survives),
             `accuracy` there, `limit` (what its memory could survive at best, if its data bits were coded ideally).
         assessments: the campaigns of `evidence` by name, for `compare` and `report`.
@@ -150,11 +150,16 @@ class Protection:
 
     def __str__(self) -> str:
         shown = self.evidence[["form", "memory", "time", "clean", "accuracy", "accuracy_low", "accuracy_high"]].copy()
+        shown["accuracy_low"] = shown["accuracy_low"].clip(lower=self.evidence["certain"])
+        shown["accuracy_high"] = shown["accuracy_high"].clip(upper=self.evidence["certain_high"])
         for column in ("memory", "clean", "accuracy", "accuracy_low", "accuracy_high"):
             shown[column] = (100 * shown[column]).round(2)
         shown["time"] = shown["time"].round(3)
         shown.columns = ["form", "memory %", "time", "clean %", "accuracy %", "low", "high"]
-        text = f"{self.why}\n\nAt a bit error rate of {self.ber:g}:\n{shown.to_string(index=False)}"
+        text = (
+            f"{self.why}\n\nAt a bit error rate of {self.ber:g}, with 95 % intervals over trials, narrowed by what is "
+            f"certain:\n{shown.to_string(index=False)}"
+        )
         if len(self.front):
             front = self.front[["form", "memory", "ber", "limit"]].copy()
             front["memory"] = (100 * front["memory"]).round(1)
@@ -426,10 +431,14 @@ class _Making:
 
     def verdict(self, name: str) -> str:
         """Whether the interval of the mean over trials lies above what was asked for."""
+        low, high = self.interval(name)
+        return "met" if low >= self.least else "not met" if high < self.least else "cannot be told"
+
+    def interval(self, name: str) -> tuple[float, float]:
+        """Of the mean accuracy: over trials, narrowed by what is certain without any."""
         row = self.found[name].summary.iloc[0]
         low, high = self.certain.get(name, (0.0, 1.0))
-        low, high = max(low, float(row["accuracy_low"])), min(high, float(row["accuracy_high"]))
-        return "met" if low >= self.least else "not met" if high < self.least else "cannot be told"
+        return max(low, float(row["accuracy_low"])), min(high, float(row["accuracy_high"]))
 
     def evidence(self) -> pd.DataFrame:
         """One row a form at the rate."""
@@ -444,7 +453,8 @@ class _Making:
                 "time": float("nan"),
                 "clean": found.golden["accuracy"],
             }
-            more = {"certain": self.certain.get(name, (0.0, 1.0))[0], "draws": gained.draws}
+            certain = self.certain.get(name, (0.0, 1.0))
+            more = {"certain": certain[0], "certain_high": certain[1], "draws": gained.draws}
             rows.append(first | found.summary.iloc[0].to_dict() | gained.estimate.columns("accuracy_gain") | more)
         return pd.DataFrame(rows)
 
@@ -557,9 +567,11 @@ def _why(
     weights = plan.table[plan.table["kind"] == "weight"]
     counts = weights.groupby("data")["values"].sum()
     widths = ", ".join(f"{100 * n / counts.sum():.0f} % in {bits}" for bits, n in counts.items())
+    low, high = making.interval(chosen)
     sentences = [
         f"{'Met' if making.verdict(chosen) == 'met' else making.verdict(chosen).capitalize()}: at a bit error rate of "
-        f"{making.ber:g} the mean accuracy is {_percent(row, 'accuracy')}; asked for were {100 * making.least:.2f} %. "
+        f"{making.ber:g} the mean accuracy is {100 * row['accuracy']:.2f} % [{100 * low:.2f}, {100 * high:.2f}]; asked "
+        f"for were {100 * making.least:.2f} %. "
         + (
             f"Whatever the trials show, {100 * making.certain[chosen][0]:.2f} % are certain: so often has no code word "
             f"more faults than its code corrects."
