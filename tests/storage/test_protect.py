@@ -137,13 +137,15 @@ def test_the_model_is_given_back_untouched():
 
 def test_the_front_is_what_injection_finds():
     data = batches()
-    found = fp.protect(
-        network(), data[:2], verify=data[2:], **SETUP | {"front": 60, "rivals": {"8 bits": fp.Affine(8)}}
-    )
+    rivals = {"8 bits": fp.Affine(8), "FORTUNE P-4": fp.TripleMSB(fp.Affine(bits=4, axis=0))}
+    found = fp.protect(network(), data[:2], verify=data[2:], **SETUP | {"front": 60, "rivals": rivals})
     front = found.front.set_index("form")
     assert front.loc["protect, memory +0 %", "ber"] >= 1e-2 > 10 * front.loc["as it came", "ber"]
     ours = front[front["ours"]]
     assert ours["memory"].is_monotonic_increasing
+    assert (ours["ber"] > 0).all()  # no form of ours loses by rounding alone what it is asked to keep
+    # a rival of less memory than any budget is met by a form that takes no more
+    assert ours["memory"].min() <= front.loc["FORTUNE P-4", "memory"] < -0.75
     assert (ours["ber"] < ours["limit"]).all()
     assert (front["accuracy"].dropna() >= found.least).all()
     assert set(front["ber"]) <= {0.0, *LADDER}

@@ -324,7 +324,8 @@ def protect(
     making.forms |= {name: form for name, form in stored.items() if form is not None}
     jobs = [(AT, name) for name in making.forms]
     if front:
-        making.forms |= making.highest({memory, *BUDGETS})
+        smaller = {form.memory for form in making.forms.values() if form.memory < min(BUDGETS)}
+        making.forms |= making.highest({memory, *BUDGETS, *smaller})
         jobs += [(FRONT, name) for name in making.forms if name != PROTECTED]
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(str(folder)) as where_to:
         trying = making.trying(Path(where_to))
@@ -483,7 +484,7 @@ class _Making:
         for budget in sorted(budgets):
             best = self._highest((1 + budget) * self.planner.now)
             if best is not None:
-                found[f"protect, memory {100 * budget:+.0f} %"] = self.form(best)
+                found[f"protect, memory {100 * budget:+.3g} %"] = self.form(best)
         return found
 
     def form(self, plan: Plan) -> Form:
@@ -510,13 +511,29 @@ class _Making:
 
     def _highest(self, bits: float) -> Plan | None:
         """The plan for the highest rate that is expected to be survived within so many bits."""
-        best: Plan | None = None
+        plans: list[Plan] = []
         for rate in LADDER[LADDER.index(1e-5) :]:
             plan = self.planner.plan(rate, bits)
             if plan is None or plan.drift > _DRIFT:
                 break
-            best = plan
-        return best
+            plans.append(plan)
+        return next((plan for plan in reversed(plans) if self._keeps(plan)), plans[0] if plans else None)
+
+    def _keeps(self, plan: Plan) -> bool:
+        """Whether without faults, on the data of the choice, at most half of what may be lost is lost."""
+        share = self.least / self.verifying.accuracy if self.verifying.accuracy else 1.0
+        return self._clean(plan) >= max(share, (1 + share) / 2) * self.choosing.accuracy
+
+    def _clean(self, plan: Plan) -> float:
+        """Accuracy without faults on the data of the choice, with all values as the plan stores them."""
+        stored = deepcopy(self.model)
+        with torch.no_grad(), one_thread(device_of(stored)):
+            for name, format in plan.formats.items():
+                parameter = stored.get_parameter(name)
+                values = held_by(format, parameter)
+                assert values is not None  # or the plan would not store it so
+                parameter.copy_(values)
+            return self.choosing.accuracy_of(stored)
 
     def time_of(self, packed: nn.Module) -> float:
         """A forward that decodes at use ÷ one of the model as it came, in turn, on the first batch."""
