@@ -1,4 +1,6 @@
 import copy
+import re
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -7,10 +9,11 @@ import torch
 from torch import nn
 
 import flipproof as fp
-from flipproof.errors import ConfigError, JournalError
+from flipproof.errors import ConfigError, DataError, JournalError
 from flipproof.hardening.fitting.calibration import Calibration
 from flipproof.storage.budget import INNERS, Measuring, drift
 from flipproof.storage.codes import untouched
+from flipproof.storage.protect import _drawn
 from flipproof.storage.survival import LADDER, survival
 
 RIVALS = {"8 bits": fp.Affine(bits=8), "SECDED": fp.SECDED(fp.Float32(), block=64)}
@@ -100,7 +103,7 @@ def test_certain_is_a_product_of_binomials_and_no_trial_is_below_it(safe):
 def test_nothing_is_chosen_on_what_it_is_verified_on():
     """Other labels to verify on change the verdict, and nothing that was chosen."""
     data, other = batches(), batches(seed=2)
-    wrong = [(x, (y + 1) % 4) for x, y in other]
+    wrong = [(x, torch.where(torch.arange(len(y)) < 5, y, (y + 1) % 4)) for x, y in other]
     one = fp.protect(network(), data, verify=other, **SETUP | {"rivals": {}})
     two = fp.protect(network(), data, verify=wrong, accuracy=0.5, **SETUP | {"rivals": {}}, hardenings={})
     assert one.formats == two.formats
@@ -151,23 +154,28 @@ def test_the_front_is_what_injection_finds():
     assert set(front["ber"]) <= {0.0, *LADDER}
 
 
-def test_tied_parameters_are_left_out_by_name():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one = nn.Linear(8, 8)
-            self.two = nn.Linear(8, 8)
-            self.two.weight = self.one.weight
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(8, 8)
+        self.two = nn.Linear(8, 8)
+        self.two.weight = self.one.weight
+        self.three = nn.Linear(8, 8)
 
-        def forward(self, x):
-            return self.two(torch.relu(self.one(x)))
+    def forward(self, x):
+        return self.three(torch.relu(self.two(torch.relu(self.one(x)))))
 
-    torch.manual_seed(0)
+
+def test_tied_parameters_stay_and_count():
     net, x = Tied(), torch.randn(80, 8)
-    found = fp.protect(net, [(x, net(x).argmax(dim=1))], **SETUP | {"rivals": {}}, hardenings={})
+    found = fp.protect(net, [(x, net(x).argmax(dim=1))], **SETUP | {"rivals": {}, "memory": 0.5}, hardenings={})
     assert "one.weight" not in found.formats
     assert "tied parameters cannot be packed: one.weight" in found.why
     assert found.certain == 0.0
+    now = sum(p.numel() for p in net.parameters()) * 32  # tied ones once
+    memory = (found.table["bits"].sum() + 64 * 32) / now - 1
+    assert found.evidence["memory"].iloc[1] == pytest.approx(memory)
+    assert memory <= 0.5
 
 
 def test_saved_words_come_back(safe, tmp_path):
@@ -191,6 +199,22 @@ def test_saved_words_come_back(safe, tmp_path):
         ({"accuracy": 1.5}, "accuracy= a number"),
         ({"rivals": {"a": 3}}, "formats as rivals=.*got 3"),
         ({"inners": [fp.Affine]}, "formats as inners="),
+        ({"inners": []}, "one or more formats in a list as inners="),
+        ({"inners": fp.Affine(3)}, "one or more formats in a list as inners="),
+        ({"rivals": [fp.Float32()]}, "{name: format} as rivals="),
+        ({"rivals": {"protected": fp.Float32()}}, "'protected': that names another row"),
+        ({"rivals": {"as it came": fp.Float32()}}, "'as it came': that names another row"),
+        ({"rivals": {"protect, memory +0 %": fp.Float32()}}, "that names another row"),
+        ({"hardenings": {"a": fp.Guard}}, "bounds.* as hardenings="),
+        ({"hardenings": [fp.Guard()]}, "bounds.* as hardenings="),
+        ({"hardenings": {"none": fp.Guard()}}, "cannot be called 'none'"),
+        ({"seed": "x"}, "seed= a whole number from 0"),
+        ({"seed": 2**70}, "seed= a whole number from 0"),
+        ({"workers": None}, "workers= a whole number from 1"),
+        ({"journal": ""}, "path of a folder as journal="),
+        ({"line": 8}, "line= a whole number from 64"),
+        ({"device": "meta"}, "nothing runs on device='meta'"),
+        ({"ber": 0.49}, "no code of at most that line corrects"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(more, message):
@@ -202,6 +226,108 @@ def test_a_rival_that_cannot_hold_a_weight_is_named():
     rivals = {"too long": fp.SECDED(fp.Affine(bits=8), block=4096)}
     found = fp.protect(network(), batches(), **SETUP | {"rivals": rivals})
     assert "Not compared, since they cannot hold some weight: too long." in found.why
+
+
+def lazy():
+    return nn.Sequential(nn.LazyLinear(4))
+
+
+def normed():
+    return nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(64, 4)))
+
+
+def old_normed():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(64, 4)))
+    net(batches()[0][0])
+    return net
+
+
+def infinite():
+    net = network()
+    with torch.no_grad():
+        net.norm.bias[0] = float("inf")
+        net.fc.weight[:, :36] = 0
+        net.norm.weight[0] = 0
+    return net
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lazy, "not initialised yet"),
+        (normed, "remove_parametrizations"),
+        (old_normed, "cannot be copied"),
+        (lambda: torch.compile(network(), backend="eager"), "_orig_mod"),
+        (lambda: network().double(), "float64"),
+        (infinite, "NaN"),
+    ],
+)
+def test_models_that_cannot_be_packed_are_refused_by_name(make, message):
+    data = [(x.double(), y) for x, y in batches()] if message == "float64" else batches()
+    with pytest.raises(fp.FlipproofError, match=message):
+        fp.protect(make(), data, **SETUP)
+
+
+def test_labels_of_another_task_leave_nothing_to_keep():
+    wrong = [(x, (y + 1) % 4) for x, y in batches()]
+    with pytest.raises(DataError, match="nothing to keep"):
+        fp.protect(network(), wrong, **SETUP)
+
+
+@pytest.mark.parametrize("asked", [{"memory": -0.9}, {"memory": -0.85, "ber": 0.03}, {"memory": -0.95, "ber": 1e-3}])
+def test_the_memory_that_is_said_to_be_needed_is_enough(asked):
+    given = SETUP | {"rivals": {}, "hardenings": {}} | asked
+    with pytest.raises(ConfigError, match="are needed") as refused:
+        fp.protect(network(), batches(), **given)
+    need = float(re.search(r"([+-][\d.]+) % are needed", str(refused.value)).group(1)) / 100
+    found = fp.protect(network(), batches(), **given | {"memory": need})
+    assert found.evidence.set_index("form").loc["protected", "memory"] <= need + 1e-9
+
+
+def test_time_is_a_budget_too():
+    found = fp.protect(network(), batches(), **SETUP | {"rivals": {}}, hardenings={}, time=1e-3)
+    assert found.verdict == "not met"
+    assert found.why.startswith("Not met")
+    assert "more than the 0.001 asked for" in found.why
+
+
+def test_samples_are_drawn_and_not_the_first_ones():
+    """Data in order of their labels: the front of the first samples would be the front of one class."""
+    data = batches(480)
+    x, y = torch.cat([b[0] for b in data]), torch.cat([b[1] for b in data])
+    order = y[240:].argsort(stable=True) + 240
+    setup = SETUP | {"front": 60, "rivals": {}, "memory": -0.75}
+    found = fp.protect(network(), [(x[:240], y[:240])], verify=[(x[order], y[order])], hardenings={}, **setup)
+    front = found.front.set_index("form").loc["as it came"]
+    sample = _drawn(Calibration.read(network(), [(x[order], y[order])], torch.device("cpu")), 60, 0)
+    assert sample.batches.targets.unique().numel() == 4
+    again = fp.assess(
+        network(),
+        list(zip(sample.batches.inputs, sample.batches.targets.split(list(sample.batches.sizes)), strict=True)),
+        faults=fp.BitErrorRate(LADDER, exact=False),
+        trials=3,
+        progress=False,
+    )
+    means = dict(zip(again.summary["ber"], again.summary["accuracy"], strict=True))
+    assert means[front["ber"]] == pytest.approx(front["accuracy"])
+
+
+def test_bounds_are_judged_on_the_data_of_the_choice_and_have_to_fit():
+    net = Tied()
+    x = torch.randn(240, 8)
+    data, setup = [(x, net(x).argmax(dim=1))], SETUP | {"rivals": {}, "ber": 1e-3}
+    verify = [(x[:120], (net(x[:120]).argmax(dim=1) + (torch.arange(120) % 3 == 0)) % 8)]
+    roomy = fp.protect(net, data, verify=verify, memory=2.0, hardenings={"guard": fp.Guard()}, **setup)
+    again = fp.protect(net, data, memory=2.0, hardenings={"guard": fp.Guard()}, verify=data, **setup)
+    assert roomy.hardening == again.hardening == "guard"
+    tight = fp.protect(net, data, memory=0.0, hardenings={"guard": fp.Guard()}, **setup | {"inners": [fp.Float32()]})
+    assert tight.hardening in ("none", "guard")
+    rows = roomy.evidence.set_index("form")
+    added = sum(p.numel() * 32 for n, p in roomy.hardened.named_parameters() if n not in dict(net.named_parameters()))
+    now = sum(p.numel() for p in net.parameters()) * 32
+    assert rows.loc["protected, guard", "memory"] - rows.loc["protected", "memory"] == pytest.approx(added / now)
 
 
 def test_a_model_is_a_module():

@@ -185,7 +185,7 @@ class Measuring:
         blocks = -(-original.numel() // size)
         lost = max(1, round(_LOST * blocks))
         found = []
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + tensor)
+        generator = torch.Generator().manual_seed((1_000_003 * self.seed + tensor) % 2**63)
         for _ in range(_DRAWS):
             values = original.clone().reshape(-1)
             for block in torch.randperm(blocks, generator=generator)[:lost].tolist():
@@ -245,17 +245,18 @@ class Plan:
         formats: {qualified name: format}.
         table: one row a tensor: `name`, `kind`, `values`, `format`, `data` (bits of a value), `bits` (stored in all,
             constants included), `lost` (expected share of its values), `drift` (expected, nats).
-        bits: stored bits in all, constants included.
+        bits: stored bits in all, constants included, and those of tensors that stay as they are.
         drift: expected in all, nats.
     """
 
     ber: float
     formats: dict[str, Format]
     table: pd.DataFrame
+    apart: int = 0
 
     @property
     def bits(self) -> int:
-        return int(self.table["bits"].sum())
+        return int(self.table["bits"].sum()) + self.apart
 
     @property
     def drift(self) -> float:
@@ -276,6 +277,7 @@ class Planner:
         found: measurements, by (number of the weight, option).
         inners: what weights may be stored in.
         line: stored bits of the longest code word.
+        apart: bits of parameters that stay as they are, since they cannot be packed.
     """
 
     weights: Sequence[Candidate]
@@ -283,12 +285,13 @@ class Planner:
     found: dict[Key, Drift]
     inners: Sequence[Format]
     line: int = LINE
+    apart: int = 0
     _known: dict[float, list[list[dict[str, Any]]]] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def now(self) -> int:
-        """Stored bits of all these tensors in their own types."""
-        return sum(candidate.bits for candidate in (*self.weights, *self.rest))
+        """Stored bits of the parameters in their own types."""
+        return sum(candidate.bits for candidate in (*self.weights, *self.rest)) + self.apart
 
     def plan(self, ber: float, bits: float) -> Plan | None:
         """The plan of least expected drift for a rate within so many bits; None if nothing fits."""
@@ -298,15 +301,16 @@ class Planner:
         table = pd.DataFrame([row for rows in options for row in rows])
         costs = table.rename(columns={"name": "layer", "drift": "cost"})[["layer", "bits", "cost"]]
         try:
-            chosen = table[least_cost(costs, int(bits))].reset_index(drop=True)
+            chosen = table[least_cost(costs, int(bits + 1e-6) - self.apart)].reset_index(drop=True)
         except ConfigError:
             return None
         formats = dict(zip(chosen["name"].tolist(), chosen["stored"].tolist(), strict=True))
-        return Plan(ber, formats, chosen.drop(columns="stored"))
+        return Plan(ber, formats, chosen.drop(columns=["stored", "enough"]), self.apart)
 
     def least(self, ber: float) -> float:
-        """The fewest bits for which there is a plan at this rate; infinite if there is none."""
-        return float(sum(min((row["bits"] for row in rows), default=inf) for rows in self._options(ber)))
+        """The fewest bits in which all codes are strong enough for this rate; infinite if there are none."""
+        each = (min((row["bits"] for row in rows if row["enough"]), default=inf) for rows in self._options(ber))
+        return sum(each) + self.apart
 
     def _options(self, ber: float) -> list[list[dict[str, Any]]]:
         """How each tensor may be stored; reckoned once a rate, since memory has no say in it."""
@@ -334,14 +338,15 @@ class Planner:
         count, rows = candidate.tensor.numel(), {}
         for inner, rounding in inners:
             codes = [cheapest(inner, ber, share, words=count, line=self.line) for share in SHARES]
-            if not any(codes):
+            enough = any(codes)
+            if not enough:
                 codes = [strongest(inner, 64, words=count, line=max(self.line, 64))]
             for code in codes:
                 if code is not None:
                     lost = lost_share(code, count, ber)
                     unsure = 1 - untouched(code, tuple(candidate.tensor.shape), ber)
                     cost = rounding + min(lost * each_lost, WORST) + _UNSURE * unsure
-                    rows[repr(code)] = _row(candidate, code, inner, lost, cost)
+                    rows[repr(code)] = _row(candidate, code, inner, lost, cost) | {"enough": enough}
         return list(rows.values())
 
 
@@ -388,5 +393,15 @@ def constant_bits(format: Format, tensor: Tensor) -> int:
 
 
 def copy_in_eval_mode(model: nn.Module) -> nn.Module:
-    """A copy that may be changed."""
-    return deepcopy(model).eval()
+    """A copy that may be changed.
+
+    Raises:
+        ConfigError: if the model cannot be copied.
+    """
+    try:
+        return deepcopy(model).eval()
+    except Exception as error:  # a model's own code may raise anything here
+        raise ConfigError(
+            f"this {type(model).__name__} cannot be copied, and what is stored otherwise is tried on a copy: "
+            f"{type(error).__name__}: {error}"
+        ) from error

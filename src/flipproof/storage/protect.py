@@ -8,21 +8,24 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from math import inf, nan, prod
+from math import ceil, inf, prod
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
 
 from flipproof._files import replacing
+from flipproof._hooks import check_hooks_run
 from flipproof._interrupts import gives_back
 from flipproof.campaigns.assessment import Assessment
 from flipproof.campaigns.estimates import gain
 from flipproof.engine.jobs import do_all
 from flipproof.engine.journal import Journal
-from flipproof.errors import ConfigError, JournalError
+from flipproof.errors import ConfigError, DataError, JournalError
 from flipproof.formats import (
     CEP,
     MSET,
@@ -52,13 +55,13 @@ from flipproof.running.evaluation import one_thread
 from flipproof.running.outcomes import DecisionChoice
 from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Parameters, check_where
-from flipproof.spaces.tensors import Candidate, check_model, inventory
+from flipproof.spaces.tensors import Candidate, inventory
 from flipproof.storage.budget import INNERS, Drift, Measuring, Plan, Planner, copy_in_eval_mode, held_by, keys_of
 from flipproof.storage.codes import LINE, ideal_rate, untouched
 from flipproof.storage.explore import Question, file_name
 from flipproof.storage.files import save_packed
 from flipproof.storage.pack import pack_
-from flipproof.storage.survival import AT, FRONT, LADDER, Form, Tried, Trying, inject
+from flipproof.storage.survival import AT, FRONT, LADDER, Form, Tried, Trying, inject, least_on
 
 PROTECTED = "protected"
 """The form that was chosen, in tables."""
@@ -71,6 +74,15 @@ BUDGETS = (-0.75, -0.5, -0.25, 0.0)
 
 _FEW = 2
 """Trials of a rival before it is seen that it is out."""
+
+AS_IT_CAME = "as it came"
+"""The form of the model as it came, in tables."""
+
+_OURS = "protect, memory "
+"""How the names of our forms on the front begin."""
+
+_SURE = 1e-3
+"""Where a code word is beyond repair less often than this, bounds cannot help."""
 
 _DRIFT = 0.05
 """Nats: a plan that is expected to drift farther is not tried for the front."""
@@ -145,8 +157,8 @@ class Protection:
 
     @property
     def kept(self) -> float:
-        """The share of the accuracy without faults that was asked for; NaN if there is none to keep."""
-        return self.least / self.golden if self.golden else nan
+        """The share of the accuracy without faults that was asked for."""
+        return self.least / self.golden
 
     def __str__(self) -> str:
         shown = self.evidence[["form", "memory", "time", "clean", "accuracy", "accuracy_low", "accuracy_high"]].copy()
@@ -233,13 +245,17 @@ def protect(
         ber: the bit error rate to survive.
         accuracy: the least mean accuracy at that rate, a fraction; by default 99 % of the accuracy without faults.
         memory: extra memory, as a share of what the parameters take in their own types: 0.0 for none, −0.5 for half.
-        time: the longest forward that decodes at use ÷ a forward of the model as it came; None for any.
+            Parameters that cannot be packed count on both sides.
+        time: the longest forward that decodes at use ÷ a forward of the model as it came; None for any. It is measured:
+            with it, the choice may differ from run to run.
         verify: labelled batches to verify on, none of which are in `data`; by default half of `data`, at random.
         rivals: stored forms to compare with, by name; by default those of `published`. What a form does not store
             (biases and norms, with formats that quantise) is stored as in the chosen form, which favours the rival.
-        hardenings: bounds to try, by name; by default `Guard` if nothing else helps. Pass {} for none.
+        hardenings: bounds to try, by name, if the stored form alone does not do on the data of the choice and they fit
+            into the memory; by default `Guard`. Pass {} for none.
         inners: what values of weights may be stored in.
-        line: stored bits of the longest code word.
+        line: stored bits of the longest code word of a weight, 64 at least; the last one of a tensor may be up to twice
+            as long, and those of biases and norms, which are few, up to 2,048.
         where: which parameters; all by default. Buffers are never packed.
         images: samples that choices are made on, at most.
         trials: injections a form at `ber`; the front takes a fifth of them at each rate, and three at least.
@@ -265,21 +281,32 @@ def protect(
         >>> safe.verdict, float(safe.evidence["memory"].iloc[1]) <= 0
         ('met', True)
     """
-    _check(ber=ber, accuracy=accuracy, memory=memory, time=time, images=images, trials=trials, line=line, front=front)
-    check_model(model)
-    rivals = published() if rivals is None else dict(rivals)
-    for what, given in (("rivals", rivals.values()), ("inners", inners)):
-        if wrong := [format for format in given if not isinstance(format, Format)]:
-            raise ConfigError(f"protect takes formats as {what}=, such as fp.Affine(bits=5, axis=0), got {wrong[0]!r}")
+    _check(ber=ber, accuracy=accuracy, memory=memory, time=time)
+    _check_counts(
+        images=(images, 1), trials=(trials, 1), line=(line, 64), front=(front, 0), seed=(seed, 0), workers=(workers, 1)
+    )
+    rivals = published() if rivals is None else rivals
+    _check_forms(rivals, inners, {} if hardenings is None else hardenings)
+    if journal is not None and (not isinstance(journal, (str, os.PathLike)) or not os.fspath(journal)):
+        raise ConfigError(f"protect takes the path of a folder as journal=, got {journal!r}")
+    _check_module(model)
     place = check_device(model, device)
+    if place.type == "meta":
+        raise ConfigError("protect runs the model, and nothing runs on device='meta'")
     work = copy_in_eval_mode(model).to(place)
     choosing = Calibration.read(work, data, place, output, decision)
     if verify is None:
         choosing, verifying = choosing.split(0.5, seed)
     else:
         verifying = Calibration.read(work, verify, place, output, decision)
-    some = choosing.some(torch.arange(min(images, choosing.samples)))
-    weights, rest, tied = _tensors(work, where)
+    golden = verifying.accuracy
+    if golden == 0 or choosing.accuracy == 0:
+        raise DataError(
+            f"protect: the model gets none of the {verifying.samples} samples right that it is verified on, or none of "
+            f"the {choosing.samples} to choose on, so there is nothing to keep; are labels and model of the same task?"
+        )
+    some = _drawn(choosing, images, seed)
+    weights, rest, whole = _tensors(work, where)
     folder = None if journal is None else Path(journal)
     if folder is not None and folder.is_file():
         raise JournalError(f"{folder} is a file; protect takes journal= a folder, for a journal of each form")
@@ -296,7 +323,6 @@ def protect(
         workers=workers,
         progress=progress,
     )
-    golden = verifying.accuracy
     least = KEPT * golden if accuracy is None else accuracy
     choices = {
         "where": where,
@@ -308,9 +334,9 @@ def protect(
     }
     making = _Making(
         model=work,
-        planner=Planner(weights, rest, found, inners, line),
+        planner=Planner(weights, rest, found, inners, line, sum(c.bits for c in whole)),
         choosing=some,
-        some=verifying.some(torch.arange(min(front, verifying.samples))),
+        some=_drawn(verifying, max(front, 1), seed),
         verifying=verifying,
         choices=choices,
         least=least,
@@ -319,7 +345,7 @@ def protect(
         ber=ber,
     )
     plan = making.within(memory, time)
-    making.forms = {"as it came": Form(None, 0.0), PROTECTED: making.form(plan)}
+    making.forms = {AS_IT_CAME: Form(None, 0.0), PROTECTED: making.form(plan)}
     stored = {name: making.rival(format, plan) for name, format in rivals.items()}
     making.forms |= {name: form for name, form in stored.items() if form is not None}
     jobs = [(AT, name) for name in making.forms]
@@ -334,27 +360,45 @@ def protect(
             if kind == AT:
                 making.found[name] = Assessment.load(trying.path(AT, name, ber))
     if all(site.name in plan.formats for site in FaultSpace(work, where=where, format=plan.formats).sites):
-        whole = prod(untouched(f, tuple(work.get_parameter(n).shape), ber) for n, f in plan.formats.items())
+        sure = prod(untouched(f, tuple(work.get_parameter(n).shape), ber) for n, f in plan.formats.items())
         clean = making.found[PROTECTED].golden["accuracy"]
-        making.certain[PROTECTED] = (whole * clean, whole * clean + 1 - whole)
-    hardening, hardened = "none", None
-    if making.verdict(PROTECTED) != "met" and hardenings != {}:
-        hardening, hardened = _bounded(making, plan, hardenings, choosing, output, decision)
-    chosen = PROTECTED if hardening == "none" else f"{PROTECTED}, {hardening}"
+        making.certain[PROTECTED] = (sure * clean, sure * clean + 1 - sure)
+    else:
+        sure = 0.0
+    bounds: str | None = None
+    hardened: nn.Module | None = None
+    refused: list[str] = []
+    if sure < 1 - _SURE and hardenings != {}:
+        bounds, hardened, refused = _bounded(making, plan, memory, hardenings, choosing, output, decision)
+    chosen = PROTECTED if bounds is None else f"{PROTECTED}, {bounds}"
     safe = _packed(work if hardened is None else hardened, plan.formats)
     evidence = making.evidence()
-    evidence.loc[evidence["form"] == chosen, "time"] = making.time_of(safe)
+    took = making.time_of(safe)
+    evidence.loc[evidence["form"] == chosen, "time"] = took
+    verdict = making.verdict(chosen)
+    notes = [f"Bounds that do not fit into the memory: {', '.join(refused)}."] if refused else []
+    if time is not None and took > time:
+        verdict = "not met"
+        notes = [
+            f"A forward that decodes takes {took:.3g} × one of the model as it came, more than the {time:g} asked for: "
+            f"decode once, at load (fp.unpack_).",
+            *notes,
+        ]
+    if unable := [name for name, form in stored.items() if form is None]:
+        notes.append(f"Not compared, since they cannot hold some weight: {', '.join(unable)}.")
+    if tied := [c.name for c in whole if len(c.names) > 1]:
+        notes.append(f"Stored as they came, since tied parameters cannot be packed: {', '.join(tied)}.")
     table = making.front([found for (kind, _), found in reached.items() if kind == FRONT])
     return Protection(
         model=safe,
         formats=plan.formats,
-        hardening=hardening,
+        hardening="none" if bounds is None else bounds,
         ber=ber,
         least=least,
         golden=golden,
-        verdict=making.verdict(chosen),
+        verdict=verdict,
         certain=making.certain.get(chosen, (0.0, 1.0))[0],
-        why=_why(making, chosen, plan, evidence, tied, [name for name, form in stored.items() if form is None]),
+        why="\n".join([*_why(making, chosen, verdict, plan, evidence), *notes]),
         table=plan.table,
         evidence=evidence,
         front=table,
@@ -389,19 +433,26 @@ class _Making:
         """
         bits = (1 + memory) * self.planner.now
         lines = [self.planner.line, *(line for line in (64, 0) if line < self.planner.line)]
-        fits: Plan | None = None
+        fits: list[tuple[float, Plan]] = []
         for line in lines if time is not None else lines[:1]:
-            planner = Planner(self.planner.weights, self.planner.rest, self.planner.found, self.planner.inners, line)
+            planner = replace(self.planner, line=line, _known={})
             plan = planner.plan(self.ber, bits)
             if plan is None:
                 continue
-            fits = self._spent(planner, plan, bits)
-            if time is None or self.time_of(_packed(self.model, fits.formats)) <= time:
-                return fits
-        if fits is not None:
-            return fits
+            plan = self._spent(planner, plan, bits)
+            if time is None:
+                return plan
+            took = self.time_of(_packed(self.model, plan.formats))
+            if took <= time:
+                return plan
+            fits.append((took, plan))
+        if fits:
+            return min(fits, key=lambda found: found[0])[1]
         least = self.planner.least(self.ber)
-        need = "no code survives it" if least == inf else f"{100 * (least / self.planner.now - 1):+.1f} % are needed"
+        if least == inf:
+            need = "no code of at most that line corrects so many faults"
+        else:  # rounded up: what is said to be enough is enough
+            need = f"{ceil(1000 * (least / self.planner.now - 1)) / 10:+.1f} % are needed"
         raise ConfigError(
             f"protect: nothing that survives ber={self.ber:g} fits memory={memory:+g} ({100 * memory:+.0f} %): {need}. "
             f"Allow more memory, narrower inners= or a longer line="
@@ -428,7 +479,7 @@ class _Making:
             formats[candidate.name] = format
             bits += format.stored_bits(tuple(candidate.tensor.shape))
         bits += sum(int(rows[candidate.name]) for candidate in self.planner.rest)
-        return Form(formats, bits / self.planner.now - 1)
+        return Form(formats, (bits + self.planner.apart) / self.planner.now - 1)
 
     def verdict(self, name: str) -> str:
         """Whether the interval of the mean over trials lies above what was asked for."""
@@ -476,7 +527,12 @@ class _Making:
                     "limit": ideal_rate(form.data, (1 + form.memory) * self.planner.now / values),
                 }
             )
-        return pd.DataFrame(rows)
+        table = pd.DataFrame(rows)
+        if table.empty:
+            return table
+        ours = table[table["ours"]].sort_values("memory")
+        beaten = ours[ours["ber"] < ours["ber"].cummax()].index  # by one of ours that takes no more memory
+        return table.drop(index=beaten).reset_index(drop=True)
 
     def highest(self, budgets: set[float]) -> dict[str, Form]:
         """For each memory, the plan for the highest rate that is expected to be survived."""
@@ -484,7 +540,7 @@ class _Making:
         for budget in sorted(budgets):
             best = self._highest((1 + budget) * self.planner.now)
             if best is not None:
-                found[f"protect, memory {100 * budget:+.3g} %"] = self.form(best)
+                found[f"{_OURS}{100 * budget:+.3g} %"] = self.form(best)
         return found
 
     def form(self, plan: Plan) -> Form:
@@ -505,7 +561,7 @@ class _Making:
             ber=self.ber,
             trials=self.trials,
             few=_FEW,
-            whole=("as it came", PROTECTED),
+            whole=(AS_IT_CAME, PROTECTED),
             folder=folder,
         )
 
@@ -521,7 +577,7 @@ class _Making:
 
     def _keeps(self, plan: Plan) -> bool:
         """Whether without faults, on the data of the choice, at most half of what may be lost is lost."""
-        share = self.least / self.verifying.accuracy if self.verifying.accuracy else 1.0
+        share = self.least / self.verifying.accuracy
         return self._clean(plan) >= max(share, (1 + share) / 2) * self.choosing.accuracy
 
     def _clean(self, plan: Plan) -> float:
@@ -544,49 +600,52 @@ class _Making:
 def _bounded(
     making: _Making,
     plan: Plan,
+    memory: float,
     hardenings: Mapping[str, Hardening] | None,
     choosing: Calibration,
     output: Output,
     decision: DecisionChoice,
-) -> tuple[str, nn.Module | None]:
-    """The bounds that help the stored form most, judged on the data of the choice; "none" if none does."""
+) -> tuple[str | None, nn.Module | None, list[str]]:
+    """The bounds that help the stored form most, and those that do not fit; all judged on the data of the choice."""
 
     def judged(model: nn.Module, name: str, data: Calibration) -> Assessment:
         path = None if making.folder is None else making.folder / file_name(f"{name} {making.ber:g}")
         return inject(making.choices, model, plan.formats, data, making.ber, making.trials, path)
 
-    plain = judged(making.model, "choose plain", making.choosing)
-    best: tuple[float, str, nn.Module | None] = (float(plain.summary["accuracy"].iloc[0]), "none", None)
+    mean = float(judged(making.model, "choose plain", making.choosing).summary["accuracy"].iloc[0])
+    if mean >= least_on(making.choosing, making.least, making.verifying):
+        return None, None, []
+    best: tuple[float, str, nn.Module, float] | None = None
+    refused, own = [], {name for name, _ in making.model.named_parameters()}
     for name, method in ({"Guard": Guard()} if hardenings is None else hardenings).items():
         safe = harden(making.model, method, data=_as_data(choosing), output=output, decision=decision, progress=False)
-        mean = float(judged(safe, f"choose {name}", making.choosing).summary["accuracy"].iloc[0])
-        if mean > best[0]:
-            best = (mean, name, safe)
-    if best[2] is not None:
-        extra = sum(p.numel() * p.element_size() * 8 for n, p in best[2].named_parameters() if n not in plan.formats)
-        chosen, form = f"{PROTECTED}, {best[1]}", making.form(plan)
-        making.forms[chosen] = replace(form, memory=form.memory + extra / making.planner.now)
-        making.found[chosen] = judged(best[2], f"at {chosen}", making.verifying)
-    return best[1], best[2]
+        extra = sum(p.numel() * p.element_size() * 8 for n, p in safe.named_parameters() if n not in own)
+        takes = (plan.bits + extra) / making.planner.now - 1
+        if takes > memory:
+            refused.append(f"{name} ({100 * takes:+.2f} %)")
+            continue
+        bounded = float(judged(safe, f"choose {name}", making.choosing).summary["accuracy"].iloc[0])
+        if bounded > (mean if best is None else best[0]):
+            best = (bounded, name, safe, takes)
+    if best is None:
+        return None, None, refused
+    _, name, safe, takes = best
+    chosen = f"{PROTECTED}, {name}"
+    making.forms[chosen] = replace(making.form(plan), memory=takes)
+    making.found[chosen] = judged(safe, f"at {chosen}", making.verifying)
+    return name, safe, refused
 
 
-def _why(
-    making: _Making,
-    chosen: str,
-    plan: Plan,
-    evidence: pd.DataFrame,
-    tied: Sequence[str],
-    unable: Sequence[str],
-) -> str:
+def _why(making: _Making, chosen: str, verdict: str, plan: Plan, evidence: pd.DataFrame) -> list[str]:
     """What was chosen and what came of it, in sentences."""
     row = evidence[evidence["form"] == chosen].iloc[0]
-    plain = evidence[evidence["form"] == "as it came"].iloc[0]
+    plain = evidence[evidence["form"] == AS_IT_CAME].iloc[0]
     weights = plan.table[plan.table["kind"] == "weight"]
     counts = weights.groupby("data")["values"].sum()
     widths = ", ".join(f"{100 * n / counts.sum():.0f} % in {bits}" for bits, n in counts.items())
     low, high = making.interval(chosen)
     sentences = [
-        f"{'Met' if making.verdict(chosen) == 'met' else making.verdict(chosen).capitalize()}: at a bit error rate of "
+        f"{verdict.capitalize()}: at a bit error rate of "
         f"{making.ber:g} the mean accuracy is {100 * row['accuracy']:.2f} % [{100 * low:.2f}, {100 * high:.2f}]; asked "
         f"for were {100 * making.least:.2f} %. "
         + (
@@ -601,13 +660,17 @@ def _why(
         f"constants of formats, which are taken to lie in protected memory, charged as if the same codes protected "
         f"them.",
     ]
-    rivals = evidence[~evidence["form"].isin(["as it came", PROTECTED, chosen])]
-    fair = rivals[rivals["memory"] <= max(float(row["memory"]), 0.0) + 0.005]
+    # rivals store biases and norms as we do: what that adds is not theirs
+    names = {candidate.name for candidate in making.planner.rest}
+    coded = int(plan.table.loc[plan.table["name"].isin(names), "bits"].sum())
+    added = (coded - sum(candidate.bits for candidate in making.planner.rest)) / making.planner.now
+    rivals = evidence[~evidence["form"].isin([AS_IT_CAME, PROTECTED, chosen])]
+    fair = rivals[rivals["memory"] - max(added, 0.0) <= max(float(row["memory"]), 0.0) + 1e-9]
     if len(fair):
         best = fair.sort_values("accuracy").iloc[-1]
         sentences.append(
-            f"The best of {len(fair)} other forms of no more memory than the model had is {best['form']!r} with "
-            f"{_percent(best, 'accuracy')}."
+            f"The best of {len(fair)} other forms whose weights take no more memory than the model had is "
+            f"{best['form']!r} with {_percent(best, 'accuracy')}."
         )
     found = making.found[chosen]
     if found.coverage < 1:
@@ -616,29 +679,44 @@ def _why(
             f"Faults hit {100 * found.coverage:.2f} % of what the model stores; outside are {', '.join(outside[:2])}"
             f"{f' and {len(outside) - 2} more' if len(outside) > 2 else ''}, which are never packed."
         )
-    if unable:
-        sentences.append(f"Not compared, since they cannot hold some weight: {', '.join(unable)}.")
-    if tied:
-        sentences.append(f"Not stored, since tied parameters cannot be packed: {', '.join(tied)}.")
-    return "\n".join(sentences)
+    return sentences
 
 
 def _percent(row: Any, name: str) -> str:
     return f"{100 * row[name]:.2f} % [{100 * row[f'{name}_low']:.2f}, {100 * row[f'{name}_high']:.2f}]"
 
 
-def _tensors(model: nn.Module, where: Parameters | None) -> tuple[list[Candidate], list[Candidate], list[str]]:
-    """Weights that have a choice, other parameters, and names of tied ones, which cannot be packed."""
+def _tensors(model: nn.Module, where: Parameters | None) -> tuple[list[Candidate], list[Candidate], list[Candidate]]:
+    """Weights that have a choice, other parameters, and those that stay as they are: tied ones and integers."""
     asked = check_where(where)
     chosen = [c for c in inventory(model) if not c.is_buffer and not asked.leaves_out(c)]
-    if packed := [c.name for c in chosen if c.packed is not None]:
-        raise ConfigError(f"{packed[0]} is packed already; protect takes the model as it was before")
-    tied = [c.name for c in chosen if len(c.names) > 1]
     free = [c for c in chosen if len(c.names) == 1 and not c.problem and c.tensor.is_floating_point()]
     if not free:
         raise ConfigError(f"protect: this {type(model).__name__} has no floating-point parameters that can be packed")
+    for candidate in free:
+        if not bool(torch.isfinite(candidate.tensor).all()):
+            raise ConfigError(
+                f"protect: {candidate.name} holds NaN or infinite values, which no code can keep apart from faults; "
+                f"mend the weights, or leave it out: where=fp.Parameters(exclude=[{candidate.name!r}])"
+            )
+        if candidate.tensor.dtype == torch.float64:
+            raise ConfigError(
+                f"protect: {candidate.name} is float64, which is hardly what is deployed; pass model.float() or "
+                f"model.half()"
+            )
     weights = [c for c in free if c.quantisable]
-    return weights, [c for c in free if not c.quantisable], tied
+    named = {c.name for c in free}
+    return weights, [c for c in free if not c.quantisable], [c for c in chosen if c.name not in named]
+
+
+def _drawn(part: Calibration, count: int, seed: int) -> Calibration:
+    """So many samples at random, in their order; whole batches where samples cannot be taken apart."""
+    if count >= part.samples or (part.cut is None and len(part.batches.sizes) == 1):
+        return part
+    try:
+        return part.split(count / part.samples, seed)[1]
+    except DataError:  # all but a part of a batch: all
+        return part
 
 
 def _fingerprint(model: nn.Module, data: Calibration, output: Output, decision: DecisionChoice, device: Any) -> Any:
@@ -657,7 +735,7 @@ def _packed(model: nn.Module, formats: dict[str, Format]) -> nn.Module:
 
 
 def _check(**given: Any) -> None:
-    """Refuse rates, shares and counts that are none."""
+    """Refuse rates and shares that are none."""
     numbers = {"ber": (0, 0.5), "accuracy": (0, 1), "memory": (-1, inf), "time": (0, inf)}
     for name, (low, high) in numbers.items():
         value = given[name]
@@ -667,7 +745,47 @@ def _check(**given: Any) -> None:
             closed = name == "accuracy" and value in (0, 1) and not isinstance(value, bool)
             if not closed:
                 raise ConfigError(f"protect takes {name}= a number between {low} and {high}, got {value!r}")
-    for name, least in (("images", 1), ("trials", 1), ("line", 1), ("front", 0)):
-        value = given[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+
+
+def _check_counts(**given: tuple[Any, int]) -> None:
+    """Refuse counts that are no whole numbers, or too small."""
+    for name, (value, least) in given.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
             raise ConfigError(f"protect takes {name}= a whole number from {least}, got {value!r}")
+
+
+def _check_forms(rivals: Any, inners: Any, hardenings: Any) -> None:
+    """Refuse what are no named formats, no formats, or no named bounds, and names that tables have already."""
+    example = "such as fp.Affine(bits=5, axis=0)"
+    if not isinstance(rivals, Mapping) or not all(isinstance(name, str) for name in rivals):
+        raise ConfigError(f"protect takes {{name: format}} as rivals=, got {rivals!r}")
+    if isinstance(inners, Format) or not isinstance(inners, Sequence) or not inners:
+        raise ConfigError(f"protect takes one or more formats in a list as inners=, {example}, got {inners!r}")
+    for what, given in (("rivals", rivals.values()), ("inners", inners)):
+        if wrong := [format for format in given if not isinstance(format, Format)]:
+            raise ConfigError(f"protect takes formats as {what}=, {example}, got {wrong[0]!r}")
+    if not isinstance(hardenings, Mapping) or not all(
+        isinstance(name, str) and isinstance(method, Hardening) for name, method in hardenings.items()
+    ):
+        raise ConfigError(f"protect takes {{name: bounds}} as hardenings=, such as fp.Guard(), got {hardenings!r}")
+    for name in rivals:
+        if name in (AS_IT_CAME, PROTECTED) or name.startswith((_OURS, f"{PROTECTED}, ")):
+            raise ConfigError(f"a rival cannot be called {name!r}: that names another row of the tables")
+    if "none" in hardenings:
+        raise ConfigError("bounds cannot be called 'none': that says that there are none")
+
+
+def _check_module(model: nn.Module) -> None:
+    """Refuse models whose parameters cannot be packed, by name."""
+    if packed := [c.name for c in inventory(model) if c.packed is not None]:
+        raise ConfigError(f"{packed[0]} is packed already; protect takes the model as it was before")
+    check_hooks_run(model)
+    for name, module in model.named_modules():
+        place = f"{name} of the model" if name else "the model"
+        if parametrize.is_parametrized(module):
+            raise ConfigError(
+                f"{place} computes a parameter from others (torch.nn.utils.parametrize, as weight_norm does); store "
+                f"what it computes first: torch.nn.utils.parametrize.remove_parametrizations"
+            )
+        if any(isinstance(p, UninitializedParameter) for p in module.parameters(recurse=False)):
+            raise ConfigError(f"{place} has parameters that are not initialised yet; run the model once")

@@ -219,13 +219,9 @@ class Trying:
                 **self.choices,
             ) as ask,
         ):
-            reached = survival(partial(mean_accuracy, ask), self._least_of(self.some), trials=trials)
+            least = least_on(self.some, self.least, self.verifying)
+            reached = survival(partial(mean_accuracy, ask), least, trials=trials)
         return Tried(kind, name, *reached)
-
-    def _least_of(self, part: Calibration) -> float:
-        """What is asked for, on some of the samples: as large a share of the accuracy without faults."""
-        whole = self.verifying.accuracy
-        return self.least * part.accuracy / whole if whole else self.least
 
     def at(self, name: str) -> Assessment:
         """A form at the rate that was asked for; a few trials are enough for one that is clearly out."""
@@ -263,6 +259,11 @@ class Trying:
     def recover(self) -> None:
         """Give memory back to a device that ran out of it."""
         release_memory()
+
+
+def least_on(part: Calibration, least: float, whole: Calibration) -> float:
+    """What is asked for on other samples: as large a share of the accuracy without faults as `least` is of all."""
+    return least * part.accuracy / whole.accuracy
 
 
 def inject(
