@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class Blocks(Protected):
     def together(self) -> int:
         return 1 if self.data_bits is None else self.data_bits // self.inner.width
 
-    @property
+    @cached_property
     def checks(self) -> int:
         # the last block of a tensor may be almost twice as long, and its code may have more check bits
         lengths = range(self.together, 2 * self.together)
@@ -76,8 +77,9 @@ class Blocks(Protected):
         """Stored bits of each word of a block of so many."""
         if not words:
             return ()
-        checks, each = self.check_bits(words), self.checks
-        return tuple(self.inner.width + min(max(checks - j * each, 0), each) for j in range(words))
+        alone, each = self.inner.width, self.checks
+        full, over = divmod(self.check_bits(words), each)  # the first words carry the check bits, as many as fit
+        return ((alone + each,) * full + (alone + over,) + (alone,) * words)[:words]
 
     def protect_words(self, data: Tensor) -> Tensor:
         flat = data.reshape(-1)

@@ -287,6 +287,9 @@ class Planner:
     line: int = LINE
     apart: int = 0
     _known: dict[float, list[list[dict[str, Any]]]] = field(default_factory=dict, compare=False, repr=False)
+    _reckoned: dict[Any, tuple[list[tuple[Format, float]], bool]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @cached_property
     def now(self) -> int:
@@ -337,17 +340,24 @@ class Planner:
         """Each of these under a code of each strength; at least under the strongest one that there is."""
         count, rows = candidate.tensor.numel(), {}
         for inner, rounding in inners:
-            codes = [cheapest(inner, ber, share, words=count, line=self.line) for share in SHARES]
+            codes, enough = self._codes(inner, ber, count)
+            for code, lost in codes:
+                unsure = 1 - untouched(code, tuple(candidate.tensor.shape), ber)
+                cost = rounding + min(lost * each_lost, WORST) + _UNSURE * unsure
+                rows[repr(code)] = _row(candidate, code, inner, lost, cost) | {"enough": enough}
+        return list(rows.values())
+
+    def _codes(self, inner: Format, ber: float, words: int) -> tuple[list[tuple[Format, float]], bool]:
+        """Codes for a tensor of so many words with their lost shares, and whether they are enough; reckoned once."""
+        key = (repr(inner), ber, words, self.line)
+        if key not in self._reckoned:
+            codes = [cheapest(inner, ber, share, words=words, line=self.line) for share in SHARES]
             enough = any(codes)
             if not enough:
-                codes = [strongest(inner, 64, words=count, line=max(self.line, 64))]
-            for code in codes:
-                if code is not None:
-                    lost = lost_share(code, count, ber)
-                    unsure = 1 - untouched(code, tuple(candidate.tensor.shape), ber)
-                    cost = rounding + min(lost * each_lost, WORST) + _UNSURE * unsure
-                    rows[repr(code)] = _row(candidate, code, inner, lost, cost) | {"enough": enough}
-        return list(rows.values())
+                codes = [strongest(inner, 64, words=words, line=max(self.line, 64))]
+            found = {repr(code): (code, lost_share(code, words, ber)) for code in codes if code is not None}
+            self._reckoned[key] = list(found.values()), enough
+        return self._reckoned[key]
 
 
 def _that_hold(candidate: Candidate) -> list[tuple[Format, float]]:
