@@ -61,7 +61,7 @@ from flipproof.storage.codes import LINE, ideal_rate, untouched
 from flipproof.storage.explore import Question, file_name
 from flipproof.storage.files import save_packed
 from flipproof.storage.pack import pack_
-from flipproof.storage.survival import AT, FRONT, LADDER, Form, Tried, Trying, inject, least_on
+from flipproof.storage.survival import AT, FRONT, LADDER, Form, Tried, Trying, bisected, inject, least_on
 
 PROTECTED = "protected"
 """The form that was chosen, in tables."""
@@ -567,13 +567,19 @@ class _Making:
 
     def _highest(self, bits: float) -> Plan | None:
         """The plan for the highest rate that is expected to be survived within so many bits."""
-        plans: list[Plan] = []
-        for rate in LADDER[LADDER.index(1e-5) :]:
-            plan = self.planner.plan(rate, bits)
-            if plan is None or plan.drift > _DRIFT:
-                break
-            plans.append(plan)
-        return next((plan for plan in reversed(plans) if self._keeps(plan)), plans[0] if plans else None)
+        rates = LADDER[LADDER.index(1e-5) :]
+        plans: dict[int, Plan] = {}
+
+        def drifts_little(index: int) -> bool:
+            plan = self.planner.plan(rates[index], bits)
+            if plan is not None and plan.drift <= _DRIFT:
+                plans[index] = plan
+            return index in plans
+
+        for index in range(bisected(drifts_little, -1, len(rates)), -1, -1):
+            if drifts_little(index) and self._keeps(plans[index]):
+                return plans[index]
+        return plans[min(plans)] if plans else None
 
     def _keeps(self, plan: Plan) -> bool:
         """Whether without faults, on the data of the choice, at most half of what may be lost is lost."""

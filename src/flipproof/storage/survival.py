@@ -82,7 +82,7 @@ def survival(
             means[index] = mean(index, trials)
         return means[index] >= least
 
-    low = _bisected(guess, -1, len(ladder))
+    low = bisected(guess, -1, len(ladder))
     high, step = low + 1, 1
     if enough(low):
         while enough(high):
@@ -91,11 +91,11 @@ def survival(
         low, high = low - 1, low
         while not enough(low):
             low, high, step = max(low - step, -1), low, 2 * step
-    low = _bisected(enough, low, high)
+    low = bisected(enough, low, high)
     return Survival(0.0 if low < 0 else ladder[low], means.get(low, nan), means.get(low + 1, guessed.get(low + 1, nan)))
 
 
-def _bisected(enough: Callable[[int], bool], low: int, high: int) -> int:
+def bisected(enough: Callable[[int], bool], low: int, high: int) -> int:
     """The last index that is enough; `low` is, and `high` is not."""
     while high - low > 1:
         middle = (low + high) // 2
