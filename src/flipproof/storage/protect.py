@@ -27,6 +27,7 @@ from flipproof.engine.jobs import do_all
 from flipproof.engine.journal import Journal
 from flipproof.errors import ConfigError, DataError, JournalError
 from flipproof.formats import (
+    BCH,
     CEP,
     MSET,
     SECDED,
@@ -424,6 +425,7 @@ class _Making:
     forms: dict[str, Form] = field(default_factory=dict)
     found: dict[str, Assessment] = field(default_factory=dict)
     certain: dict[str, tuple[float, float]] = field(default_factory=dict)
+    cleaned: dict[str, float] = field(default_factory=dict)
 
     def within(self, memory: float, time: float | None) -> Plan:
         """The plan for a budget: for the rate that was asked for, or a higher one if that costs no more.
@@ -587,15 +589,22 @@ class _Making:
         return self._clean(plan) >= max(share, (1 + share) / 2) * self.choosing.accuracy
 
     def _clean(self, plan: Plan) -> float:
-        """Accuracy without faults on the data of the choice, with all values as the plan stores them."""
-        stored = deepcopy(self.model)
-        with torch.no_grad(), one_thread(device_of(stored)):
-            for name, format in plan.formats.items():
-                parameter = stored.get_parameter(name)
-                values = held_by(format, parameter)
-                assert values is not None  # or the plan would not store it so
-                parameter.copy_(values)
-            return self.choosing.accuracy_of(stored)
+        """Accuracy without faults on the data of the choice, with all values as the plan stores them.
+
+        A code gives back what it was given, so this depends on the formats inside alone.
+        """
+        inside = {name: f.inner if isinstance(f, BCH) else f for name, f in plan.formats.items()}
+        key = repr(inside)
+        if key not in self.cleaned:
+            stored = deepcopy(self.model)
+            with torch.no_grad(), one_thread(device_of(stored)):
+                for name, format in inside.items():
+                    parameter = stored.get_parameter(name)
+                    values = held_by(format, parameter)
+                    assert values is not None  # or the plan would not store it so
+                    parameter.copy_(values)
+                self.cleaned[key] = self.choosing.accuracy_of(stored)
+        return self.cleaned[key]
 
     def time_of(self, packed: nn.Module) -> float:
         """A forward that decodes at use ÷ one of the model as it came, in turn, on the first batch."""
