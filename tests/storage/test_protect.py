@@ -307,7 +307,7 @@ def test_samples_are_drawn_and_not_the_first_ones():
         network(),
         list(zip(sample.batches.inputs, sample.batches.targets.split(list(sample.batches.sizes)), strict=True)),
         faults=fp.BitErrorRate(LADDER, exact=False),
-        trials=3,
+        trials=5,
         progress=False,
     )
     means = dict(zip(again.summary["ber"], again.summary["accuracy"], strict=True))
@@ -364,7 +364,7 @@ class Curve:
 @pytest.mark.parametrize("least", [0.2, 0.5, 0.9, 1.1, 0.0])
 def test_the_search_ends_at_the_last_rate_that_is_enough_wherever_one_trial_points_to(least, off):
     mean = Curve(off)
-    found = survival(mean, least, trials=3, ladder=LONG)
+    found = survival(mean, least, trials=3, confirm=3, ladder=LONG)
     # what one trial says is clearly out is not asked again, of the rates that it was asked of
     out = {index for index, trials in mean.asked if trials == 1 and Curve(off)(index, 1) < least - 0.1}
     enough = [rate for index, rate in enumerate(LONG) if 1 / (1 + rate * 1e4) >= least]
@@ -377,8 +377,17 @@ def test_the_search_ends_at_the_last_rate_that_is_enough_wherever_one_trial_poin
 
 def test_a_rate_at_which_one_trial_is_clearly_out_is_not_tried_again():
     mean = Curve()
-    assert survival(mean, 0.9, trials=3, ladder=LONG).ber == 1e-5
+    assert survival(mean, 0.9, trials=3, confirm=3, ladder=LONG).ber == 1e-5
     assert [index for index, trials in mean.asked if trials == 3] == [LONG.index(1e-5)]
+
+
+def test_a_rate_that_only_few_trials_call_enough_is_not_the_answer():
+    def lucky(index, trials):
+        return 1 / (1 + LONG[index] * 10 ** (2 if trials < 10 else 4))
+
+    found = survival(lucky, 0.9, trials=3, confirm=10, ladder=LONG)
+    assert found.ber == 1e-5
+    assert found.accuracy == lucky(LONG.index(1e-5), 10) >= 0.9 > found.next
 
 
 def test_drift_is_the_relative_entropy():

@@ -181,16 +181,16 @@ def _bounded(subject: Trained, found: Protection, scale: str, folder: Path) -> p
             )
         except (ConfigError, ModelError):  # a network without activations that the method knows
             continue
-        trials = max(3, TRIALS[scale] // 5)
+        trials, confirm = max(3, TRIALS[scale] // 5), TRIALS[scale]
         with on_demand(
             safe,
             subject.test,
             format={"*": FixedPoint()},
             faults=BitErrorRate(LADDER, exact=False),
-            trials=trials,
+            trials=confirm,
             journal=folder / f"bounds-{slug(name)}.jsonl",
         ) as ask:
-            reached = survival(partial(mean_accuracy, ask), found.least, trials=trials)
+            reached = survival(partial(mean_accuracy, ask), found.least, trials=trials, confirm=confirm)
         memory = sum(p.numel() for p in safe.parameters()) / now - 1
         rows.append(
             {
@@ -216,7 +216,7 @@ def _before_and_after(
             subject.test,
             format=formats,
             faults=BitErrorRate(RATES, exact=False),
-            trials=max(3, TRIALS[scale] // 3),
+            trials=2 * TRIALS[scale],
             journal=folder / f"sweep-{slug(name)}.jsonl",
             workers=workers,
             progress=False,
@@ -297,7 +297,7 @@ def _ahead(network: str, front: pd.DataFrame) -> list[dict[str, str]]:
     ours = front[front["ours"]]
     claims = []
     for row in front[~front["ours"]].to_dict("records"):
-        fair = ours[ours["memory"] <= max(row["memory"], -0.75) + 0.02]
+        fair = ours[ours["memory"] <= row["memory"] + 1e-9]
         if row["form"] == "as it came" or fair.empty:
             continue
         best = float(fair["ber"].max())

@@ -259,7 +259,8 @@ def protect(
             as long, and those of biases and norms, which are few, up to 2,048.
         where: which parameters; all by default. Buffers are never packed.
         images: samples that choices are made on, at most.
-        trials: injections a form at `ber`; the front takes a fifth of them at each rate, and three at least.
+        trials: injections a form at `ber`; the front looks with a fifth of them at a rate, three at least,
+            and confirms its answer with all.
         front: samples on which the highest rate that each form survives is looked for, at most; 0 looks for none.
             Survived is a rate at which as large a share of their accuracy is kept as is asked for at `ber`.
         seed: of all draws.

@@ -50,12 +50,18 @@ class Survival(NamedTuple):
 
 
 def survival(
-    mean: Callable[[int, int], float], least: float, *, trials: int, ladder: tuple[float, ...] = LADDER
+    mean: Callable[[int, int], float],
+    least: float,
+    *,
+    trials: int,
+    confirm: int,
+    ladder: tuple[float, ...] = LADDER,
 ) -> Survival:
     """Look on a ladder for the highest rate at which the mean accuracy is at least `least`.
 
     Where it lies is guessed by bisection, with one trial a rate. From there it is looked for with all trials, except at
-    rates where the one trial was `CLEAR` too low.
+    rates where the one trial was `CLEAR` too low. What is found has to hold with `confirm` trials, or the next lower
+    rate has to: the highest of many rates that pass with few trials is the luckiest one.
 
     It takes for granted that accuracy falls with the rate. Where it does not, within the noise of few trials, the
     answer may be a step of the ladder off.
@@ -63,7 +69,8 @@ def survival(
     Args:
         mean: (index of a rate, trials) → mean accuracy of the first so many trials there.
         least: mean accuracy that is still enough, a fraction.
-        trials: at a rate.
+        trials: at a rate while looking.
+        confirm: at the rate that is the answer.
         ladder: rates, ascending.
     """
     guessed: dict[int, float] = {}
@@ -92,6 +99,11 @@ def survival(
         while not enough(low):
             low, high, step = max(low - step, -1), low, 2 * step
     low = bisected(enough, low, high)
+    while low >= 0 and confirm > trials:
+        means[low] = mean(low, confirm)
+        if means[low] >= least:
+            break
+        low -= 1
     return Survival(0.0 if low < 0 else ladder[low], means.get(low, nan), means.get(low + 1, guessed.get(low + 1, nan)))
 
 
@@ -206,7 +218,7 @@ class Trying:
         if kind == AT:
             found = self.at(name)
             return Tried(kind, name, self.ber, _mean(found), nan)
-        trials = max(3, self.trials // 5)
+        trials, confirm = max(3, self.trials // 5), max(3, self.trials)
         with (
             _known_warnings_off(),
             on_demand(
@@ -214,13 +226,13 @@ class Trying:
                 _labelled(self.some),
                 format=self.forms[name].formats,
                 faults=BitErrorRate(LADDER, exact=False),
-                trials=trials,
+                trials=confirm,
                 journal=self.path(FRONT, name, 0.0),
                 **self.choices,
             ) as ask,
         ):
             least = least_on(self.some, self.least, self.verifying)
-            reached = survival(partial(mean_accuracy, ask), least, trials=trials)
+            reached = survival(partial(mean_accuracy, ask), least, trials=trials, confirm=confirm)
         return Tried(kind, name, *reached)
 
     def at(self, name: str) -> Assessment:
