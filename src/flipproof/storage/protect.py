@@ -62,7 +62,7 @@ from flipproof.storage.codes import LINE, ideal_rate, untouched
 from flipproof.storage.explore import Question, file_name
 from flipproof.storage.files import save_packed
 from flipproof.storage.pack import pack_
-from flipproof.storage.survival import AT, FRONT, LADDER, Form, Tried, Trying, bisected, inject, least_on
+from flipproof.storage.survival import AT, FRONT, LADDER, Form, Tried, Trying, bisected, inject, labelled, least_on
 
 PROTECTED = "protected"
 """The form that was chosen, in tables."""
@@ -634,7 +634,7 @@ def _bounded(
     best: tuple[float, str, nn.Module, float] | None = None
     refused, own = [], {name for name, _ in making.model.named_parameters()}
     for name, method in ({"Guard": Guard()} if hardenings is None else hardenings).items():
-        safe = harden(making.model, method, data=_as_data(choosing), output=output, decision=decision, progress=False)
+        safe = harden(making.model, method, data=labelled(choosing), output=output, decision=decision, progress=False)
         extra = sum(p.numel() * p.element_size() * 8 for n, p in safe.named_parameters() if n not in own)
         takes = (plan.bits + extra) / making.planner.now - 1
         if takes > memory:
@@ -738,12 +738,6 @@ def _drawn(part: Calibration, count: int, seed: int) -> Calibration:
 def _fingerprint(model: nn.Module, data: Calibration, output: Output, decision: DecisionChoice, device: Any) -> Any:
     choices = {"output": output, "decision": decision, "device": device}
     return inject(choices, model, None, data, 0.0, 1, None).header.fingerprint
-
-
-def _as_data(part: Calibration) -> list[Any]:
-    """Batches as `assess` takes them."""
-    targets = torch.split(part.batches.targets, list(part.batches.sizes))
-    return list(zip(part.batches.inputs, targets, strict=True))
 
 
 def _packed(model: nn.Module, formats: dict[str, Format]) -> nn.Module:

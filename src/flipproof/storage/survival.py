@@ -191,7 +191,7 @@ class Trying:
         model: in eval mode.
         forms: by name.
         verifying: what nothing was chosen on.
-        some: the first samples of it, for the front.
+        some: samples of it, for the front.
         choices: arguments of `assess` that all forms share.
         least: mean accuracy that is asked for.
         ber: at which.
@@ -223,7 +223,7 @@ class Trying:
             _known_warnings_off(),
             on_demand(
                 self.model,
-                _labelled(self.some),
+                labelled(self.some),
                 format=self.forms[name].formats,
                 faults=BitErrorRate(LADDER, exact=False),
                 trials=confirm,
@@ -292,7 +292,7 @@ def inject(
     with _known_warnings_off():
         return assess(
             model,
-            _labelled(data),
+            labelled(data),
             format=formats,
             faults=BitErrorRate(ber, exact=False),
             trials=trials,
@@ -304,7 +304,7 @@ def inject(
         )
 
 
-def _labelled(data: Calibration) -> list[Any]:
+def labelled(data: Calibration) -> list[Any]:
     """Batches as `assess` takes them."""
     return list(zip(data.batches.inputs, torch.split(data.batches.targets, list(data.batches.sizes)), strict=True))
 
