@@ -58,7 +58,8 @@ class AuditError(FlipproofError, RuntimeError):
     """A trial came out otherwise when it ran again, whole and uncached, on a fresh copy of the model.
 
     Attributes:
-        shortcut: what changed the record: "suffix", "shared batch", or "state" for none of the shortcuts.
+        shortcut: what changed the record: "suffix", "shared batch", "repaired words", or "state" for none of the
+            shortcuts.
         point: index of the fault point.
         trial: index of the trial there.
     """

@@ -14,10 +14,12 @@ from torch.nn import functional as F
 import flipproof as fp
 from flipproof.campaigns import trial
 from flipproof.errors import AuditError, FlipproofWarning
+from flipproof.faults.sampling import TrialGenerator
 from flipproof.formats.base import bit_pattern
 from flipproof.running.faulty import FaultyModel
 from flipproof.running.resume import Suffixes
 from flipproof.running.straight import refers_to_tensors
+from flipproof.spaces.parameters import FaultSpace
 
 OUTCOMES = ["masked", "non_critical_sdc", "critical_sdc", "due"]
 
@@ -115,6 +117,93 @@ def test_a_shortcut_that_fails_its_proof_is_not_taken(monkeypatch):
     truth = table(fp.assess(Trapped(), **setup, cache_bytes=0, audit=0))
     monkeypatch.setattr(Suffixes, "resume", wrong_resume)
     assert table(fp.assess(Trapped(), **setup, audit=1)) == truth
+
+
+REPAIRED = [
+    None,
+    fp.Affine(bits=4, axis=0),
+    fp.FixedPoint(),
+    fp.SignVote(fp.FixedPoint()),
+    fp.RangeChecked(fp.FixedPoint(), per="channel"),
+    fp.TripleMSB(fp.Affine(bits=4)),
+    fp.SECDED(fp.Rounded(fp.Float32(), bits=26)),
+    fp.BCH(fp.Rounded(fp.Float16(), bits=11), t=5),
+    fp.BCH(fp.Affine(bits=4, axis=0), t=2, block=8),
+    fp.InPlaceECC(fp.Symmetric(bits=8, axis=0, largest=63)),
+    fp.MSET(fp.Float32()),
+]
+
+
+@pytest.mark.parametrize(
+    "faults", [fp.BitErrorRate((1e-5, 3e-3, 3e-2), exact=False), fp.StuckAt((1e-4, 3e-3), exact=False)]
+)
+@pytest.mark.parametrize("format", REPAIRED, ids=repr)
+def test_words_that_read_as_without_faults_give_the_golden_answers(format, faults, mlp, blobs, monkeypatch):
+    setup = {"data": blobs, "faults": faults, "trials": 25, "format": format, "audit": 0, "cache_bytes": 0}
+    runs = []
+    counted = FaultyModel._forward
+    monkeypatch.setattr(FaultyModel, "_forward", lambda *args: runs.append(args) or counted(*args))
+    found = fp.assess(mlp, **setup)
+    short = len(runs)
+    monkeypatch.setattr(FaultSpace, "as_stored", False)  # nothing is known, so everything runs
+    assert table(fp.assess(mlp, **setup)) == table(found)
+    assert short < len(runs) - short
+
+
+@pytest.mark.parametrize("format", REPAIRED, ids=repr)
+def test_as_stored_means_the_same_bits_in_every_tensor(format, mlp):
+    space = FaultSpace(mlp, format=format)
+    seen = set()
+    with space.stored():
+        stored = [bit_pattern(p.detach().clone()) for p in mlp.parameters()]
+        for index in range(60):
+            rate = fp.BitErrorRate((1e-4, 1e-3, 1e-1)[index % 3], exact=False)
+            with space.corrupted(rate.draw(space, TrialGenerator(1, "as stored", index))):
+                equal = all(
+                    torch.equal(bit_pattern(p.detach()), b) for p, b in zip(mlp.parameters(), stored, strict=True)
+                )
+                assert space.as_stored == equal
+                seen.add(equal)
+            assert not space.as_stored
+    assert seen == {True, False}
+
+
+def test_packed_words_that_are_hit_are_decoded_by_the_model_itself(mlp, blobs):
+    code = fp.BCH(fp.Affine(bits=4, axis=0), t=2, block=8)
+    setup = {"data": blobs, "faults": fp.BitErrorRate((1e-4, 1e-2), exact=False), "trials": 25}
+    packed = fp.pack_(copy.deepcopy(mlp), {"*weight": code})
+    space = FaultSpace(packed)
+    first = next(site for site in space.sites if site.format == code)
+    with space.corrupted(space.faults([(first.name, 0, 0)])):
+        assert not space.as_stored
+    with space.corrupted(space.faults([])):
+        assert space.as_stored
+    assert table(fp.assess(packed, **setup)) == table(fp.assess(packed, **setup, audit=1))
+
+
+def test_repairs_that_are_claimed_wrongly_are_seen_before_they_are_used(mlp, blobs, monkeypatch):
+    setup = {"data": blobs, "faults": fp.BitErrorRate(3e-2), "trials": 40}
+    truth = table(fp.assess(mlp, **setup))
+    monkeypatch.setattr(FaultSpace, "as_stored", True)
+    assert table(fp.assess(mlp, **setup, audit=0)) == truth
+
+
+def test_repairs_that_are_claimed_wrongly_later_are_found_by_the_audit(mlp, blobs, tmp_path, monkeypatch):
+    setup = {"data": blobs, "faults": fp.RandomBits(1), "trials": 60, "journal": tmp_path / "j.jsonl"}
+    truth = table(fp.assess(mlp, **{**setup, "journal": None}))
+    monkeypatch.setattr(FaultSpace, "as_stored", True)
+    honest = FaultyModel._repaired
+
+    def hasty(self, batch, draw):
+        return honest(self, batch, draw) if self.repaired is None else self.golden[self.batches.part(batch)]
+
+    monkeypatch.setattr(FaultyModel, "_repaired", hasty)
+    with pytest.raises(AuditError, match="'repaired words'") as caught:
+        fp.assess(mlp, **setup, audit=0.5)
+    assert caught.value.shortcut == "repaired words"
+    monkeypatch.undo()
+    resumed = fp.assess(mlp, **setup, audit=0.5)
+    assert table(resumed) == truth
 
 
 def test_five_trials_are_audited_and_a_share(mlp, blobs):

@@ -107,10 +107,10 @@ def assess(
         decision: how outputs become classes: "logits", "probabilities", "argmax", or a number, the threshold of a
             single output. None recognises it; where outputs could be either, a warning says what was assumed. The
             header has it as `decision`.
-        cache_bytes: memory for golden activations, with which a trial starts at the first faulted layer; 0 runs every
-            trial whole. None allows the size of the model's parameters, less what `format` keeps of them (a campaign
-            then holds the model and one copy), but at least 16 MiB, and 256 MiB for neurons. Records do not depend on
-            it.
+        cache_bytes: memory for golden activations, with which a trial starts at the first faulted layer; 0 keeps none,
+            and every trial in which any value is read otherwise runs whole. None allows the size of the model's
+            parameters, less what `format` keeps of them (a campaign then holds the model and one copy), but at least
+            16 MiB, and 256 MiB for neurons. Records do not depend on it.
         progress: show a progress bar; None shows it on a terminal.
         audit: share of the trials that run again whole, uncached, on a fresh copy of the model, at least five; of a
             trial over neurons up to eight upsets, each in a forward of its own. One difference stops the campaign,
@@ -339,6 +339,8 @@ def _opened(
                 records = {(r.point, r.trial): r for r in planned(done, plan.trials)}
                 if "versions" in off:
                     state.watch_bits()
+                if "repaired words" in off:
+                    faulty.repaired = None
                 yield _Campaign(runner, header, records, ceilings, file, off)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 import numpy as np
@@ -128,6 +128,8 @@ class Audit:
 def _blame(faulty: FaultyModel, draw: Draw, answers: Answers) -> str | None:
     """The shortcut without which the model itself answers otherwise; None if it is none of them."""
     together = faulty.whole().answers(draw)
+    if faulty.repaired is not None and not same_answers(replace(faulty, suffixes=None).answers(draw), together):
+        return "repaired words"
     shared = faulty.space.samples is not None and not faulty.alone
     if shared and not same_answers(together, faulty.whole(alone=True).answers(draw)):
         return "shared batch"

@@ -3,14 +3,15 @@
 Where all samples share the faults of a draw, a batch is a forward. Where each sample has an upset of its own, upsets
 share a forward only if rows are computed apart from one another: rows without a fault must stay bit-identical while
 others are hit. Where they do not (quantisation with a scale over the batch, batch statistics), every upset gets a
-forward of its own. *Masked* means bit-identical to the golden run of the same batch.
+forward of its own. Where every stored word reads as without faults, a batch is run once, and if it answers as in the
+golden run, that is its answer from then on. *Masked* means bit-identical to the golden run of the same batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,8 @@ class FaultyModel:
         randomness: pinned before every forward.
         suffixes: cached cuts to start from; None for whole runs.
         alone: one upset a forward: what a row answers depends on other rows of its batch.
+        repaired: batches that answered as in the golden run while every stored word was read as without faults: they
+            are not run again for that. None to run them always.
     """
 
     model: nn.Module
@@ -54,6 +57,7 @@ class FaultyModel:
     randomness: RandomState
     suffixes: Suffixes | None = None
     alone: bool = False
+    repaired: set[int] | None = field(default_factory=set)
 
     def answers(self, draw: Draw) -> Answers:
         """What the model answers with these faults, from cached cuts where there are some.
@@ -72,8 +76,8 @@ class FaultyModel:
         return replace(found, error=errors[0] if errors else found.error, words=self.space.word_outcomes)
 
     def whole(self, **changes: Any) -> FaultyModel:
-        """The same without cached cuts, and with other changes."""
-        return replace(self, suffixes=None, **changes)
+        """The same without shortcuts, every batch from its inputs, and with other changes."""
+        return replace(self, suffixes=None, repaired=None, **changes)
 
     @contextmanager
     def on_copy(self, model: nn.Module) -> Iterator[FaultyModel]:
@@ -86,7 +90,7 @@ class FaultyModel:
 
     def _batch(self, batch: int, draw: Draw, errors: list[str]) -> Tensor:
         if self.space.samples is None:
-            return self._forward(batch, draw)
+            return self._forward(batch, draw) if not self.space.as_stored else self._repaired(batch, draw)
         if not self.alone and self.batches.sizes[batch] > 1:
             try:
                 return self._forward(batch, draw)
@@ -100,6 +104,19 @@ class FaultyModel:
                 errors.append(f"sample {self.batches.part(batch).start + row}: {failure}"[:500])
                 rows[row] = float("nan")
         return rows
+
+    def _repaired(self, batch: int, draw: Draw) -> Tensor:
+        """The answer where all words read as without faults: the golden one, once it was seen to be."""
+        golden = self.golden[self.batches.part(batch)]
+        if self.repaired is not None and batch in self.repaired:
+            return golden
+        found = self._forward(batch, draw)
+        if self.repaired is not None:
+            if same(found, golden):
+                self.repaired.add(batch)
+            else:
+                self.repaired = None
+        return found
 
     def alone_answer(self, batch: int, row: int, draw: Draw) -> Tensor:
         """A batch's outputs with the upset of one row only, every other row being golden.

@@ -15,16 +15,25 @@ from flipproof.spaces.words import FLIP, SET, Undo, as_words, gather, scatter
 
 
 class WordCount:
-    """Counts `WordOutcomes` while faults are put in place."""
+    """Counts `WordOutcomes` while faults are put in place.
+
+    Attributes:
+        corrected: see `WordOutcomes`.
+        detected: see `WordOutcomes`.
+        miscorrected: see `WordOutcomes`.
+        differs: whether any value is read otherwise than without faults.
+    """
 
     def __init__(self) -> None:
         self.corrected = self.detected = self.miscorrected = 0
+        self.differs = False
 
     def add(self, hit: Tensor, differs: Tensor, lost: Tensor | None, group: Tensor | None = None) -> None:
         """Words that are hit or not, read as another value or not, known to be lost or not.
 
         `group` says which words are decoded together, as ascending numbers; each group counts once.
         """
+        self.differs |= bool(differs.any())
         found = torch.zeros_like(hit) if lost is None else lost
         if group is not None:
             _, group = torch.unique_consecutive(group, return_inverse=True)

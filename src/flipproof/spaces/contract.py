@@ -321,6 +321,14 @@ class Space(ABC):
         """How the words hit by the latest draw were read; None for spaces that hold no words."""
         return None
 
+    @property
+    def as_stored(self) -> bool:
+        """Whether, with the faults in place, the model computes with the bits that it has without faults.
+
+        A code may repair all that was hit. False where that is not known.
+        """
+        return False
+
     def only(self, rows: Sequence[int]) -> AbstractContextManager[None]:
         """While active, only these rows of the batch are hit, where each has an upset of its own.
 

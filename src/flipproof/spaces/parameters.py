@@ -114,6 +114,7 @@ class FaultSpace(Space):
         """What is stored, tensor by tensor."""
         self._packed = [cell for cell in cells if cell.packed is not None]
         self._hit = WordCount()
+        self._as_stored = False
         self.sites: tuple[Site, ...] = tuple(cell.site for cell in cells)
         self.bits = offset
         self._index = {name: i for i, site in enumerate(self.sites) for name in (site.name, *site.aliases)}
@@ -268,11 +269,16 @@ class FaultSpace(Space):
                     cell.foresee(mine, operation, read)
             changed = direct.apply(positions, operation, log) if direct is not None and positions.size else 0
             read.miscorrected += log.words
+            in_memory = changed
             for cell in coded:
                 if (mine := _of(cell, positions)).size:
-                    changed += cell.corrupt(mine, operation, undo, read)
+                    bits = cell.corrupt(mine, operation, undo, read)
+                    changed += bits
+                    in_memory += 0 if cell.packed is None else bits
+            self._as_stored = in_memory == 0 and not read.differs
             yield changed
         finally:
+            self._as_stored = False
             _to_the_end(lambda: _restore(log, undo))
 
     def _paths(self) -> tuple[DirectMemory | None, list[Cell]]:
@@ -297,6 +303,10 @@ class FaultSpace(Space):
     def word_outcomes(self) -> WordOutcomes:
         hit = self._hit
         return WordOutcomes(hit.corrected, hit.detected, hit.miscorrected)
+
+    @property
+    def as_stored(self) -> bool:
+        return self._as_stored
 
     def start(self, draw: Draw) -> Start:
         """Nothing changes before the first use of a tensor that is hit."""

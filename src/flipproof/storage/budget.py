@@ -286,6 +286,7 @@ class Planner:
     inners: Sequence[Format]
     line: int = LINE
     apart: int = 0
+    _plans: dict[tuple[float, float], Plan | None] = field(default_factory=dict, compare=False, repr=False)
     _known: dict[float, list[list[dict[str, Any]]]] = field(default_factory=dict, compare=False, repr=False)
     _reckoned: dict[Any, tuple[list[tuple[Format, float]], bool]] = field(
         default_factory=dict, compare=False, repr=False
@@ -297,7 +298,12 @@ class Planner:
         return sum(candidate.bits for candidate in (*self.weights, *self.rest)) + self.apart
 
     def plan(self, ber: float, bits: float) -> Plan | None:
-        """The plan of least expected drift for a rate within so many bits; None if nothing fits."""
+        """The plan of least expected drift for a rate within so many bits; None if nothing fits. Made once."""
+        if (ber, bits) not in self._plans:
+            self._plans[ber, bits] = self._planned(ber, bits)
+        return self._plans[ber, bits]
+
+    def _planned(self, ber: float, bits: float) -> Plan | None:
         options = self._options(ber)
         if not all(options):
             return None

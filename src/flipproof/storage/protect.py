@@ -259,8 +259,8 @@ def protect(
             as long, and those of biases and norms, which are few, up to 2,048.
         where: which parameters; all by default. Buffers are never packed.
         images: samples that choices are made on, at most.
-        trials: injections a form at `ber`; the front looks with a fifth of them at a rate, three at least,
-            and confirms its answer with all.
+        trials: injections a form at `ber`, and at a rate of the front, three at least; fewer where the first ones show
+            that a form is out.
         front: samples on which the highest rate that each form survives is looked for, at most; 0 looks for none.
             Survived is a rate at which as large a share of their accuracy is kept as is asked for at `ber`.
         seed: of all draws.
@@ -438,7 +438,9 @@ class _Making:
         lines = [self.planner.line, *(line for line in (64, 0) if line < self.planner.line)]
         fits: list[tuple[float, Plan]] = []
         for line in lines if time is not None else lines[:1]:
-            planner = replace(self.planner, line=line, _known={})
+            planner = self.planner
+            if line != planner.line:
+                planner = replace(planner, line=line, _known={}, _plans={})
             plan = planner.plan(self.ber, bits)
             if plan is None:
                 continue

@@ -34,14 +34,18 @@ LADDER = tuple(float(f"{step}e{power}") for power in range(-8, -1) for step in (
 CLEAR = 0.1
 """Accuracy: so far from what is asked for, a few trials say enough."""
 
+LUCK = 0.02
+"""Accuracy: by how much a trial may be better than a model without faults, at most."""
+
 
 class Survival(NamedTuple):
     """What was found.
 
     Attributes:
         ber: the highest rate of the ladder at which the mean is at least what was asked for; 0.0 if there is none.
-        accuracy: the mean there.
-        next: the mean one rate above it; NaN at the end of the ladder.
+        accuracy: the mean there, of all trials.
+        next: the mean one rate above it, of as many trials as showed that it is not enough; NaN at the end of the
+            ladder.
     """
 
     ber: float
@@ -54,57 +58,47 @@ def survival(
     least: float,
     *,
     trials: int,
-    confirm: int,
+    best: float = 1.0,
     ladder: tuple[float, ...] = LADDER,
 ) -> Survival:
-    """Look on a ladder for the highest rate at which the mean accuracy is at least `least`.
+    """Look on a ladder for the highest rate at which the mean accuracy of so many trials is at least `least`.
 
-    Where it lies is guessed by bisection, with one trial a rate. From there it is looked for with all trials, except at
-    rates where the one trial was `CLEAR` too low. What is found has to hold with `confirm` trials, or the next lower
-    rate has to: the highest of many rates that pass with few trials is the luckiest one.
+    Where it lies is guessed by bisection, with one trial a rate. From there the ladder is climbed or descended a step
+    at a time, and each rate is judged by all trials, or by the first ones if the others could not make up for them:
+    n trials of mean m are out of N if n · m + (N − n) · best < N · least.
 
-    It takes for granted that accuracy falls with the rate. Where it does not, within the noise of few trials, the
+    It takes for granted that accuracy falls with the rate. Where it does not, within the noise of the trials, the
     answer may be a step of the ladder off.
 
     Args:
-        mean: (index of a rate, trials) → mean accuracy of the first so many trials there.
+        mean: (index of a rate, n) → mean accuracy of the first n trials there.
         least: mean accuracy that is still enough, a fraction.
-        trials: at a rate while looking.
-        confirm: at the rate that is the answer.
+        trials: N, at a rate.
+        best: the accuracy of the best trial that there may be.
         ladder: rates, ascending.
     """
-    guessed: dict[int, float] = {}
     means: dict[int, float] = {}
 
-    def guess(index: int) -> bool:
-        guessed[index] = mean(index, 1)
-        return guessed[index] >= least
-
     def enough(index: int) -> bool:
-        if index < 0 or index == len(ladder):
-            return index < 0
-        if guessed.get(index, least) < least - CLEAR:
-            return False
-        if index not in means:
-            means[index] = mean(index, trials)
+        for count in range(1, trials + 1):
+            means[index] = mean(index, count)
+            if count < trials and count * means[index] + (trials - count) * best < trials * least:
+                return False
         return means[index] >= least
 
-    low = bisected(guess, -1, len(ladder))
-    high, step = low + 1, 1
-    if enough(low):
-        while enough(high):
-            low, high, step = high, min(high + step, len(ladder)), 2 * step
-    else:
-        low, high = low - 1, low
-        while not enough(low):
-            low, high, step = max(low - step, -1), low, 2 * step
-    low = bisected(enough, low, high)
-    while low >= 0 and confirm > trials:
-        means[low] = mean(low, confirm)
-        if means[low] >= least:
-            break
+    def one_is(index: int) -> bool:
+        means[index] = mean(index, 1)
+        return means[index] >= least
+
+    low = bisected(one_is, -1, len(ladder))
+    if low >= 0 and not enough(low):
         low -= 1
-    return Survival(0.0 if low < 0 else ladder[low], means.get(low, nan), means.get(low + 1, guessed.get(low + 1, nan)))
+        while low >= 0 and not enough(low):
+            low -= 1
+    else:
+        while low + 1 < len(ladder) and enough(low + 1):
+            low += 1
+    return Survival(0.0 if low < 0 else ladder[low], means.get(low, nan), means.get(low + 1, nan))
 
 
 def bisected(enough: Callable[[int], bool], low: int, high: int) -> int:
@@ -218,7 +212,7 @@ class Trying:
         if kind == AT:
             found = self.at(name)
             return Tried(kind, name, self.ber, _mean(found), nan)
-        trials, confirm = max(3, self.trials // 5), max(3, self.trials)
+        trials = max(3, self.trials)
         with (
             _known_warnings_off(),
             on_demand(
@@ -226,13 +220,14 @@ class Trying:
                 labelled(self.some),
                 format=self.forms[name].formats,
                 faults=BitErrorRate(LADDER, exact=False),
-                trials=confirm,
+                trials=trials,
                 journal=self.path(FRONT, name, 0.0),
                 **self.choices,
             ) as ask,
         ):
             least = least_on(self.some, self.least, self.verifying)
-            reached = survival(partial(mean_accuracy, ask), least, trials=trials, confirm=confirm)
+            best = min(1.0, self.some.accuracy + LUCK)
+            reached = survival(partial(mean_accuracy, ask), least, trials=trials, best=best)
         return Tried(kind, name, *reached)
 
     def at(self, name: str) -> Assessment:

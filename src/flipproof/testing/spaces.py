@@ -106,7 +106,10 @@ class SpaceContract:
             for trial in range(5):
                 with space.corrupted(self.draw(space, trial)) as changed:
                     assert changed == len(self.draw(space, trial))
-                    self._answer(space, network)
+                    found = self._answer(space, network)
+                    if space.as_stored:
+                        assert _same(_memory(network), stored)
+                        assert torch.equal(bit_pattern(found), bit_pattern(golden))
                 assert _same(_memory(network), stored)
                 assert torch.equal(bit_pattern(self._answer(space, network)), bit_pattern(golden))
         assert _same(_memory(network), before)
