@@ -1,6 +1,7 @@
 import io
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -93,12 +94,23 @@ def test_a_front_without_rows_is_refused_and_one_with_them_is_drawn():
         front_figure(pd.DataFrame())
     front = pd.DataFrame(
         {
-            "form": ["as it came", "protect, memory +0 %", "$rival_{x}$"],
-            "ours": [False, True, False],
-            "memory": [0.0, -0.01, -0.5],
-            "ber": [1e-6, 5e-2, 0.0],
+            "form": ["as it came", "protect, memory +0 %", "$rival_{x}$", "MSET", "CEP"],
+            "ours": [False, True, False, False, False],
+            "memory": [0.0, -0.01, -0.5, 0.004, 0.004],
+            "ber": [1e-6, 5e-2, 0.0, 1e-4, 1e-4],
+            "limit": [np.nan, 0.2, np.nan, np.nan, np.nan],
         }
     )
-    figure = front_figure(front, kept=0.9, data=5)
-    assert len(figure.axes[0].lines) == 3  # ours, the others, the limit
-    assert "$rival" not in [text.get_text() for text in figure.axes[0].texts]  # it survives nothing
+    figure = front_figure(front, kept=0.9)
+    ours, limit, others = figure.axes[0].lines
+    assert ours.get_xydata().tolist() == [[-0.01, 5e-2]]
+    assert limit.get_xydata().tolist() == [[-0.01, 0.2]]
+    assert others.get_xydata().tolist() == [[0.0, 1e-6], [0.004, 1e-4], [0.004, 1e-4]]
+    assert sorted(text.get_text() for text in figure.axes[0].texts) == ["1", "3, 4"]  # two at one place share a label
+    listed = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert [text for text in listed if text[0].isdigit()] == [
+        "1  as it came",
+        r"2  \$rival_{x}\$: at no rate",
+        "3  MSET",
+        "4  CEP",
+    ]

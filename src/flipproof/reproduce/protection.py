@@ -104,7 +104,7 @@ def reproduce(
                     more = _bounded(subject, found, scale, folder)
                     front = pd.concat([front, more], ignore_index=True)
                 fronts.append(front.assign(network=name))
-                save(front_figure(front, kept=found.kept, data=5), out / f"front-{slug(name)}.png")
+                save(front_figure(front, kept=found.kept), out / f"front-{slug(name)}.png")
             if whole and name == NETWORKS_OF[scale][0]:
                 _before_and_after(name, subject, found, out, scale, folder, workers)
         limits.append(_limit(name, subject, scale, folder, workers))
