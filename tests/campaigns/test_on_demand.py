@@ -7,7 +7,7 @@ import torch
 
 import flipproof as fp
 from flipproof.campaigns.assess import on_demand
-from flipproof.errors import FlipproofWarning, JournalError
+from flipproof.errors import AuditError, FlipproofWarning, JournalError
 
 RATES = fp.BitErrorRate((1e-3, 1e-2, 5e-2), exact=False)
 
@@ -62,3 +62,35 @@ def test_warnings_point_at_the_line_of_the_caller(blobs):
     with pytest.warns(FlipproofWarning, match="stored bits") as seen:
         fp.assess(net, blobs, faults=RATES, trials=1)
     assert seen[0].filename == __file__
+
+
+class Silent(torch.nn.Module):
+    """Huge values move its offset where no version counter sees it, and without faults there are none."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+        self.register_buffer("offset", torch.zeros(3))
+
+    def forward(self, x):
+        found = self.inside(x) + self.offset
+        if float(found.abs().max()) > 1e3:
+            self.offset.data += 1
+        return found
+
+
+def test_trials_that_a_silent_write_may_have_spoilt_are_done_again(mlp, blobs, tmp_path):
+    model = Silent(mlp)
+    setup = {"faults": fp.BitPosition([30], share=0.02), "trials": 40}
+    with pytest.raises(AuditError, match="no version counter"):
+        fp.assess(model, blobs, **setup, journal=tmp_path / "whole.jsonl")
+    truth = [bare(t) for t in fp.assess(model, blobs, **setup, journal=tmp_path / "whole.jsonl").records]
+    journal = tmp_path / "asked.jsonl"
+    with (
+        pytest.raises(AuditError, match="no version counter"),
+        on_demand(model, blobs, **setup, journal=journal) as ask,
+    ):
+        ask(0, 40)
+    assert fp.Assessment.load(journal).records == []
+    with on_demand(model, blobs, **setup, journal=journal) as ask:
+        assert [bare(t) for t in ask(0, 40)] == truth

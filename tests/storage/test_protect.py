@@ -341,6 +341,19 @@ def test_a_file_is_no_folder_for_journals(tmp_path):
         fp.protect(network(), batches(), journal=tmp_path / "file", **SETUP)
 
 
+def test_numbers_of_numpy_are_numbers(safe):
+    given = {name: np.int64(value) if type(value) is int else value for name, value in SETUP.items()}
+    given["ber"] = np.float64(SETUP["ber"])
+    found = fp.protect(network(), batches(), **given, seed=np.int64(0))
+    assert found.formats == safe.formats
+    assert found.verdict == safe.verdict
+
+
+def test_a_number_of_single_precision_is_that_number():
+    found = fp.protect(network(), batches(), **SETUP | {"ber": np.float32(0.015625), "rivals": {}})
+    assert found.ber == 1 / 64
+
+
 def test_packed_models_are_refused(safe):
     with pytest.raises(ConfigError, match="packed already"):
         fp.protect(safe.model, batches(), **SETUP)

@@ -28,7 +28,7 @@ from flipproof.campaigns.header import header_of
 from flipproof.campaigns.plan import Header, Plan
 from flipproof.campaigns.record import Trial
 from flipproof.campaigns.trial import TrialRunner
-from flipproof.engine.jobs import crew
+from flipproof.engine.jobs import Crew, crew
 from flipproof.engine.journal import Key, written
 from flipproof.errors import AuditError, ConfigError, FaultModelError, FlipproofWarning
 from flipproof.faults.base import FaultModel
@@ -200,32 +200,31 @@ def on_demand(
     Yields:
         (point, trials) → the first so many trials of a point.
     """
-    with _opened(
-        model,
-        data,
-        faults=faults,
-        format=format,
-        where=where,
-        plan=Plan(trials, None, 0.95),
-        metrics=metrics,
-        seed=seed,
-        journal=journal,
-        workers=1,
-        device=device,
-        output=output,
-        decision=decision,
-        cache_bytes=0,
-        audit=0.0,
-    ) as campaign:
+    with (
+        _opened(
+            model,
+            data,
+            faults=faults,
+            format=format,
+            where=where,
+            plan=Plan(trials, None, 0.95),
+            metrics=metrics,
+            seed=seed,
+            journal=journal,
+            workers=1,
+            device=device,
+            output=output,
+            decision=decision,
+            cache_bytes=0,
+            audit=0.0,
+        ) as campaign,
+        _hands(campaign, 1, False) as hands,
+    ):
 
         def ask(point: int, count: int) -> list[Trial]:
             keys = [(point, trial) for trial in range(min(count, campaign.ceilings[point]))]
-            for key in keys:
-                if key not in campaign.records:
-                    trial = campaign.runner(*key)
-                    if campaign.file is not None:
-                        campaign.file.append(trial)
-                    campaign.records[key] = trial
+            for trial in hands.run(campaign.missing(keys)):
+                campaign.records[trial.point, trial.trial] = trial
             return [campaign.records[key] for key in keys]
 
         yield ask
@@ -246,6 +245,10 @@ class _Campaign:
     def left(self) -> bool:
         """Whether trials are missing."""
         return len(self.records) < sum(self.ceilings)
+
+    def missing(self, keys: Iterable[tuple[int, int]]) -> list[Key]:
+        """Those of these trials that did not run yet."""
+        return [key for key in keys if key not in self.records]
 
     def so_far(self) -> Assessment:
         """What the trials that there are come to."""
@@ -373,19 +376,13 @@ def _noting(journal: CampaignJournal | None) -> Iterator[None]:
         raise
 
 
-def _fill(
-    campaign: _Campaign,
-    workers: int,
-    progress: bool | None,
-) -> None:
-    """Run whatever the records still lack."""
-    header, records, ceilings = campaign.header, campaign.records, campaign.ceilings
+@contextmanager
+def _hands(campaign: _Campaign, workers: int, progress: bool | None) -> Iterator[Crew[Trial]]:
+    """What runs trials and writes them to the journal."""
+    points = campaign.header.points
 
     def label(key: Key) -> str:
-        return " ".join(f"{name} {value:g}" for name, value in header.points[int(key[0])].coordinates.items())
-
-    def missing(keys: Iterable[tuple[int, int]]) -> list[Key]:
-        return [key for key in keys if key not in records]
+        return " ".join(f"{name} {value:g}" for name, value in points[int(key[0])].coordinates.items())
 
     with (
         _noting(campaign.file),
@@ -393,20 +390,28 @@ def _fill(
             campaign.runner,
             workers=workers,
             journal=campaign.file,
-            total=sum(ceilings),
-            done=len(records),
+            total=sum(campaign.ceilings),
+            done=len(campaign.records),
             progress=progress,
             label=label,
         ) as hands,
     ):
+        yield hands
+
+
+def _fill(campaign: _Campaign, workers: int, progress: bool | None) -> None:
+    """Run whatever the records still lack."""
+    header, records, ceilings = campaign.header, campaign.records, campaign.ceilings
+    with _hands(campaign, workers, progress) as hands:
         if header.plan.margin is None:
-            for trial in hands.run(missing((p, t) for p, ceiling in enumerate(ceilings) for t in range(ceiling))):
+            every = ((p, t) for p, ceiling in enumerate(ceilings) for t in range(ceiling))
+            for trial in hands.run(campaign.missing(every)):
                 records[trial.point, trial.trial] = trial
             return
         for p, ceiling in enumerate(ceilings):
             for wave in range(0, ceiling, CHECK_EVERY):
                 upto = min(wave + CHECK_EVERY, ceiling)
-                for trial in hands.run(missing((p, t) for t in range(wave, upto))):
+                for trial in hands.run(campaign.missing((p, t) for t in range(wave, upto))):
                     records[trial.point, trial.trial] = trial
                 if upto < ceiling and narrow([records[p, t] for t in range(upto)], header):
                     hands.skip((p, upto), ceiling - upto)

@@ -36,8 +36,16 @@ def front_figure(front: pd.DataFrame, *, kept: float | None = None) -> Figure:
     others = front[~front["ours"]].reset_index(drop=True)
     others.index += 1
     axes.plot(ours["memory"], ours["ber"], marker="o", ms=3.5, lw=1.2, color=SERIES[0], label="protect")
-    limit = {"lw": 0.8, "ls": "--", "marker": "_", "ms": 5, "color": SERIES[6]}
-    axes.plot(ours["memory"], ours["limit"], label="its limit (Shannon)", **limit)
+    axes.plot(
+        ours["memory"],
+        ours["limit"],
+        lw=0.8,
+        ls="--",
+        marker="_",
+        ms=5,
+        color=SERIES[6],
+        label="its limit (Shannon)",
+    )
     reached = others[others["ber"] > 0]
     axes.plot(reached["memory"], reached["ber"], marker="s", ms=3, lw=0, color=SERIES[1], label="other forms")
     for place, numbers in _places(reached).items():

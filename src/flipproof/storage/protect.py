@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from math import ceil, inf, prod
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,8 @@ def protect(
     _check_counts(
         images=(images, 1), trials=(trials, 1), line=(line, 64), front=(front, 0), seed=(seed, 0), workers=(workers, 1)
     )
+    images, trials, line, front, seed, workers = map(int, (images, trials, line, front, seed, workers))
+    ber, memory = float(ber), float(memory)
     rivals = published() if rivals is None else rivals
     _check_forms(rivals, inners, {} if hardenings is None else hardenings)
     if journal is not None and (not isinstance(journal, (str, os.PathLike)) or not os.fspath(journal)):
@@ -753,7 +756,7 @@ def _check(**given: Any) -> None:
         value = given[name]
         if value is None and name in ("accuracy", "time"):
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
+        if isinstance(value, bool) or not isinstance(value, Real) or not low < float(value) < high:
             closed = name == "accuracy" and value in (0, 1) and not isinstance(value, bool)
             if not closed:
                 raise ConfigError(f"protect takes {name}= a number between {low} and {high}, got {value!r}")
@@ -762,7 +765,7 @@ def _check(**given: Any) -> None:
 def _check_counts(**given: tuple[Any, int]) -> None:
     """Refuse counts that are no whole numbers, or too small."""
     for name, (value, least) in given.items():
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
+        if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) < 2**63:
             raise ConfigError(f"protect takes {name}= a whole number from {least}, got {value!r}")
 
 
