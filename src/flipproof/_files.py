@@ -32,6 +32,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         ...     [file.name for file in Path(folder, "runs").iterdir()]
         ['page.html']
     """
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise ConfigError(f"a file to write takes a path, got {path!r}")
     target = Path(path)
     temporary = target.with_name(f".{os.getpid()}.{target.name}")  # the ending stays: ".csv.gz" is compressed by it
     try:

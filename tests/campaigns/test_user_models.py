@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections import UserDict
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import flipproof as fp
-from flipproof.errors import DataError
+from flipproof.errors import ConfigError, DataError
 from flipproof.running.data import read_batches
 
 CPU = torch.device("cpu")
@@ -268,3 +270,105 @@ def test_a_sparse_buffer_is_part_of_what_is_assessed(blobs, tmp_path):
     model.mask = (2 * torch.eye(3)).to_sparse()
     with pytest.raises(fp.FlipproofError, match="weights: "):
         fp.assess(model, **setup)
+
+
+class Prior(nn.Module):
+    """Answers with a view of what it stores."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.table = nn.Parameter(torch.tensor([[0.1, 0.2, 0.3, 0.4]]).repeat(8, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "expanded":
+            return self.table[0].expand(len(x), 4)
+        rows = self.table[: len(x)]
+        return rows.clone() if self.kind == "cloned" else rows
+
+
+@pytest.mark.parametrize("kind", ["expanded", "sliced"])
+@pytest.mark.parametrize("format", [None, fp.SECDED(fp.Float32()), fp.Affine(bits=8)])
+def test_an_answer_that_shares_memory_with_a_parameter_is_what_it_was_under_faults(kind, format):
+    data = [(torch.randn(8, 3), torch.full((8,), 3)), (torch.randn(5, 3), torch.full((5,), 3))]
+    setup = {
+        "data": data,
+        "faults": fp.BitErrorRate(0.05),
+        "trials": 6,
+        "format": format,
+        "decision": "logits",
+        "audit": 1.0,
+    }
+    found = fp.assess(Prior(kind), **setup).trials
+    if kind == "sliced":
+        expected = fp.assess(Prior("cloned"), **setup).trials
+        assert found.drop(columns="seconds").equals(expected.drop(columns="seconds"))
+    assert (found["masked"] < 13).all()
+
+
+@pytest.mark.parametrize("kind", ["copied", "computed"])
+def test_an_answer_in_a_buffer_that_the_model_writes_is_kept_of_each_batch(kind):
+    class Buffered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc = nn.Linear(4, 3)
+            self.out = torch.zeros(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if kind == "copied":
+                return self.out.copy_(self.fc(x))
+            return torch.mm(x, self.fc.weight.t(), out=self.out)
+
+    class Plain(Buffered):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x) if kind == "copied" else torch.mm(x, self.fc.weight.t())
+
+    data = [(torch.randn(5, 4), torch.arange(5) % 3) for _ in range(3)]
+    setup = {"data": data, "faults": fp.BitErrorRate((3e-3, 5e-2)), "trials": 8, "where": fp.Parameters("fc.*")}
+    found, expected = fp.assess(Buffered(), **setup), fp.assess(Plain(), **setup)
+    assert found.golden == expected.golden
+    assert found.trials.drop(columns="seconds").equals(expected.trials.drop(columns="seconds"))
+
+
+@pytest.mark.parametrize("verb", ["assess", "protect", "analyze"])
+def test_no_verb_runs_where_parameters_are_cached(verb, mlp, blobs):
+    packed = fp.pack_(copy.deepcopy(mlp), fp.Affine(bits=8))
+    call = {
+        "assess": lambda: fp.assess(packed, blobs, faults=fp.BitErrorRate(0.1), trials=3),
+        "protect": lambda: fp.protect(mlp, blobs, ber=1e-3),
+        "analyze": lambda: fp.analyze(mlp, blobs),
+    }[verb]
+    with parametrize.cached(), pytest.raises(ConfigError, match=r"inside torch\.nn\.utils\.parametrize\.cached"):
+        call()
+
+
+def test_a_forward_that_caches_by_itself_is_hit(mlp, blobs):
+    class Cached(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with parametrize.cached():
+                return super().forward(x)
+
+    packed = fp.pack_(copy.deepcopy(mlp), fp.Affine(bits=8))
+    setup = {"data": blobs, "faults": fp.BitErrorRate(0.05), "trials": 6}
+    found, plain = fp.assess(Cached(*packed), **setup), fp.assess(packed, **setup)
+    assert found.trials.drop(columns="seconds").equals(plain.trials.drop(columns="seconds"))
+    assert (found.trials["masked"] < 30).any()
+
+
+def test_a_faulty_forward_that_raises_behind_a_cut_prints_nothing(capfd):
+    class Looked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(3, 3)
+            self.register_buffer("at", torch.tensor([0, 3, 5]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x)[:, self.at])
+
+    data = [(torch.randn(6, 4), torch.arange(6) % 3)]
+    where = fp.Parameters("at", buffers=True)
+    found = fp.assess(Looked(), data, faults=fp.RandomBits(2), where=where, trials=20, audit=0)
+    assert (found.trials["due"] == 6).any()
+    assert "Traceback" not in capfd.readouterr().err

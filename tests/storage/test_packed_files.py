@@ -41,6 +41,22 @@ def test_the_model_that_gives_the_code_stays_as_it_was(file):
     assert not hasattr(net[0], "parametrizations")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_the_model_held_before_does_not_matter(file, value):
+    net = network()
+    with torch.no_grad():
+        net[0].weight[0, 0] = value
+    again, expected = fp.load_packed(net, file), fp.load_packed(network(), file)
+    assert torch.equal(again[0].weight, expected[0].weight)
+    assert not torch.isfinite(net[0].weight).all()
+
+
+@pytest.mark.parametrize("path", [None, "", 3])
+def test_a_file_to_write_is_a_path(path):
+    with pytest.raises(ConfigError, match="takes a path"):
+        fp.save_packed(fp.pack_(network(), FORMATS), path)
+
+
 def test_nothing_packed_is_refused(tmp_path):
     with pytest.raises(ModelError, match="no parameter of this Sequential is packed"):
         fp.save_packed(network(), tmp_path / "w.safetensors")

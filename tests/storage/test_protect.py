@@ -214,7 +214,7 @@ def test_saved_words_come_back(safe, tmp_path):
         ({"journal": ""}, "path of a folder as journal="),
         ({"line": 8}, "line= a whole number from 64"),
         ({"device": "meta"}, "nothing runs on device='meta'"),
-        ({"ber": 0.49}, "no code of at most that line corrects"),
+        ({"ber": 0.49}, "are needed, and then some code words are lost: none of 512 bits"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(more, message):
@@ -487,3 +487,43 @@ def test_a_model_that_loses_something_when_it_is_cut_is_measured_as_a_whole():
     used, _, costs = measured(copy.deepcopy(model))
     assert not used
     assert costs == measured(model, shortcut=False)[2]
+
+
+def test_a_folder_is_used_again_for_other_bounds_and_other_memory(tmp_path):
+    net = Tied()
+    x = torch.randn(240, 8)
+    data = [(x, net(x).argmax(dim=1))]
+    setup = SETUP | {"rivals": {}, "ber": 1e-3, "journal": tmp_path}
+    for change in (
+        {"memory": 2.0, "hardenings": {"guard": fp.Guard()}},
+        {"memory": 2.0, "hardenings": {"guard": fp.Ranger()}},
+        {"memory": 1.0, "hardenings": {"guard": fp.Guard()}},
+        {"memory": 2.0, "line": 64, "hardenings": {"guard": fp.Guard()}},
+    ):
+        fresh = fp.protect(net, data, **setup | change | {"journal": None})
+        assert fp.protect(net, data, **setup | change).why == fresh.why
+
+
+def test_the_verdict_says_what_is_certain_and_what_is_outside(safe):
+    assert "so often" not in safe.why
+    assert "the chance that no code word has more faults than its code corrects, × the accuracy" in safe.why
+    alone = fp.protect(network(), batches(), **SETUP | {"rivals": {}}, where=fp.Parameters(kinds=("weight",)))
+    assert "buffers, and what where= leaves out" in alone.why
+    assert "conv.bias" in alone.why
+
+
+def test_what_no_format_of_the_choice_can_hold_is_said():
+    with pytest.raises(ConfigError, match="none of inners= can hold"):
+        fp.protect(
+            network(), batches(), **SETUP | {"rivals": {}, "memory": 3.0, "inners": [fp.RangeChecked(fp.Float16())]}
+        )
+
+
+def test_a_rate_at_which_no_code_is_enough_says_how_much_the_strongest_need():
+    given = SETUP | {"rivals": {}, "hardenings": {}, "ber": 0.1, "memory": -0.7}
+    with pytest.raises(ConfigError, match=r"\+?-?[\d.]+ % are needed, and then some code words are lost") as refused:
+        fp.protect(network(), batches(), **given)
+    need = float(re.search(r"([+-][\d.]+) % are needed", str(refused.value)).group(1)) / 100
+    fp.protect(network(), batches(), **given | {"memory": need})
+    with pytest.raises(ConfigError, match="are needed"):
+        fp.protect(network(), batches(), **given | {"memory": need - 0.01})

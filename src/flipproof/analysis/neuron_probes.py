@@ -24,7 +24,7 @@ from flipproof.analysis._suffix import InPlaceChange, Suffix, cut_behind
 from flipproof.analysis.probes import Probe, Prober
 from flipproof.errors import InfrastructureError, ModelError
 from flipproof.formats.base import bit_pattern
-from flipproof.running.data import Batches, Output, call, pick
+from flipproof.running.data import Batches, Output, answered, call, pick
 from flipproof.running.evaluation import is_infrastructure
 from flipproof.running.outcomes import Decision
 from flipproof.running.resume import Suffixes
@@ -189,7 +189,7 @@ class NeuronProber(Prober):
 
     def outputs(self, raw: Any) -> Tensor:
         """The tensor to judge, on the CPU."""
-        return pick(raw, self.output).cpu()
+        return answered(raw, self.output)
 
 
 class NeuronProbe(Probe):

@@ -32,7 +32,7 @@ from flipproof.engine.jobs import Crew, crew
 from flipproof.engine.journal import Key, written
 from flipproof.errors import AuditError, ConfigError, FaultModelError, FlipproofWarning
 from flipproof.faults.base import FaultModel
-from flipproof.running.data import Data, Output, call, check_labels, pick, read_batches
+from flipproof.running.data import Data, Output, answered, call, check_labels, read_batches
 from flipproof.running.decision import decide
 from flipproof.running.device import check_device, on_device
 from flipproof.running.evaluation import eval_mode, golden_run, one_thread
@@ -354,7 +354,7 @@ def _audit_on_copies(faulty: FaultyModel, audit: Audit | None) -> Audit | None:
     try:
         with faulty.on_copy(deepcopy(audit.pristine)) as twin:
             twin.randomness.pin()
-            first = pick(call(twin.model, twin.batches.inputs[0]), twin.output).detach().cpu()
+            first = answered(call(twin.model, twin.batches.inputs[0]), twin.output)
             twin.state.restore()
     except Exception as error:  # the copy of a model may fail in any way
         reason = f"a copy of the model fails ({type(error).__name__}: {error})"

@@ -170,6 +170,11 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
+def answered(raw: Any, output: Output) -> Tensor:
+    """The tensor to judge, on the CPU: a copy, since a model may return a view of what it stores, or a buffer."""
+    return pick(raw, output).detach().to("cpu", copy=True)
+
+
 def pick(raw: Any, output: Output) -> Tensor:
     """The tensor to judge.
 

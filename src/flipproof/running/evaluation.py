@@ -9,20 +9,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from flipproof._hooks import hooked
 from flipproof._interrupts import check
-from flipproof.errors import DataError, FlipproofError, InfrastructureError, ModelError
+from flipproof.errors import ConfigError, DataError, FlipproofError, InfrastructureError, ModelError
 from flipproof.formats.base import bit_pattern
-from flipproof.running.data import Batches, Output, call, describe, pick
+from flipproof.running.data import Batches, Output, answered, call, describe, pick
 from flipproof.running.snapshots import RandomState, Snapshot
 from flipproof.spaces.contract import WordOutcomes
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without gradients; every module's own training flag is put back afterwards."""
+    """Evaluation mode, without gradients; every module's own training flag is put back afterwards.
+
+    Raises:
+        ConfigError: inside `torch.nn.utils.parametrize.cached()`, where parameters are not computed anew.
+    """
+    if getattr(parametrize, "_cache_enabled", 0):  # torch does not say so otherwise
+        raise ConfigError(
+            "flipproof was called inside torch.nn.utils.parametrize.cached(), where a model goes on computing with the "
+            "values that its parameters had before: faults in what they are computed from would show nowhere. Leave "
+            "the with block first"
+        )
     training = [module for module in model.modules() if module.training]
     if training:  # every trial comes by here, and nearly always finds the campaign's own eval mode
         model.eval()
@@ -117,7 +128,7 @@ def answer(forward: Callable[[], Any], output: Output, batch: int) -> Tensor:
     """
     check()
     try:
-        return pick(forward(), output).detach().cpu()
+        return answered(forward(), output)
     except Exception as error:
         if is_infrastructure(error):
             raise InfrastructureError(f"batch {batch}: {type(error).__name__}: {error}") from error
@@ -194,7 +205,7 @@ def golden_run(
     if randomness is not None:
         randomness.settle()
     pin()
-    again = pick(call(model, batches.inputs[0]), output).detach().cpu()
+    again = answered(call(model, batches.inputs[0]), output)
     state.verify()
     if not torch.equal(bit_pattern(outputs[0]), bit_pattern(again)):
         written = f" (it writes {', '.join(sorted(state.written)[:5])}, which was put back)" if state.written else ""

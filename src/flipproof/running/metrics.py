@@ -84,7 +84,7 @@ class Metric:
         library = sys.modules.get("torchmetrics")
         if library is not None and isinstance(self.function, library.Metric):
             self.function.reset()
-        value = self.function(outputs, targets)
+        value = self.function(outputs.clone(), targets.clone())  # what it writes to is its own
         try:
             return float(value)
         except (TypeError, ValueError, RuntimeError) as error:

@@ -199,18 +199,18 @@ class Suffixes:
         """What the model returns on a batch, computed from `cut` on, or up to one of `looks` if all is golden there."""
         live = copied(self._caches[cut][batch])
         for look in looks:
-            live = self.step(cut, look)(*live)
+            live = self.step(cut, look).forward(*live)
             if same(live, self._caches[look][batch]):
                 return copied(self._golden[batch])
             cut = look
-        return self._graphs[cut](*live)
+        return self._graphs[cut].forward(*live)  # called as a module, it prints what a faulty forward raises
 
     def resume_changed(self, cut: int, batch: int, change: Callable[[Any], Any]) -> Any:
         """What the model returns on a batch if the output of the layer right before a cut is changed."""
         live = copied(self._caches[cut][batch])
         place = self.place(cut)
         live[place] = change(live[place])
-        return self._graphs[cut](*live)
+        return self._graphs[cut].forward(*live)  # called as a module, it prints what a faulty forward raises
 
     def cached(self, cut: int) -> bool:
         """Whether golden values are kept at this cut."""

@@ -19,7 +19,7 @@ from flipproof.engine.journal import Key
 from flipproof.errors import ConfigError, FormatError
 from flipproof.formats import Affine, Float16, Float32, Format, Rounded
 from flipproof.hardening.fitting.calibration import Calibration, logits
-from flipproof.running.data import call, pick
+from flipproof.running.data import answered, call
 from flipproof.running.device import device_of, release_memory
 from flipproof.running.evaluation import eval_mode, one_thread
 from flipproof.running.resume import Suffixes
@@ -210,7 +210,7 @@ class Measuring:
         if suffixes is None or cut == 0:
             return self.data.outputs(self.model)
         answers = [suffixes.resume(cut, batch) for batch in range(len(self.data.batches.inputs))]
-        return torch.cat([pick(answer, self.data.output).detach().cpu() for answer in answers])
+        return torch.cat([answered(answer, self.data.output) for answer in answers])
 
     @property
     def serial_only(self) -> str:
@@ -316,9 +316,10 @@ class Planner:
         formats = dict(zip(chosen["name"].tolist(), chosen["stored"].tolist(), strict=True))
         return Plan(ber, formats, chosen.drop(columns=["stored", "enough"]), self.apart)
 
-    def least(self, ber: float) -> float:
-        """The fewest bits in which all codes are strong enough for this rate; infinite if there are none."""
-        each = (min((row["bits"] for row in rows if row["enough"]), default=inf) for rows in self._options(ber))
+    def least(self, ber: float, *, enough: bool = True) -> float:
+        """The fewest bits in which all codes are strong enough for this rate, or as strong as there are; else ∞."""
+        options = self._options(ber)
+        each = (min((row["bits"] for row in rows if row["enough"] or not enough), default=inf) for rows in options)
         return sum(each) + self.apart
 
     def _options(self, ber: float) -> list[list[dict[str, Any]]]:

@@ -7,6 +7,7 @@ import os
 from copy import deepcopy
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -107,7 +108,11 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     ours = dict(model.named_parameters())
     if missing := sorted(set(formats) - set(ours)):
         raise ModelError(f"{path} holds {missing[0]}, which this {type(model).__name__} has not")
-    packed = pack_(deepcopy(model), formats)
+    fresh = deepcopy(model)
+    with torch.no_grad():
+        for name in formats:  # whatever was there: a format may have no word for it
+            fresh.get_parameter(name).zero_()
+    packed = pack_(fresh, formats)
     expected = packed.state_dict()
     for name in sorted(set(expected) | set(state)):
         there, here = state.get(name), expected.get(name)

@@ -24,6 +24,7 @@ from flipproof._hooks import check_hooks_run
 from flipproof._interrupts import gives_back
 from flipproof.campaigns.assessment import Assessment
 from flipproof.campaigns.estimates import gain
+from flipproof.campaigns.fingerprint import digest_of
 from flipproof.engine.jobs import do_all
 from flipproof.engine.journal import Journal
 from flipproof.errors import ConfigError, DataError, JournalError
@@ -137,8 +138,9 @@ class Protection:
             (extra, a share), `time` (a forward that decodes ÷ one of the model as it came; NaN where not measured),
             `clean` (accuracy without faults), `accuracy` with intervals, `accuracy_gain` over the unprotected model,
             paired, words by outcome, and between which means it is without any trial (`certain`, `certain_high`).
-        front: one row a stored form: `form`, `memory`, `ber` (the highest of a ladder of rates that it survives),
-            `accuracy` there, `limit` (what its memory could survive at best, if its data bits were coded ideally).
+        front: one row a stored form: `form`, `memory`, `ber` (the rate of a ladder that it survives while it does not
+            survive the next one: the highest, where accuracy falls with the rate; 0 if there is none), `accuracy`
+            there, `limit` (what its memory could survive at best, if its data bits were coded ideally).
         assessments: the campaigns of `evidence` by name, for `compare` and `report`.
     """
 
@@ -177,10 +179,13 @@ class Protection:
         if len(self.front):
             front = self.front[["form", "memory", "ber", "limit"]].copy()
             front["memory"] = (100 * front["memory"]).round(1)
+            front["ber"] = ["none" if rate == 0 else f"{rate:g}" for rate in front["ber"]]
+            front["limit"] = ["" if rate != rate else f"{rate:.3g}" for rate in front["limit"]]
             front.columns = ["form", "memory %", "survives", "ideal"]
             text += (
                 f"\n\nHighest bit error rate at which {100 * self.kept:.2f} % of the accuracy without "
-                f"faults are kept:\n{front.to_string(index=False)}"
+                f"faults are kept (none: not even without faults, or at no rate that was tried):\n"
+                f"{front.to_string(index=False)}"
             )
         return text
 
@@ -456,11 +461,15 @@ class _Making:
             fits.append((took, plan))
         if fits:
             return min(fits, key=lambda found: found[0])[1]
-        least = self.planner.least(self.ber)
-        if least == inf:
-            need = "no code of at most that line corrects so many faults"
-        else:  # rounded up: what is said to be enough is enough
-            need = f"{ceil(1000 * (least / self.planner.now - 1)) / 10:+.1f} % are needed"
+        enough, any_code = self.planner.least(self.ber), self.planner.least(self.ber, enough=False)
+        if any_code == inf:
+            raise ConfigError(
+                "protect: none of inners= can hold the values of every weight under a code; pass others, such as "
+                "fp.Affine(bits=5, axis=0)"
+            )
+        need = f"{_extra(any_code if enough == inf else enough, self.planner.now)} are needed"
+        if enough == inf:
+            need += f", and then some code words are lost: none of {self.planner.line} bits corrects so many faults"
         raise ConfigError(
             f"protect: nothing that survives ber={self.ber:g} fits memory={memory:+g} ({100 * memory:+.0f} %): {need}. "
             f"Allow more memory, narrower inners= or a longer line="
@@ -628,9 +637,11 @@ def _bounded(
     decision: DecisionChoice,
 ) -> tuple[str | None, nn.Module | None, list[str]]:
     """The bounds that help the stored form most, and those that do not fit; all judged on the data of the choice."""
+    named = {"Guard": Guard()} if hardenings is None else hardenings
 
     def judged(model: nn.Module, name: str, data: Calibration) -> Assessment:
-        path = None if making.folder is None else making.folder / file_name(f"{name} {making.ber:g}")
+        stored = digest_of([*map(str, plan.formats.items()), repr(named)])
+        path = None if making.folder is None else making.folder / file_name(f"{name} {making.ber:g} {stored}")
         return inject(making.choices, model, plan.formats, data, making.ber, making.trials, path)
 
     mean = float(judged(making.model, "choose plain", making.choosing).summary["accuracy"].iloc[0])
@@ -638,7 +649,7 @@ def _bounded(
         return None, None, []
     best: tuple[float, str, nn.Module, float] | None = None
     refused, own = [], {name for name, _ in making.model.named_parameters()}
-    for name, method in ({"Guard": Guard()} if hardenings is None else hardenings).items():
+    for name, method in named.items():
         safe = harden(making.model, method, data=labelled(choosing), output=output, decision=decision, progress=False)
         extra = sum(p.numel() * p.element_size() * 8 for n, p in safe.named_parameters() if n not in own)
         takes = (plan.bits + extra) / making.planner.now - 1
@@ -670,16 +681,16 @@ def _why(making: _Making, chosen: str, verdict: str, plan: Plan, evidence: pd.Da
         f"{making.ber:g} the mean accuracy is {100 * row['accuracy']:.2f} % [{100 * low:.2f}, {100 * high:.2f}]; asked "
         f"for were {100 * making.least:.2f} %. "
         + (
-            f"Whatever the trials show, {100 * making.certain[chosen][0]:.2f} % are certain: so often has no code word "
-            f"more faults than its code corrects."
+            f"Whatever the trials show, {100 * making.certain[chosen][0]:.2f} % are certain: the chance that no code "
+            f"word has more faults than its code corrects, × the accuracy without faults."
             if making.certain.get(chosen, (0.0, 1.0))[0] > making.least
             else ""
         ),
         f"The model as it came has {100 * plain['clean']:.2f} % without faults and {_percent(plain, 'accuracy')} at "
         f"that rate; without faults the protected one has {100 * row['clean']:.2f} %.",
-        f"Of its weights, {widths} bits, coded for {plan.ber:g}; memory {100 * row['memory']:+.1f} %, with the "
-        f"constants of formats, which are taken to lie in protected memory, charged as if the same codes protected "
-        f"them.",
+        f"Of the weights that are packed, {widths} bits, coded for {plan.ber:g}; memory {100 * row['memory']:+.1f} %, "
+        f"with the constants of formats, which are taken to lie in protected memory, charged as if the same codes "
+        f"protected them.",
     ]
     # rivals store biases and norms as we do: what that adds is not theirs
     names = {candidate.name for candidate in making.planner.rest}
@@ -698,9 +709,15 @@ def _why(making: _Making, chosen: str, verdict: str, plan: Plan, evidence: pd.Da
         outside = sorted(name for name in found.left_out if not name.endswith("num_batches_tracked"))
         sentences.append(
             f"Faults hit {100 * found.coverage:.2f} % of what the model stores; outside are {', '.join(outside[:2])}"
-            f"{f' and {len(outside) - 2} more' if len(outside) > 2 else ''}, which are never packed."
+            f"{f' and {len(outside) - 2} more' if len(outside) > 2 else ''}, which stay as they are: buffers, and what "
+            f"where= leaves out. Faults there are not part of the verdict."
         )
     return sentences
+
+
+def _extra(bits: float, now: int) -> str:
+    """Extra memory in percent, rounded up: what is said to be enough is enough."""
+    return f"{ceil(1000 * (bits / now - 1)) / 10:+.1f} %"
 
 
 def _percent(row: Any, name: str) -> str:

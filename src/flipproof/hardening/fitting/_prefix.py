@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flipproof._interrupts import check
 from flipproof.hardening.fitting.calibration import Calibration
-from flipproof.running.data import own, pick
+from flipproof.running.data import answered, own
 from flipproof.running.resume import Suffixes
 from flipproof.running.values import bytes_of, copied, same, separate
 
@@ -58,7 +58,7 @@ class Prefix:
             PrefixDiffers: if what follows the cut does not run.
         """
         with torch.no_grad():
-            return torch.cat([pick(self._behind(copied(live)), data.output).cpu() for live in self._held])
+            return torch.cat([answered(self._behind(copied(live)), data.output) for live in self._held])
 
     def run(self, inputs: Tensor, rows: Tensor) -> Any:
         """What the model returns on some samples of the data to fit on.

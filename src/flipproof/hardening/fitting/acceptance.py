@@ -12,7 +12,7 @@ from flipproof.campaigns.statistics import wilson_interval
 from flipproof.hardening.bounds.bounded import Bounded
 from flipproof.hardening.fitting.calibration import Calibration
 from flipproof.hardening.rewriting.sites import Rewritten
-from flipproof.running.data import call, pick
+from flipproof.running.data import answered, call
 from flipproof.running.evaluation import eval_mode
 from flipproof.running.outcomes import Decision
 
@@ -176,8 +176,8 @@ def unsteady_layers(model: nn.Module, rewritten: Rewritten, held: Calibration) -
 
 def _together_and_alone(model: nn.Module, some: Calibration, singles: list[Calibration]) -> tuple[Tensor, Tensor]:
     with eval_mode(model):
-        joined = torch.cat([pick(call(model, x), some.output) for x in some.batches.inputs])
-        alone = torch.cat([pick(call(model, one.batches.inputs[0]), some.output) for one in singles])
+        joined = torch.cat([answered(call(model, x), some.output) for x in some.batches.inputs])
+        alone = torch.cat([answered(call(model, one.batches.inputs[0]), some.output) for one in singles])
     return joined.detach().double().cpu(), alone.detach().double().cpu()
 
 

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from flipproof.errors import DataError
-from flipproof.running.data import Batches, Data, Output, call, check_labels, pick, read_batches
+from flipproof.running.data import Batches, Data, Output, answered, call, check_labels, pick, read_batches
 from flipproof.running.decision import decide
 from flipproof.running.evaluation import eval_mode, golden_run, is_infrastructure
 from flipproof.running.metrics import accuracy
@@ -155,7 +155,7 @@ class Calibration:
     def outputs(self, model: nn.Module) -> Tensor:
         """What a model answers on all samples, on the CPU."""
         with eval_mode(model):
-            return torch.cat([pick(call(model, x), self.output).detach().cpu() for x in self.batches.inputs])
+            return torch.cat([answered(call(model, x), self.output) for x in self.batches.inputs])
 
     def accuracy_of(self, model: nn.Module) -> float:
         """Share of samples that a model gets right."""
