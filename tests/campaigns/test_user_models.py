@@ -291,14 +291,8 @@ class Prior(nn.Module):
 @pytest.mark.parametrize("format", [None, fp.SECDED(fp.Float32()), fp.Affine(bits=8)])
 def test_an_answer_that_shares_memory_with_a_parameter_is_what_it_was_under_faults(kind, format):
     data = [(torch.randn(8, 3), torch.full((8,), 3)), (torch.randn(5, 3), torch.full((5,), 3))]
-    setup = {
-        "data": data,
-        "faults": fp.BitErrorRate(0.05),
-        "trials": 6,
-        "format": format,
-        "decision": "logits",
-        "audit": 1.0,
-    }
+    setup = {"data": data, "faults": fp.BitErrorRate(0.05), "trials": 6, "format": format, "audit": 1.0}
+    setup["decision"] = "logits"
     found = fp.assess(Prior(kind), **setup).trials
     if kind == "sliced":
         expected = fp.assess(Prior("cloned"), **setup).trials

@@ -162,9 +162,9 @@ def test_functions_get_copies_of_outputs_and_targets_as_they_are():
     (metric,) = resolve(margin)
     assert metric.name == "margin"
     assert metric.measure(outputs, targets, Decision("logits", 2, None)) == 0.25
-    for given, own in zip(seen[0], (outputs, targets), strict=True):
-        assert given is not own
-        torch.testing.assert_close(given, own, rtol=0, atol=0, equal_nan=True)
+    for theirs, ours in zip(seen[0], (outputs, targets), strict=True):
+        assert theirs is not ours
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=0, equal_nan=True)
 
 
 def test_torchmetrics_objects_are_named_after_their_class_and_start_afresh():

@@ -514,9 +514,7 @@ def test_the_verdict_says_what_is_certain_and_what_is_outside(safe):
 
 def test_what_no_format_of_the_choice_can_hold_is_said():
     with pytest.raises(ConfigError, match="none of inners= can hold"):
-        fp.protect(
-            network(), batches(), **SETUP | {"rivals": {}, "memory": 3.0, "inners": [fp.RangeChecked(fp.Float16())]}
-        )
+        fp.protect(network(), batches(), **SETUP | {"rivals": {}, "inners": [fp.RangeChecked(fp.Float16())]})
 
 
 def test_a_rate_at_which_no_code_is_enough_says_how_much_the_strongest_need():

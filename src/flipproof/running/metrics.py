@@ -20,7 +20,7 @@ from flipproof.running.outcomes import Decision, holds_nan
 from flipproof.running.scales import METRIC_NAMES, Scale, scale_of
 
 UserMetric = Callable[[Tensor, Tensor], float | Tensor]
-"""``metric(outputs, targets)`` over all samples at once; outputs as the model gave them, NaN included."""
+"""``metric(outputs, targets)`` over all samples at once; copies of the outputs as the model gave them, NaN included."""
 
 
 class Metric:
