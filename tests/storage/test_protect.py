@@ -354,6 +354,16 @@ def test_a_number_of_single_precision_is_that_number():
     assert found.ber == 1 / 64
 
 
+def test_rivals_are_charged_their_constants_as_we_are(safe):
+    net = network()
+    weights = [p for p in net.parameters() if p.dim() > 1]
+    ours = safe.table.set_index("name")["bits"]
+    rest = sum(int(ours[name]) for name, p in net.named_parameters() if p.dim() < 2)
+    now = 32 * sum(p.numel() for p in net.parameters())
+    expected = sum(8 * w.numel() + 32 * 2 for w in weights) + rest  # a scale and a zero point a tensor
+    assert safe.evidence.set_index("form").loc["8 bits", "memory"] == pytest.approx(expected / now - 1)
+
+
 def test_packed_models_are_refused(safe):
     with pytest.raises(ConfigError, match="packed already"):
         fp.protect(safe.model, batches(), **SETUP)

@@ -211,13 +211,14 @@ def _before_and_after(
 ) -> None:
     """Accuracy against the rate: float32 as it came, and the same memory in words that heal."""
     sweeps = {}
-    for name, formats in (("float32, as it came", Float32()), ("protected, same memory", found.formats)):
+    # trials of repaired words cost no forward, and only many that agree say much
+    for name, formats, times in (("float32, as it came", Float32(), 2), ("protected, same memory", found.formats, 10)):
         sweeps[name] = assess(
             subject.model,
             subject.test,
             format=formats,
             faults=BitErrorRate(RATES, exact=False),
-            trials=2 * TRIALS[scale],
+            trials=times * TRIALS[scale],
             journal=folder / f"sweep-{slug(name)}.jsonl",
             workers=workers,
             progress=False,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from math import ceil, inf, prod
+from math import ceil, floor, inf, prod
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,17 @@ from flipproof.running.outcomes import DecisionChoice
 from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Parameters, check_where
 from flipproof.spaces.tensors import Candidate, inventory
-from flipproof.storage.budget import INNERS, Drift, Measuring, Plan, Planner, copy_in_eval_mode, held_by, keys_of
+from flipproof.storage.budget import (
+    INNERS,
+    Drift,
+    Measuring,
+    Plan,
+    Planner,
+    constant_bits,
+    copy_in_eval_mode,
+    held_by,
+    keys_of,
+)
 from flipproof.storage.codes import LINE, ideal_rate, untouched
 from flipproof.storage.explore import Question, file_name
 from flipproof.storage.files import save_packed
@@ -74,6 +84,9 @@ KEPT = 0.99
 
 BUDGETS = (-0.75, -0.5, -0.25, 0.0)
 """Extra memory of the forms on the front, as shares, beside the one that was asked for."""
+
+_STEP = 0.005
+"""Extra memory of forms on the front that meet a rival: at most as much as the rival has, and so much less."""
 
 _FEW = 2
 """Trials of a rival before it is seen that it is out."""
@@ -360,7 +373,7 @@ def protect(
     making.forms |= {name: form for name, form in stored.items() if form is not None}
     jobs = [(AT, name) for name in making.forms]
     if front:
-        smaller = {form.memory for form in making.forms.values() if form.memory < min(BUDGETS)}
+        smaller = {floor(form.memory / _STEP) * _STEP for form in making.forms.values() if form.memory < -_STEP}
         making.forms |= making.highest({memory, *BUDGETS, *smaller})
         jobs += [(FRONT, name) for name in making.forms if name != PROTECTED]
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(str(folder)) as where_to:
@@ -486,7 +499,7 @@ class _Making:
         return best
 
     def rival(self, format: Format, plan: Plan) -> Form | None:
-        """How a rival stores the model, and its extra memory; None if it cannot hold some weight."""
+        """How a rival stores the model, and its extra memory, constants included; None if it cannot hold some weight."""
         formats = dict(plan.formats)
         bits = 0
         rows = plan.table.set_index("name")["bits"]
@@ -494,7 +507,7 @@ class _Making:
             if held_by(format, candidate.tensor) is None:
                 return None
             formats[candidate.name] = format
-            bits += format.stored_bits(tuple(candidate.tensor.shape))
+            bits += format.stored_bits(tuple(candidate.tensor.shape)) + constant_bits(format, candidate.tensor)
         bits += sum(int(rows[candidate.name]) for candidate in self.planner.rest)
         return Form(formats, (bits + self.planner.apart) / self.planner.now - 1)
 
