@@ -499,7 +499,7 @@ class _Making:
         return best
 
     def rival(self, format: Format, plan: Plan) -> Form | None:
-        """How a rival stores the model, and its extra memory, constants included; None if it cannot hold some weight."""
+        """How a rival stores the model, and its extra memory with constants; None if it cannot hold some weight."""
         formats = dict(plan.formats)
         bits = 0
         rows = plan.table.set_index("name")["bits"]
