@@ -373,7 +373,8 @@ def protect(
     making.forms |= {name: form for name, form in stored.items() if form is not None}
     jobs = [(AT, name) for name in making.forms]
     if front:
-        smaller = {floor(form.memory / _STEP) * _STEP for form in making.forms.values() if form.memory < -_STEP}
+        others = [form.memory for form in making.forms.values() if not form.ours and form.memory < -_STEP]
+        smaller = {floor(extra / _STEP) * _STEP for extra in others}
         making.forms |= making.highest({memory, *BUDGETS, *smaller})
         jobs += [(FRONT, name) for name in making.forms if name != PROTECTED]
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(str(folder)) as where_to:
