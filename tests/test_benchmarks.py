@@ -12,6 +12,8 @@ from benchmarks.__main__ import BENCHMARKS, README, with_results
 from benchmarks.measure import Row, Size, interleaved
 
 
+# random weights answer at random: whether bounds cost one of 64 such answers is up to a processor's rounding
+@pytest.mark.filterwarnings("ignore:.* costs accuracy:flipproof.errors.FlipproofWarning")
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_runs_at_a_tiny_size(name):
     rows = BENCHMARKS[name].run(Size.SMOKE)

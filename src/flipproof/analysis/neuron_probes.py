@@ -24,7 +24,7 @@ from flipproof.analysis._suffix import InPlaceChange, Suffix, cut_behind
 from flipproof.analysis.probes import Probe, Prober
 from flipproof.errors import InfrastructureError, ModelError
 from flipproof.formats.base import bit_pattern
-from flipproof.running.data import Batches, Output, answered, call, pick
+from flipproof.running.data import Batches, Output, call, pick
 from flipproof.running.evaluation import is_infrastructure
 from flipproof.running.outcomes import Decision
 from flipproof.running.resume import Suffixes
@@ -188,8 +188,8 @@ class NeuronProber(Prober):
             return call(self.model, inputs)
 
     def outputs(self, raw: Any) -> Tensor:
-        """The tensor to judge, on the CPU."""
-        return answered(raw, self.output)
+        """The tensor to judge, on the CPU: a copy, through which gradients flow."""
+        return pick(raw, self.output).cpu().clone()
 
 
 class NeuronProbe(Probe):
