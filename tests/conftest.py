@@ -7,10 +7,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flipproof.engine import journal
+
 
 def pytest_configure() -> None:
     """Some tests press Ctrl-C; a shell that runs the tests in the background has it ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def a_line_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records do not wait for others to be written with."""
+    monkeypatch.setattr(journal, "EVERY", 0.0)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 
 import numpy as np
@@ -48,8 +47,7 @@ def test_everything_promised_is_written(demo):
         assert name in text
     rates = pd.read_csv(folder / "out" / "rates.csv")
     assert rates.groupby("ber")["trial"].count().to_dict() == dict.fromkeys(RATES, 4)
-    with (folder / "out" / "bits.jsonl").open() as lines:
-        assert len([json.loads(line) for line in lines]) == 1 + 32
+    assert len(fp.Assessment.load(folder / "out" / "bits.jsonl").records) == 32
     assert len(found["bits"].summary) == 32
 
 

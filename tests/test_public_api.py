@@ -67,6 +67,7 @@ def test_public_names_are_exactly_these():
         "load_hardened",
         "load_packed",
         "measure_protection",
+        "merge",
         "overhead",
         "p_drop",
         "pack_",

@@ -22,6 +22,7 @@ from .analysis.propagation import propagation as propagation
 from .analysis.vulnerability import VulnerabilityMap as VulnerabilityMap
 from .campaigns.assess import assess as assess
 from .campaigns.assessment import Assessment as Assessment
+from .campaigns.merge import merge as merge
 from .campaigns.statistics import sample_size as sample_size
 from .errors import FlipproofError as FlipproofError
 from .errors import FlipproofWarning as FlipproofWarning

@@ -136,6 +136,25 @@ def test_kill_dash_nine_at_any_moment_loses_at_most_what_was_under_way(campaigns
     assert eventually(lambda: group(pid) == [])
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_kill_dash_nine_loses_at_most_what_waited_to_be_written(campaigns, uninterrupted, tmp_path, workers):
+    journal = tmp_path / "journal.jsonl"
+    for _ in range(3):
+        before = lines(journal)
+        pid = campaigns.start(journal, workers=workers, sleep=0.01, every=0.06)
+        assert eventually(lambda before=before: lines(journal) >= max(before, 1) + 2)
+        os.kill(pid, signal.SIGKILL)
+        assert campaigns.exit_status(pid) == -signal.SIGKILL
+        kept = fp.Assessment.load(journal).records
+        assert [replace(r, seconds=0.0) for r in kept] == [r for r in uninterrupted if (r.point, r.trial) in ids(kept)]
+    packed = [json.loads(line).get("packed", 1) for line in journal.read_bytes().splitlines()[1:]]
+    assert max(packed) > 1
+    assert sum(packed) == len(kept)
+    resumed = campaign(str(journal))
+    assert records_of(resumed) == uninterrupted
+    assert [r for r in resumed.records if (r.point, r.trial) in ids(kept)] == list(kept)
+
+
 def ids(records) -> set[tuple[int, int]]:
     return {(record.point, record.trial) for record in records}
 
@@ -151,6 +170,19 @@ def test_ctrl_c_leaves_a_resumable_journal_and_no_orphans(campaigns, uninterrupt
     assert group(pid) == []
     kept = fp.Assessment.load(journal).records
     assert 4 <= len(kept) < 40
+    assert records_of(campaign(str(journal))) == uninterrupted
+
+
+def test_ctrl_c_writes_what_waits(campaigns, uninterrupted, tmp_path):
+    journal = tmp_path / "journal.jsonl"
+    pid = campaigns.start(journal, sleep=0.02, every=60.0)
+    assert eventually(lambda: lines(journal) >= 2)
+    time.sleep(0.2)
+    assert lines(journal) == 2
+    os.killpg(pid, signal.SIGINT)
+    assert campaigns.exit_status(pid) == 130
+    assert lines(journal) == 3
+    assert len(fp.Assessment.load(journal).records) > 2
     assert records_of(campaign(str(journal))) == uninterrupted
 
 

@@ -9,7 +9,7 @@ import torch
 
 import flipproof as fp
 from flipproof.campaigns.statistics import half_width, level_at_looks, mean_interval, unseen_share
-from flipproof.errors import ConfigError
+from flipproof.errors import ConfigError, JournalMismatch
 
 SWEEP = fp.BitErrorRate([2e-3, 1e-2])
 
@@ -129,6 +129,29 @@ def test_a_rate_that_flips_nothing_warns_and_runs_once(mlp, blobs):
     assert list(result.summary["trials"]) == [1, 3]
     first = result.summary.iloc[0]
     assert (first["accuracy"], first["masked"], first["flips"]) == (result.golden["accuracy"], 1.0, 0.0)
+
+
+def bare(result):
+    return [replace(record, seconds=0.0, audited=False) for record in result.records]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_stored_sweep_is_extended_by_rates_and_trials(mlp, blobs, tmp_path, workers):
+    setup = {"data": blobs, "journal": tmp_path / "journal.jsonl", "workers": workers}
+    first = fp.assess(mlp, **setup, faults=fp.BitErrorRate([1e-2, 5e-2]), trials=5)
+    for rates, trials in (([2e-3, 1e-2, 5e-2], 5), ([2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1], 7)):
+        faults = fp.BitErrorRate(rates)
+        longer = fp.assess(mlp, **setup, faults=faults, trials=trials)
+        assert bare(longer) == bare(fp.assess(mlp, data=blobs, faults=faults, trials=trials))
+        assert bare(fp.Assessment.load(setup["journal"])) == bare(longer)
+        assert fp.Assessment.load(setup["journal"]).summary["ber"].tolist() == rates
+        kept = {(r.coordinates["ber"], r.trial): r.seconds for r in longer.records}
+        assert all(kept[r.coordinates["ber"], r.trial] == r.seconds for r in first.records)  # they did not run again
+    with pytest.raises(JournalMismatch, match="faults"):
+        fp.assess(mlp, **setup, faults=fp.BitErrorRate([1e-2, 0.3]), trials=5)
+    with pytest.raises(JournalMismatch, match="seed"):
+        fp.assess(mlp, **setup, faults=fp.BitErrorRate([*rates, 0.2]), trials=5, seed=1)
+    assert bare(fp.assess(mlp, **setup, faults=faults, trials=7)) == bare(longer)
 
 
 class TestMargin:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import flipproof as fp
+from flipproof.campaigns import statistics
 from flipproof.campaigns.answers import Crossed
 from flipproof.campaigns.statistics import (
     _bootstrap_quantile,
@@ -80,6 +81,20 @@ BELL = stats.norm.ppf((np.arange(60) + 0.5) / 60)
 
 
 class TestMean:
+    @pytest.mark.parametrize("seed", range(25))
+    def test_equal_values_counted_once_give_the_same_interval(self, seed, monkeypatch):
+        rng = np.random.default_rng(seed)
+        levels = int(rng.integers(1, 300))
+        values = np.round(rng.beta(*rng.uniform(0.05, 5, 2), int(rng.integers(4096, 9000))) * levels) / levels
+        if seed % 5 == 0:  # a few among many that agree
+            values = np.where(np.arange(5000) < seed // 5, 0.1, 0.9)
+        monkeypatch.setattr(statistics, "MANY", 4096)
+        for bounds in ((0.0, 1.0), None, (0.0, np.inf)):
+            few = mean_interval(values, bounds=bounds)
+            monkeypatch.setattr(statistics, "MANY", 10**9)
+            assert few == pytest.approx(mean_interval(values, bounds=bounds), rel=1e-11, abs=1e-13, nan_ok=True)
+            monkeypatch.setattr(statistics, "MANY", 4096)
+
     def test_the_range_is_not_put_into_an_interval_of_trials_that_agree_nearly(self):
         """60 trials of mean 90 and SD 0.2: [84.65, 90.61] is what a share of unseen trials would make of it."""
         values = 90 + 0.2 * BELL / BELL.std(ddof=1)

@@ -1,7 +1,7 @@
 """A process that has everything imported and forks one campaign for each line it reads: real processes to kill.
 
-Input: one JSON object a line (journal, workers, trials, sleep, limit). Output: the process id of each campaign as it
-starts, and `<pid> <exit status>` when it ends. A campaign leads a process group of its own.
+Input: one JSON object a line (journal, workers, trials, sleep, limit, every). Output: the process id of each campaign
+as it starts, and `<pid> <exit status>` when it ends. A campaign leads a process group of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import flipproof as fp
+from flipproof.engine import journal
 
 SETUP = {"faults": fp.BitErrorRate([1e-3, 1e-2]), "seed": 7}
 
@@ -52,8 +53,9 @@ def campaign(journal: str | None, workers: int = 1, trials: int = 20, sleep: flo
     )
 
 
-def child(limit: int | None, **wanted: object) -> int:
+def child(limit: int | None, every: float, **wanted: object) -> int:
     os.setpgid(0, 0)
+    journal.EVERY = every
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
@@ -74,7 +76,7 @@ def main() -> None:
         wanted = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            os._exit(child(**{"limit": None, **wanted}))
+            os._exit(child(**{"limit": None, "every": 0.0, **wanted}))
         os.setpgid(pid, pid)
         print(pid, flush=True)
         threading.Thread(target=reap, args=(pid,), daemon=True).start()

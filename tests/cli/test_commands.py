@@ -117,6 +117,24 @@ def test_weights_from_safetensors(run, tmp_path):
     assert golden == pytest.approx(float((targets == 4).float().mean()))
 
 
+def test_shards_are_merged_to_one_campaign(run, tmp_path):
+    faults = ("--faults", "BitErrorRate([1e-3, 1e-2])")
+    for number in (1, 2):
+        assert run(*ASSESS, *faults, "--shard", f"{number}/2", "--out", f"part{number}")[0] == 0
+    parts = [f"part{number}/journal.jsonl" for number in (1, 2)]
+    code, _, err = run("merge", "whole.jsonl", parts[0])
+    assert code == 2
+    assert "trials are missing: of point 0" in " ".join(err.split())
+    code, out, err = run("merge", "whole.jsonl", *parts)
+    assert (code, err) == (0, "")
+    assert "Written to whole.jsonl" in out
+    assert run(*ASSESS, *faults, "--out", "alone")[0] == 0
+    drop = ["seconds"]
+    alone, merged = (fp.Assessment.load(path) for path in ("alone/journal.jsonl", "whole.jsonl"))
+    assert merged.trials.drop(columns=drop).equals(alone.trials.drop(columns=drop))
+    assert run("merge", "other.jsonl", parts[0], "--partial")[0] == 0
+
+
 def test_compare_names_gains(run, tmp_path):
     for seed in (0, 1):
         faults = ("--faults", "BitErrorRate([1e-3, 1e-2])", "--seed", seed, "--out", f"run{seed}")

@@ -15,6 +15,8 @@ from flipproof.campaigns.record import Trial
 from flipproof.engine.journal import SCHEMA, Journal
 from flipproof.errors import JournalError, JournalLocked, JournalMismatch
 
+pytestmark = pytest.mark.usefixtures("a_line_a_record")
+
 
 def records_of(result):
     return [replace(record, seconds=0.0) for record in result.records]
@@ -33,7 +35,7 @@ def setup(blobs, journal):
 def test_header_and_lines(mlp, setup, journal):
     result = fp.assess(mlp, **setup)
     header, *trials = [json.loads(line) for line in journal.read_text().splitlines()]
-    assert header["flipproof_journal"] == SCHEMA == 1
+    assert header["flipproof_journal"] == SCHEMA == 2
     assert header["golden"] == result.golden
     assert header["plan"] == {"trials": 3, "margin": None, "confidence": 0.95}
     assert header["fingerprint"]["bits"] == result.bits == 67 * 32
@@ -276,8 +278,8 @@ class TestDamage:
 
     def test_a_later_schema_is_refused(self, mlp, setup, journal):
         fp.assess(mlp, **setup)
-        journal.write_bytes(journal.read_bytes().replace(b'"flipproof_journal":1', b'"flipproof_journal":2', 1))
-        with pytest.raises(JournalError, match="has schema 2; this flipproof reads schema 1"):
+        journal.write_bytes(journal.read_bytes().replace(b'"flipproof_journal":2', b'"flipproof_journal":3', 1))
+        with pytest.raises(JournalError, match="has schema 3; this flipproof reads schemas 1 to 2"):
             fp.assess(mlp, **setup)
 
     def test_loading_what_is_not_there_or_empty(self, tmp_path):

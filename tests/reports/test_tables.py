@@ -122,7 +122,10 @@ class TestCompare:
         assert row["accuracy_gain"] == pytest.approx(differences.mean())
         ends = mean_interval(differences, bounds=(-1, 1))
         assert (row["accuracy_gain_low"], row["accuracy_gain_high"]) == pytest.approx(ends)
-        ours, theirs = (np.array([code >> 2 for code in x.point(0).codes[:60]], float) for x in (two, one))
+        ours, theirs = (
+            np.array([code >> 2 for code in np.concatenate([*x.point(0).records.codes()])[:60]], float)
+            for x in (two, one)
+        )
         ends = mean_interval((ours - theirs).mean(axis=0), bounds=(-1, 1))
         assert (row["accuracy_gain_samples_low"], row["accuracy_gain_samples_high"]) == pytest.approx(ends)
         assert row["accuracy_gain_both_low"] <= min(row["accuracy_gain_low"], ends[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from base64 import b64decode, b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,14 +112,16 @@ class Crossed:
 
     @classmethod
     def of(cls, table: Iterable[Signs]) -> Crossed:
-        """From one row a trial; at least one."""
+        """From its rows, (N,), or several at a time, (some trials, N); at least one."""
         plus, minus, sums = [], [], None
-        for row in table:
-            plus.append(int((row > 0).sum()))
-            minus.append(int((row < 0).sum()))
-            sums = row.astype(np.int64) if sums is None else sums + row
+        for part in table:
+            rows = np.atleast_2d(part)
+            plus.append((rows > 0).sum(axis=1))
+            minus.append((rows < 0).sum(axis=1))
+            here = rows.sum(axis=0, dtype=np.int64)
+            sums = here if sums is None else sums + here
         assert sums is not None
-        return cls(np.array(plus, np.int64), np.array(minus, np.int64), sums)
+        return cls(np.concatenate(plus), np.concatenate(minus), sums)
 
     @property
     def samples(self) -> int:
@@ -152,12 +154,13 @@ class Crossed:
         return max(0.0, whole - by_trial - by_sample + trials * samples * mean**2) / ((trials - 1) * (samples - 1))
 
 
-def crossed(codes: Sequence[Bytes], name: str) -> Crossed:
-    """The table of one rate over the answers of a point's trials."""
-    return Crossed.of(holds(code, name) for code in codes)
-
-
-def crossed_difference(ours: Sequence[Bytes], theirs: Sequence[Bytes], name: str) -> Crossed:
+def crossed_difference(ours: Iterable[Bytes], theirs: Iterable[Bytes], name: str) -> Crossed:
     """The table of ours − theirs, trial by trial and sample by sample."""
-    pairs = zip(ours, theirs, strict=True)
+    pairs = zip(rows_of(ours), rows_of(theirs), strict=True)
     return Crossed.of(holds(one, name) - holds(other, name) for one, other in pairs)
+
+
+def rows_of(codes: Iterable[Bytes]) -> Iterator[Bytes]:
+    """One trial at a time."""
+    for rows in codes:
+        yield from rows

@@ -7,8 +7,9 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -21,12 +22,13 @@ from flipproof.campaigns.assessment import (
     answer,
     campaign_journal,
     narrow,
-    planned,
 )
 from flipproof.campaigns.audit import Audit, audit_of
 from flipproof.campaigns.header import header_of
+from flipproof.campaigns.merge import Shard
 from flipproof.campaigns.plan import Header, Plan
 from flipproof.campaigns.record import Trial
+from flipproof.campaigns.records import Records
 from flipproof.campaigns.trial import TrialRunner
 from flipproof.engine.jobs import Crew, crew
 from flipproof.engine.journal import Key, written
@@ -70,6 +72,7 @@ def assess(
     cache_bytes: int | None = None,
     progress: bool | None = None,
     audit: float = 0.01,
+    shard: str | None = None,
 ) -> Assessment:
     """How a model behaves when the memory that holds it loses bits.
 
@@ -115,6 +118,7 @@ def assess(
         audit: share of the trials that run again whole, uncached, on a fresh copy of the model, at least five; of a
             trial over neurons up to eight upsets, each in a forward of its own. One difference stops the campaign,
             and what caused it is switched off when it is resumed. 0 audits nothing.
+        shard: "3/100" runs the third of every hundred trials, for array jobs; `merge` puts the journals together.
 
     Returns:
         Records and tables.
@@ -142,7 +146,7 @@ def assess(
         faults=faults,
         format=format,
         where=where,
-        plan=Plan(trials, margin, confidence),
+        plan=Plan(trials, margin, confidence, None if shard is None else str(Shard.read(shard))),
         metrics=metrics,
         seed=seed,
         journal=journal,
@@ -156,9 +160,9 @@ def assess(
         if campaign.left:
             _take_shortcuts(campaign.runner, cache_bytes, campaign.off)
         _fill(campaign, workers, progress)
-        if campaign.records and audit:
+        if len(campaign.records) and audit:
             with _noting(campaign.file):
-                campaign.runner.ask_without_faults(*max(campaign.records))
+                campaign.runner.ask_without_faults(*campaign.last)
         return campaign.so_far()
 
 
@@ -220,39 +224,97 @@ def on_demand(
         ) as campaign,
         _hands(campaign, 1, False) as hands,
     ):
+        known = {trial.key: trial for trial in campaign.records}
 
         def ask(point: int, count: int) -> list[Trial]:
             keys = [(point, trial) for trial in range(min(count, campaign.ceilings[point]))]
             for trial in hands.run(campaign.missing(keys)):
-                campaign.records[trial.point, trial.trial] = trial
-            return [campaign.records[key] for key in keys]
+                campaign.add(trial)
+                known[trial.key] = trial
+            return [known[key] for key in keys]
 
         yield ask
 
 
 @dataclass
 class _Campaign:
-    """A campaign after its golden run."""
+    """A campaign after its golden run.
+
+    Attributes:
+        runner: of its trials.
+        header: what it is.
+        records: of trials that ran.
+        ceilings: trials that are planned at each point.
+        file: the journal.
+        off: shortcuts that an audit found wrong.
+        done: of each point, one byte a trial: 1 if it ran.
+    """
 
     runner: TrialRunner
     header: Header
-    records: dict[tuple[int, int], Trial]
+    records: Records
     ceilings: list[int]
     file: CampaignJournal | None
     off: frozenset[str]
+    done: list[bytearray] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.done = [bytearray(ceiling) for ceiling in self.ceilings]
+        points, trials = self.records.column("point"), self.records.column("trial")
+        for point, done in enumerate(self.done):
+            ran = trials[points == point]
+            np.frombuffer(done, np.uint8)[ran[ran < len(done)]] = 1
 
     @property
     def left(self) -> bool:
         """Whether trials are missing."""
-        return len(self.records) < sum(self.ceilings)
+        return next(self.missing(self.keys()), None) is not None
 
-    def missing(self, keys: Iterable[tuple[int, int]]) -> list[Key]:
+    @property
+    def shard(self) -> Shard:
+        """Which of the trials are to be run here."""
+        return Shard(1, 1) if self.header.plan.shard is None else Shard.read(self.header.plan.shard)
+
+    @property
+    def planned(self) -> int:
+        """How many trials are to be run here."""
+        return len(range(self.shard.number - 1, sum(self.ceilings), self.shard.of))
+
+    def keys(self) -> Iterator[tuple[int, int]]:
+        """The trials that are to be run here."""
+        shard = self.shard
+        every = ((point, trial) for point, ceiling in enumerate(self.ceilings) for trial in range(ceiling))
+        return (key for index, key in enumerate(every) if shard.takes(index))
+
+    @property
+    def ran(self) -> int:
+        """How many of those ran."""
+        return self.planned - sum(1 for _ in self.missing(self.keys()))
+
+    def add(self, trial: Trial) -> None:
+        """One that ran."""
+        self.records.append(trial)
+        self.done[trial.point][trial.trial] = 1
+
+    def missing(self, keys: Iterable[tuple[int, int]]) -> Iterator[Key]:
         """Those of these trials that did not run yet."""
-        return [key for key in keys if key not in self.records]
+        return ((point, trial) for point, trial in keys if not self.done[point][trial])
+
+    @property
+    def last(self) -> tuple[int, int]:
+        """The last trial of the last point that ran."""
+        point = max(point for point, done in enumerate(self.done) if any(done))
+        return point, self.done[point].rindex(1)
+
+    def first(self, point: int, count: int) -> Records:
+        """The first so many trials of a point, which all ran."""
+        points, trials = self.records.column("point"), self.records.column("trial")
+        rows = np.flatnonzero((points == point) & (trials < count))
+        return self.records.select(rows[np.argsort(trials[rows])])
 
     def so_far(self) -> Assessment:
         """What the trials that there are come to."""
-        return Assessment(self.header, answer(list(self.records.values()), self.header))
+        return Assessment(self.header, answer(self.records, self.header))
 
 
 @contextmanager
@@ -275,6 +337,10 @@ def _opened(
     audit: float,
 ) -> Iterator[_Campaign]:
     """Check the arguments, store the model, make the golden run, open the journal; give the model back at the end."""
+    if plan.shard is not None and plan.margin is not None:
+        raise ConfigError(
+            "margin= looks at all trials of a point to see when it is enough: it cannot be had with shard="
+        )
     chosen = resolve(metrics)
     decision = check_choice(decision)
     if not isinstance(model, nn.Module):
@@ -339,7 +405,7 @@ def _opened(
             file = campaign_journal(journal) if journal is not None else None
             with written(file, header) as done:
                 off = file.switched_off if file is not None else frozenset()
-                records = {(r.point, r.trial): r for r in planned(done, plan.trials)}
+                records = done if isinstance(done, Records) else Records(header)
                 if "versions" in off:
                     state.watch_bits()
                 if "repaired words" in off:
@@ -390,8 +456,8 @@ def _hands(campaign: _Campaign, workers: int, progress: bool | None) -> Iterator
             campaign.runner,
             workers=workers,
             journal=campaign.file,
-            total=sum(campaign.ceilings),
-            done=len(campaign.records),
+            total=campaign.planned,
+            done=campaign.ran,
             progress=progress,
             label=label,
         ) as hands,
@@ -401,19 +467,18 @@ def _hands(campaign: _Campaign, workers: int, progress: bool | None) -> Iterator
 
 def _fill(campaign: _Campaign, workers: int, progress: bool | None) -> None:
     """Run whatever the records still lack."""
-    header, records, ceilings = campaign.header, campaign.records, campaign.ceilings
+    header, ceilings = campaign.header, campaign.ceilings
     with _hands(campaign, workers, progress) as hands:
         if header.plan.margin is None:
-            every = ((p, t) for p, ceiling in enumerate(ceilings) for t in range(ceiling))
-            for trial in hands.run(campaign.missing(every)):
-                records[trial.point, trial.trial] = trial
+            for trial in hands.run(campaign.missing(campaign.keys())):
+                campaign.add(trial)
             return
         for p, ceiling in enumerate(ceilings):
             for wave in range(0, ceiling, CHECK_EVERY):
                 upto = min(wave + CHECK_EVERY, ceiling)
                 for trial in hands.run(campaign.missing((p, t) for t in range(wave, upto))):
-                    records[trial.point, trial.trial] = trial
-                if upto < ceiling and narrow([records[p, t] for t in range(upto)], header):
+                    campaign.add(trial)
+                if upto < ceiling and narrow(campaign.first(p, upto), header):
                     hands.skip((p, upto), ceiling - upto)
                     break
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ from flipproof._files import replacing
 from flipproof.campaigns.estimates import Point, scale_in
 from flipproof.campaigns.plan import Header
 from flipproof.campaigns.record import WORD_OUTCOMES, Trial
+from flipproof.campaigns.records import Records, seconds
 from flipproof.campaigns.statistics import all_within, wilson_interval
 from flipproof.engine.journal import Journal
 from flipproof.errors import ConfigError
@@ -26,12 +27,15 @@ CHECK_EVERY = 20
 """With `margin`, intervals are looked at after every 20th trial of a point, whatever the number of workers."""
 
 
+_ROWS = 65_536
+"""Rows of a table that are made at a time."""
+
 CampaignJournal = Journal[Header, Trial]
 
 
 def campaign_journal(path: str | os.PathLike[str]) -> CampaignJournal:
     """The journal of a campaign; a record that cannot be of it is refused."""
-    return Journal(path, Header, Trial, check=_belongs)
+    return Journal(path, Header, Trial, check=_belongs, store=Records, extend=Header.extended)
 
 
 def _belongs(header: Header, trial: Trial) -> None:
@@ -58,7 +62,7 @@ class Assessment:
 
     Attributes:
         header: what was assessed: fingerprint, golden run, points, stored sites, plan.
-        records: one `Trial` each, ordered by point and trial.
+        records: one `Trial` each, ordered by point and trial; kept by columns, and made when they are asked for.
 
     Example:
         >>> import flipproof as fp, torch
@@ -69,7 +73,11 @@ class Assessment:
     """
 
     header: Header
-    records: Sequence[Trial] = field(repr=False)
+    records: Records = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(cast(object, self.records), Records):  # a list of trials will do
+            object.__setattr__(self, "records", Records(self.header, self.records))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Assessment:
@@ -114,7 +122,38 @@ class Assessment:
         faults, as the value that the format states for what it cannot repair, or as another value that nobody noticed.
         Words that are decoded together count as one. They are NaN in campaigns over neurons.
         """
-        return pd.DataFrame([record.row() for record in self.records])
+        return self._rows(self.records) if len(self.records) else pd.DataFrame()
+
+    def _rows(self, records: Records) -> pd.DataFrame:
+        """`trials` of some records; as `Trial.row` has it."""
+        point = records.column("point").astype(np.int64)
+        columns: dict[str, Any] = {"point": point}
+        for name in self.header.points[0].coordinates:
+            columns[name] = np.array([each.coordinates[name] for each in self.header.points])[point]
+        for name in ("trial", "faults", "flips"):
+            columns[name] = records.column(name).astype(np.int64)
+        for name in self.metrics:
+            columns[name] = records.metric(name)
+        for name in OUTCOMES:
+            columns[name] = records.column(name).astype(np.int64)
+        for name in WORD_OUTCOMES:
+            words = records.column(name).astype(np.int64)
+            known = (self.records.column(name) >= 0).all()  # in all of them, so that all parts have one type
+            columns[name] = words if known else np.where(words < 0, np.nan, words)
+        columns["samples"] = records.samples
+        columns["seconds"] = [seconds(elapsed) for elapsed in records.column("seconds").tolist()]
+        columns["digest"] = [f"{digest:016x}" for digest in records.column("digest").tolist()]
+        columns["error"] = np.array(records.texts("error"), object)
+        columns["audited"] = records.column("audited").astype(bool)
+        return pd.DataFrame(columns)
+
+    def _parts(self, table: str) -> Iterator[pd.DataFrame]:
+        """A table, some rows at a time."""
+        if table == "summary" or not len(self.records):
+            yield self.trials if table == "trials" else self.summary
+            return
+        for start in range(0, len(self.records), _ROWS):
+            yield self._rows(self.records[start : start + _ROWS])
 
     @cached_property
     def summary(self) -> pd.DataFrame:
@@ -146,17 +185,24 @@ class Assessment:
                 estimate = found.estimate(outcome)
                 row |= estimate.columns(outcome)
             row |= {"critical_total_tail": estimate.tail}
-            row |= {"trials": len(found.records), "flips": float(np.mean([r.flips for r in found.records]))}
+            records = found.records
+            row |= {"trials": len(records), "flips": float(np.mean(records.column("flips")))}
             for name in WORD_OUTCOMES:
-                row[name] = float(np.mean([np.nan if r.words is None else r.words[name] for r in found.records]))
-            row |= {"audited": sum(r.audited for r in found.records), "coverage": self.coverage}
+                words = records.column(name)
+                row[name] = float("nan") if (words < 0).any() else float(np.mean(words))
+            row |= {"audited": int(records.column("audited").sum()), "coverage": self.coverage}
             rows.append(row)
         return pd.DataFrame(rows)
 
+    @property
+    def audited(self) -> int:
+        """Trials that ran again, whole, on a fresh copy of the model."""
+        return int(self.records.column("audited").sum())
+
     def point(self, index: int) -> Point | None:
         """The trials of one point; None if there is none yet."""
-        records = [record for record in self.records if record.point == index]
-        return Point(self.header, records) if records else None
+        rows = np.flatnonzero(self.records.column("point") == index)
+        return Point(self.header, self.records.select(rows)) if len(rows) else None
 
     def scale(self, name: str) -> Scale:
         """Unit, range and direction of a metric or outcome rate."""
@@ -186,9 +232,10 @@ class Assessment:
         Raises:
             ConfigError: if the file cannot be written.
         """
-        chosen = self._table(table)
+        self._check_table(table)
         with replacing(path) as target:
-            chosen.to_csv(target, index=False)
+            for number, part in enumerate(self._parts(table)):
+                part.to_csv(target, index=False, mode="a" if number else "w", header=not number)
         return Path(path)
 
     def to_parquet(self, path: str | os.PathLike[str], *, table: str = "trials") -> Path:
@@ -197,18 +244,27 @@ class Assessment:
         Raises:
             ConfigError: if pyarrow is not installed, or the file cannot be written.
         """
-        chosen = self._table(table)
+        self._check_table(table)
         try:
-            with replacing(path) as target:
-                chosen.to_parquet(target, index=False)
+            import pyarrow
+            from pyarrow import parquet
         except ImportError as error:
             raise ConfigError("Parquet needs pyarrow: pip install 'flipproof[parquet]'") from error
+        with replacing(path) as target, ExitStack() as stack:
+            writer = None
+            for part in self._parts(table):
+                found = pyarrow.Table.from_pandas(part, preserve_index=False)
+                if writer is None:
+                    schema = found.schema
+                    if "error" in schema.names:  # of trials none of which raised, it has no type
+                        schema = schema.set(schema.get_field_index("error"), pyarrow.field("error", pyarrow.string()))
+                    writer = stack.enter_context(parquet.ParquetWriter(target, schema))
+                writer.write_table(found.cast(writer.schema))
         return Path(path)
 
-    def _table(self, name: str) -> pd.DataFrame:
+    def _check_table(self, name: str) -> None:
         if name not in ("trials", "summary"):
             raise ConfigError(f"table must be 'trials' or 'summary', got {name!r}")
-        return self.trials if name == "trials" else self.summary
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value:.4f}" for name, value in self.golden.items())
@@ -216,31 +272,38 @@ class Assessment:
         return f"<Assessment: {len(self.records)} trials at {points} points, {self.bits:,} bits, golden {shown}>"
 
 
-def planned(trials: Sequence[Trial], ceiling: int) -> list[Trial]:
-    """The trials below the ceiling, once each, ordered by point and trial."""
-    kept = {(trial.point, trial.trial): trial for trial in trials if trial.trial < ceiling}
-    return [kept[key] for key in sorted(kept)]
+def planned(records: Records, ceiling: int) -> Records:
+    """The trials below the ceiling, once each, the last if there are several, ordered by point and trial."""
+    point, trial = records.column("point"), records.column("trial")
+    order = np.lexsort((trial, point))
+    order = order[trial[order] < ceiling]
+    last = np.ones(len(order), bool)
+    last[:-1] = (np.diff(point[order].astype(np.int64)) != 0) | (np.diff(trial[order].astype(np.int64)) != 0)
+    return records.select(order[last])
 
 
-def answer(trials: Sequence[Trial], header: Header) -> list[Trial]:
+def answer(records: Records, header: Header) -> Records:
     """The trials that a campaign of this plan rests on: below the ceiling and, with a margin, up to where it stops.
 
     A journal may hold more: trials that were run for a higher ceiling or a narrower margin.
     """
-    kept: list[Trial] = []
-    plan = header.plan
-    for _, group in groupby(planned(trials, plan.trials), key=lambda trial: trial.point):
-        records = list(group)
-        for upto in range(CHECK_EVERY, len(records), CHECK_EVERY) if plan.margin is not None else ():
-            gapless = records[upto - 1].trial == upto - 1
-            if gapless and narrow(records[:upto], header):
-                records = records[:upto]
+    found = planned(records, header.plan.trials)
+    if header.plan.margin is None:
+        return found
+    kept = []
+    point, trial = found.column("point"), found.column("trial")
+    for index in range(len(header.points)):
+        rows = np.flatnonzero(point == index)
+        for upto in range(CHECK_EVERY, len(rows), CHECK_EVERY):
+            gapless = trial[rows[upto - 1]] == upto - 1
+            if gapless and narrow(found.select(rows[:upto]), header):
+                rows = rows[:upto]
                 break
-        kept += records
-    return kept
+        kept.append(rows)
+    return found.select(np.concatenate(kept))
 
 
-def narrow(records: Sequence[Trial], header: Header) -> bool:
+def narrow(records: Records, header: Header) -> bool:
     """True if every metric of a point is known to the plan's margin: its interval over trials, and its tail.
 
     A few trials without a fatal one agree closely, and say nothing about fatal ones: the tail must be within the margin

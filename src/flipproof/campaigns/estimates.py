@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
-from flipproof.campaigns.answers import (
-    Bytes,
-    Crossed,
-    crossed,
-    crossed_difference,
-    decode_answers,
-    decode_golden,
-    holds,
-)
+from flipproof.campaigns.answers import Crossed, crossed_difference, rows_of
 from flipproof.campaigns.plan import Header
-from flipproof.campaigns.record import Trial
+from flipproof.campaigns.records import Records
 from flipproof.campaigns.statistics import (
     Interval,
     difference_interval,
@@ -29,7 +21,7 @@ from flipproof.campaigns.statistics import (
     two_way_interval,
 )
 from flipproof.campaigns.strata import stratified_rate
-from flipproof.running.scales import Scale, scale_of
+from flipproof.running.scales import OUTCOMES, Scale, scale_of
 
 UNKNOWN: Interval = (float("nan"), float("nan"))
 
@@ -75,17 +67,23 @@ class Point:
     """
 
     header: Header
-    records: Sequence[Trial]
+    records: Records
+    _known: dict[str, tuple[float, float, float]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def exact(self) -> bool:
         """Nothing is drawn at random: one trial says everything about these samples."""
-        return bool(self.header.points[self.records[0].point].repeats)
+        return bool(self.header.points[self.index].repeats)
+
+    @cached_property
+    def index(self) -> int:
+        """Of the point in its sweep."""
+        return int(self.records.column("point")[0])
 
     @property
     def fault_free(self) -> bool:
         """No bit is flipped: the rate, times the bits, rounds to none."""
-        return self.exact and self.records[0].flips == 0
+        return self.exact and int(self.records.column("flips")[0]) == 0
 
     @property
     def confidence(self) -> float:
@@ -97,25 +95,22 @@ class Point:
         """At which intervals over trials are taken, see `level_at_looks`."""
         return level_at_looks(self.confidence, self.header.plan.margin)
 
-    @cached_property
+    @property
     def golden(self) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
         """Which samples are correct without faults; None if the journal does not say."""
-        text = self.header.golden_answers
-        return None if text is None else decode_golden(text, self.records[0].samples)
+        return self.records.golden
 
     @cached_property
-    def codes(self) -> list[Bytes] | None:
-        """How each sample of each trial ended; None if a record does not say."""
-        if self.golden is None or any(record.answers is None for record in self.records):
-            return None
-        return [decode_answers(str(record.answers), self.golden) for record in self.records]
+    def answered(self) -> bool:
+        """Whether the journal says how each sample of each trial ended."""
+        return self.records.answered
 
     @cached_property
     def shares(self) -> dict[str, float] | None:
         """In a neuron campaign, the probability with which a trial draws each layer; else None."""
-        if any(record.layer is None for record in self.records):
+        if (self.records.column("layer") < 0).any():
             return None
-        bit = self.header.points[self.records[0].point].coordinates.get("bit")
+        bit = self.header.points[self.index].coordinates.get("bit")
         sizes = {
             site.name: site.bits if bit is None else site.values if bit * site.values < site.bits else 0
             for site in self.header.stored
@@ -123,25 +118,52 @@ class Point:
         total = sum(sizes.values())
         return {name: size / total for name, size in sizes.items()}
 
-    def values(self, name: str) -> list[float]:
+    def values(self, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
         """A metric, or an outcome's share of the samples, per trial; "critical_total" is critical SDC plus DUE."""
-        if name in self.records[0].metrics:
-            return [record.metrics[name] for record in self.records]
+        if name in self.header.golden:
+            return self.records.metric(name)
         names = ("critical_sdc", "due") if name == "critical_total" else (name,)
-        return [sum(record.outcomes[part] for part in names) / record.samples for record in self.records]
+        return np.asarray(self._counts(*names) / self.records.samples)
+
+    def _counts(self, *names: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Samples with any of these outcomes, per trial."""
+        return np.asarray(np.sum([self.records.column(name).astype(np.int64) for name in names], axis=0))
+
+    def table(self, counted: str) -> Crossed:
+        """Trials × samples: 1 where an outcome was, or "critical_total", or the sample was "correct"."""
+        tally = self.records.tally
+        if counted == "correct":
+            plus, codes = tally.right, [4, 5, 6, 7]
+        else:
+            names = ("critical_sdc", "due") if counted == "critical_total" else (counted,)
+            plus = self._counts(*names)
+            codes = [OUTCOMES.index(part) + right for part in names for right in (0, 4)]
+        return Crossed(plus, np.zeros_like(plus), tally.by_sample[codes].sum(axis=0))
+
+    def lost(self) -> Crossed:
+        """Trials × samples: 1 where a sample that is correct without faults was not, −1 the other way round."""
+        assert self.golden is not None
+        tally, golden = self.records.tally, self.golden.astype(np.int64)
+        sums = len(tally.right) * golden - tally.by_sample[4:].sum(axis=0)
+        return Crossed(golden.sum() - tally.kept, tally.right - tally.kept, sums)
 
     def over_trials(self, name: str) -> tuple[float, float, float]:
+        """As `_over_trials`, asked once."""
+        if name not in self._known:
+            self._known[name] = self._over_trials(name)
+        return self._known[name]
+
+    def _over_trials(self, name: str) -> tuple[float, float, float]:
         """Mean and interval over trials: stratified by layer in neuron campaigns, else `mean_interval`."""
         values, scale = self.values(name), scale_in(self.header, name)
-        mean = values[0] if len(set(values)) == 1 else float(np.mean(values))  # equal values: no rounding error
+        mean = float(values[0] if (values == values[0]).all() else np.mean(values))  # equal values: no rounding error
         if self.exact:
             return mean, mean, mean
-        if self.shares is not None and name not in self.records[0].metrics:
-            return self.stratified(np.multiply(values, self.records[0].samples))
-        if self.shares is not None and scale.per_sample and self.codes is not None and self.golden is not None:
-            golden = self.golden.astype(np.int8)
-            change = Crossed.of(holds(code, "correct") - golden for code in self.codes)
-            less, low, high = self.stratified(change.plus, change.minus)
+        if self.shares is not None and name not in self.header.golden:
+            return self.stratified(np.multiply(values, self.records.samples))
+        if self.shares is not None and scale.per_sample and self.answered and self.golden is not None:
+            lost = self.lost()
+            less, low, high = self.stratified(lost.minus, lost.plus)
             start = float(self.golden.mean())
             return start + less, max(0.0, start + low), min(1.0, start + high)
         return mean, *mean_interval(values, confidence=self.level, bounds=scale.range)
@@ -149,7 +171,7 @@ class Point:
     def stratified(self, plus: Any, minus: Any = None) -> tuple[float, float, float]:
         """Mean and interval of a rate of upsets, or of a rate less another one (`stratified_rate`; MOVER)."""
         assert self.shares is not None
-        layers, samples = [str(record.layer) for record in self.records], self.records[0].samples
+        layers, samples = [str(layer) for layer in self.records.texts("layer")], self.records.samples
         one, *ends = stratified_rate(plus, samples, layers, self.shares, confidence=self.level)
         if minus is None:
             return one, ends[0], ends[1]
@@ -162,26 +184,23 @@ class Point:
         scale = scale_in(self.header, name)
         rest = mean if self.exact else tail(mean, len(self.records), scale.worst, confidence=self.confidence)
         counted = _counted(self, name)
-        if counted is None or self.codes is None:
+        if counted is None or not self.answered:
             return Estimate(mean, (ends[0], ends[1]), tail=rest)
         if self.fault_free and counted != "correct":
             return Estimate(mean, (mean, mean), (mean, mean), (mean, mean), rest)
-        table = crossed(self.codes, counted)
+        table = self.table(counted)
         return _over_samples(mean, (ends[0], ends[1]), [table], table.sample_means, self.confidence, (0.0, 1.0), rest)
 
     def drop(self, name: str) -> Estimate:
         """The fault-free value less the mean."""
         golden = float(self.header.golden[name])
         mean, low, high = self.over_trials(name)
-        trials, known = (golden - high, golden - low), self.codes is not None and self.golden is not None
+        trials = (golden - high, golden - low)
         if self.fault_free:
             return Estimate(golden - mean, trials, trials, trials)
-        if not scale_in(self.header, name).per_sample or not known:
+        if not scale_in(self.header, name).per_sample or self.golden is None or not self.answered:
             return Estimate(golden - mean, trials)
-        assert self.codes is not None
-        assert self.golden is not None
-        before = self.golden.astype(np.int8)
-        table = Crossed.of(before - holds(code, "correct") for code in self.codes)
+        table = self.lost()
         return _over_samples(golden - mean, trials, [table], table.sample_means, self.confidence, (-1.0, 1.0))
 
 
@@ -241,9 +260,9 @@ def gain(ours: Point, theirs: Point | None, name: str) -> Gain:
     level = max(one.level, other.level)
     ends = mean_interval(differences, confidence=level, bounds=bounds)
     counted = _counted(one, name)
-    if counted is None or one.codes is None or other.codes is None:
+    if counted is None or not one.answered or not other.answered:
         return Gain(Estimate(mean, ends), "paired", len(one.records))
-    table = crossed_difference(one.codes, other.codes, counted)
+    table = crossed_difference(one.records.codes(), other.records.codes(), counted)
     if one.shares is not None and one.shares == other.shares:
         mean, *strata = one.stratified(table.plus, table.minus)
         ends = (strata[0], strata[1])
@@ -253,26 +272,35 @@ def gain(ours: Point, theirs: Point | None, name: str) -> Gain:
 
 def identical(ours: Point, theirs: Point) -> bool:
     """The same campaign, point and records: whatever trials were added, both would show the same."""
-    if ours.header.identity != theirs.header.identity or ours.records[0].coordinates != theirs.records[0].coordinates:
+    here, there = ours.header.points[ours.index], theirs.header.points[theirs.index]
+    if ours.header.identity != theirs.header.identity or here.coordinates != there.coordinates:
         return False
-    others = {record.trial: record for record in theirs.records}
-    both = [(record, others[record.trial]) for record in ours.records if record.trial in others]
-    return bool(both) and all(
-        (one.digest, one.outcomes, one.answers) == (other.digest, other.outcomes, other.answers)
-        and repr(one.metrics) == repr(other.metrics)
-        for one, other in both
+    one, other = _shared(ours.records, theirs.records)
+    if not len(one):
+        return False
+    names = ("digest", *OUTCOMES)
+    return (
+        all(np.array_equal(one.column(name), other.column(name)) for name in names)
+        and all(np.array_equal(one.metric(name), other.metric(name), equal_nan=True) for name in ours.header.golden)
+        and one.answered == other.answered
+        and all(np.array_equal(a, b) for a, b in zip(rows_of(one.codes()), rows_of(other.codes()), strict=True))
     )
+
+
+def _shared(ours: Records, theirs: Records) -> tuple[Records, Records]:
+    """The trials of both whose numbers both have."""
+    _, mine, others = np.intersect1d(ours.column("trial"), theirs.column("trial"), return_indices=True)
+    return ours.select(mine), theirs.select(others)
 
 
 def paired(ours: Point, theirs: Point) -> tuple[Point | None, Point | None]:
     """Both points with the trials that both have, if they drew the same faults in each of them; else None."""
     if ours.exact or theirs.exact:
         return None, None
-    others = {record.trial: record for record in theirs.records}
-    mine = [record for record in ours.records if record.trial in others]
-    if len(mine) < 2 or any(record.digest != others[record.trial].digest for record in mine):
+    one, other = _shared(ours.records, theirs.records)
+    if len(one) < 2 or not np.array_equal(one.column("digest"), other.column("digest")):
         return None, None
-    return Point(ours.header, mine), Point(theirs.header, [others[record.trial] for record in mine])
+    return Point(ours.header, one), Point(theirs.header, other)
 
 
 def _independent(ours: Point, theirs: Point, name: str) -> Gain:
@@ -281,11 +309,11 @@ def _independent(ours: Point, theirs: Point, name: str) -> Gain:
     ends = difference_interval(mean, (low, high), other, (other_low, other_high))
     draws: Draws = "exact" if ours.exact and theirs.exact else "independent"
     counted = _counted(ours, name)
-    if counted is None or ours.codes is None or theirs.codes is None:
+    if counted is None or not ours.answered or not theirs.answered:
         return Gain(Estimate(mean - other, ends), draws, len(ours.records))
     if ours.fault_free and theirs.fault_free and counted != "correct":
         return Gain(Estimate(mean - other, ends, ends, ends), draws, len(ours.records))
-    tables = [crossed(ours.codes, counted), crossed(theirs.codes, counted)]
+    tables = [ours.table(counted), theirs.table(counted)]
     by_sample = tables[0].sample_means - tables[1].sample_means
     found = _over_samples(mean - other, ends, tables, by_sample, ours.confidence, (-1.0, 1.0))
     return Gain(found, draws, len(ours.records))
@@ -293,6 +321,6 @@ def _independent(ours: Point, theirs: Point, name: str) -> Gain:
 
 def _counted(point: Point, name: str) -> str | None:
     """The rate of samples that a column is, if it is one."""
-    if name in point.records[0].metrics:
+    if name in point.header.golden:
         return "correct" if scale_in(point.header, name).per_sample else None
     return name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from math import nan
 from typing import Any
 
@@ -21,18 +21,25 @@ class Plan:
         trials: a point, or the ceiling where there is a margin.
         margin: half-width at which a point stops; None for all trials.
         confidence: of all intervals.
+        shard: "3/100" if only the third of every hundred trials is; None for all.
     """
 
     trials: int
     margin: float | None
     confidence: float
+    shard: str | None = None
 
     @classmethod
     def from_json(cls, plan: Any) -> Plan:
-        """The inverse of `dataclasses.asdict`."""
+        """The inverse of `to_json`."""
         about = Fields(plan, f"{PLACE}, plan")
         margin = None if about.take("margin") is None else about.number("margin")
-        return cls(about.whole("trials", 1), margin, about.number("confidence"))
+        shard = about.text("shard") if about.has("shard") else None
+        return cls(about.whole("trials", 1), margin, about.number("confidence"), shard)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object; what there always was, and a shard if there is one."""
+        return {name: value for name, value in asdict(self).items() if name != "shard" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,13 @@ class Header:
         fingerprint = asdict(self.fingerprint) | {"format": f"{formats} ({self.fingerprint.format})"}
         return fingerprint, {"golden": dict(self.golden)}
 
+    def extended(self, now: Header) -> Header:
+        """This one with the sweep of another one, if that has all of its points and more: draws are per point."""
+        mine, theirs = [point.faults for point in self.points], [point.faults for point in now.points]
+        if len(theirs) <= len(mine) or not set(mine) <= set(theirs) or len(set(theirs)) < len(theirs):
+            return self
+        return replace(self, points=now.points, fingerprint=replace(self.fingerprint, faults=now.fingerprint.faults))
+
     def to_json(self) -> dict[str, Any]:
         """As the first line of a journal."""
         return {
@@ -153,7 +167,7 @@ class Header:
             "metrics": {name: scale.to_json() for name, scale in self.metrics.items()},
             "decision": None if self.decision is None else asdict(self.decision),
             "audit": asdict(self.audit),
-            "plan": asdict(self.plan),
+            "plan": self.plan.to_json(),
         }
 
     @classmethod

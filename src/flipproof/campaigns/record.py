@@ -8,6 +8,9 @@ from typing import Any
 
 from flipproof._fields import Fields
 
+NAMED_FAULTS = 16
+"""A record names up to this many faults; larger draws are told apart by their digest and can be drawn again."""
+
 WORD_OUTCOMES = ("corrected", "detected", "miscorrected")
 """How a stored word that faults hit is read: as before, as the value for what cannot be repaired, or as another."""
 

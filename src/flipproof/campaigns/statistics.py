@@ -65,6 +65,10 @@ def wilson_interval(successes: float, n: int, *, confidence: float = 0.95) -> In
     return (max(0.0, centre - half), min(1.0, centre + half))
 
 
+MANY = 4096
+"""Trials from which on equal values are counted once, with their number."""
+
+
 def mean_interval(values: ArrayLike, *, confidence: float = 0.95, bounds: Interval | None = None) -> Interval:
     """Interval of the mean over trials (samples within a trial share its faults and are not independent).
 
@@ -89,7 +93,12 @@ def mean_interval(values: ArrayLike, *, confidence: float = 0.95, bounds: Interv
     x = np.asarray(values, np.float64).reshape(-1)
     if x.size < 2 or not bool(np.isfinite(x).all()):
         return (float("nan"), float("nan"))
-    low, high = mean_intervals(x[None, :], confidence=confidence, bounds=bounds)[0].tolist()
+    weights = None
+    if x.size >= MANY:
+        values, counts = np.unique(x, return_counts=True)
+        if 4 * values.size <= x.size:  # as shares of samples are
+            x, weights = values, counts.astype(np.float64)
+    low, high = _both_ends(x[None, :], weights, confidence, bounds)[0].tolist()
     return (low, high)
 
 
@@ -121,30 +130,40 @@ def mean_intervals(rows: FloatArray, *, confidence: float = 0.95, bounds: Interv
     Returns:
         (R, 2): low and high.
     """
-    rows = np.asarray(rows, np.float64)
+    return _both_ends(np.asarray(rows, np.float64), None, confidence, bounds)
+
+
+def _both_ends(rows: FloatArray, weights: FloatArray | None, confidence: float, bounds: Interval | None) -> FloatArray:
     low, high = bounds if bounds is not None else (-np.inf, np.inf)
-    below = -_upper_ends(-rows, -float(low), confidence)
-    return np.stack([below, _upper_ends(rows, float(high), confidence)], axis=1)
+    turned = None if weights is None else weights[::-1]
+    below = -_upper_ends(-rows[:, ::-1], turned, -float(low), confidence)
+    return np.stack([below, _upper_ends(rows, weights, float(high), confidence)], axis=1)
 
 
-def _upper_ends(rows: FloatArray, bound: float, confidence: float) -> FloatArray:
-    n = rows.shape[1]
-    ordered = np.sort(rows, axis=1)
-    spread = rows.std(axis=1)
+def _upper_ends(rows: FloatArray, weights: FloatArray | None, bound: float, confidence: float) -> FloatArray:
+    """`rows` are trials, or, ascending, the values that they have; then `weights` says how many trials have each."""
+    if weights is None:
+        n = rows.shape[1]
+        ordered, spread, middle = np.sort(rows, axis=1), rows.std(axis=1), rows.mean(axis=1)
+    else:
+        n = int(weights.sum())
+        ordered, middle = rows, (rows @ weights) / n
+        spread = (((rows - middle[:, None]) ** 2 @ weights) / n) ** 0.5
     agree = (ordered[:, 0] == ordered[:, -1]) | (spread < 1e-150)  # a difference whose square is no number is none
-    mean = np.where(agree, ordered[:, 0], rows.mean(axis=1))
+    mean = np.where(agree, ordered[:, 0], middle)
     scale = np.where(agree, 1.0, spread)
     x = (ordered - mean[:, None]) / scale[:, None]
     limit = (bound - mean) / scale
     z, t, bell = _quantiles(n, confidence)
     farthest = x[:, -1]
-    twice = x[:, -2] >= farthest - 1e-9
+    second = x[:, -2] if weights is None or weights[-1] < 2 else farthest
+    twice = second >= farthest - 1e-9
     far = np.where(twice, 1.0, np.clip(3 * (farthest / bell - 1.1), 0, 1))
-    light = np.clip((x**3).mean(axis=1) / 2, 0, farthest)  # half the skewness
+    light = np.clip(_sums(x**3, weights) / n / 2, 0, farthest)  # half the skewness
     light = light + n**0.5 * (t * (n / (n - 1)) ** 0.5 - z * (n / (n + 1)) ** 0.5)
     beyond = np.where(twice, farthest, farthest * (1 + 50 / max(n, 20)))
     extra = np.minimum(light + far * np.maximum(beyond - light, 0), limit)
-    end = _bootstrap_quantile(x, np.where(agree, 1.0, extra), z)
+    end = _bootstrap_quantile(x, np.where(agree, 1.0, extra), z, weights)
     students = t / (n - 1) ** 0.5
     end = mean + scale * (end + (1 - far) * np.maximum(students - end, 0) / 2)
     unseen = unseen_share(n, confidence)
@@ -160,7 +179,13 @@ def _quantiles(n: int, confidence: float) -> tuple[float, float, float]:
     return float(stats.norm.ppf(level)), float(stats.t.ppf(level, n - 1)), float(stats.norm.ppf(1 - 0.5264 / n))
 
 
-def _bootstrap_quantile(x: FloatArray, extra: FloatArray, z: float, steps: int = 12) -> FloatArray:
+def _sums(x: FloatArray, weights: FloatArray | None) -> FloatArray:
+    return np.asarray(x.sum(axis=1) if weights is None else x @ weights)
+
+
+def _bootstrap_quantile(
+    x: FloatArray, extra: FloatArray, z: float, weights: FloatArray | None = None, steps: int = 12
+) -> FloatArray:
     """Where the Bayesian bootstrap of the standardised rows and one `extra` trial each has the quantile Φ(z) > 0.5.
 
     P(Σ Dᵢ xᵢ ≤ m) = P(Σ Eᵢ (xᵢ − m) ≤ 0) for exponential E. Its saddlepoint s, with c = m + 1/s, gives
@@ -176,9 +201,9 @@ def _bootstrap_quantile(x: FloatArray, extra: FloatArray, z: float, steps: int =
         c = top * (1 + np.exp(middle))
         distance = c[:, None] - x
         own = c - extra
-        m = ((x / distance).sum(axis=1) + extra / own) / ((1 / distance).sum(axis=1) + 1 / own)
-        squared = 2 * (np.log(distance / (c - m)[:, None]).sum(axis=1) + np.log(own / (c - m)))
-        u = (((x - m[:, None]) / distance) ** 2).sum(axis=1) + ((extra - m) / own) ** 2
+        m = (_sums(x / distance, weights) + extra / own) / (_sums(1 / distance, weights) + 1 / own)
+        squared = 2 * (_sums(np.log(distance / (c - m)[:, None]), weights) + np.log(own / (c - m)))
+        u = _sums(((x - m[:, None]) / distance) ** 2, weights) + ((extra - m) / own) ** 2
         r = np.maximum(squared, 1e-30) ** 0.5
         reached = r + np.log(np.maximum(u, 1e-300) ** 0.5 / r) / r
         beyond = reached > z

@@ -14,7 +14,8 @@ import torch
 
 from flipproof.campaigns.answers import encode_answers
 from flipproof.campaigns.audit import Audit
-from flipproof.campaigns.record import Trial
+from flipproof.campaigns.record import NAMED_FAULTS, Trial
+from flipproof.campaigns.records import seconds
 from flipproof.engine.journal import Key
 from flipproof.errors import AuditError
 from flipproof.faults.base import FaultModel
@@ -39,9 +40,6 @@ _SMALLEST_FOR_NEURONS = 2**28
 """Bytes of golden activations that are allowed in any case: where every trial starts from some, as many as an analysis
 may take.
 """
-
-NAMED_FAULTS = 16
-"""A record names up to this many faults; larger draws are told apart by their digest and can be drawn again."""
 
 
 @cache
@@ -128,7 +126,7 @@ class TrialRunner:
             metrics={metric.name: metric.measure(outputs, targets, self.decision) for metric in self.metrics},
             outcomes=dict(zip(OUTCOMES, counts, strict=True)),
             samples=faulty.batches.samples,
-            seconds=time.perf_counter() - began,
+            seconds=seconds(time.perf_counter() - began),
             versions=versions(),
             where=self.space.places(draw) if len(draw) <= NAMED_FAULTS else [],
             error=error,

@@ -25,6 +25,7 @@ VERBS = {
     "harden": "A copy of a model whose activations are bounded.",
     "protect": "Choose how a model is stored so that it survives a bit error rate, and prove it.",
     "explore": "Which stored form of a network is small, accurate and survives.",
+    "merge": "Put the journals of a campaign's shards together into one.",
     "compare": "Put campaigns side by side: drops, outcomes, gains over the first one with intervals.",
     "report": "Write one self-contained HTML page of campaigns.",
     "reproduce": "Run a paper's experiments and print its numbers beside ours.",

@@ -1,16 +1,18 @@
-"""The journal: one JSON line a finished job, appended as it ends, so that long work can be killed and resumed.
+"""The journal: JSON lines of finished jobs, appended as they end, so that long work can be killed and resumed.
 
-Line 1 is the header: what is worked on, and how it is told from anything else. Lines after it are records, notes of a
-resumption with another plan, or notes of a failed audit, before which no record counts. A line without its newline was
-torn by a kill or a full disk: it is dropped and its job done again.
+Line 1 is the header: what is worked on, and how it is told from anything else. Lines after it are records, or several
+of them packed together, where jobs end faster than one a second; notes of a resumption with another plan; or notes of a
+failed audit, before which no record counts. A line without its newline was torn by a kill or a full disk: it is dropped
+and its jobs done again. docs/journal.md has the format.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
 
@@ -21,7 +23,12 @@ from flipproof.errors import AuditError, JournalError, JournalLocked, JournalMis
 Key = tuple[int | str, ...]
 """Names a job: its record carries it."""
 
-SCHEMA = 1
+SCHEMA = 2
+_READ = (1, 2)
+"""Schemas that are read: 1 had no packed lines."""
+
+EVERY = 1.0
+"""Seconds: records wait so long, at most, for others to be written with. A kill loses no more than this."""
 PATIENCE = 1.5
 """Seconds to wait for the lock: workers of a killed run hold it until they notice, within half a second."""
 _START = b'{"flipproof_journal":'
@@ -67,6 +74,31 @@ HeaderT = TypeVar("HeaderT", bound=Header)
 RecordT = TypeVar("RecordT", bound=Record)
 
 
+class Store(Protocol[RecordT]):
+    """Where the records of a journal are kept that packs several into a line, `most` at most."""
+
+    most: int
+
+    def append(self, record: RecordT, /) -> None:
+        """One more."""
+
+    def clear(self) -> None:
+        """Forget all of them."""
+
+    def pack(self, records: Sequence[RecordT], /) -> dict[str, Any]:
+        """Some records as one line, with their number as its field ``packed``."""
+
+    def unpack(self, line: dict[str, Any], /) -> None:
+        """Add those of a line; raises KeyError, TypeError or ValueError if it cannot be one."""
+
+    def move(self, header: Any, /) -> None:
+        """The header is another one from now on: records go where it has them."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[RecordT]: ...
+
+
 class Journal(Generic[HeaderT, RecordT]):
     """A file on disk that keeps what was done.
 
@@ -76,6 +108,8 @@ class Journal(Generic[HeaderT, RecordT]):
         record: class of the lines after it.
         kind: of work, so that a journal of one verb is not taken for that of another.
         check: holds a record that was read against the header, and raises ValueError if it cannot be of this work.
+        store: makes what records are read into, which packs several into a line; None for a list, and a line a record.
+        extend: (the header that is there, the one of now) → the first one, made to hold what the second one has more.
     """
 
     def __init__(
@@ -86,15 +120,21 @@ class Journal(Generic[HeaderT, RecordT]):
         *,
         kind: str = CAMPAIGN,
         check: Callable[[HeaderT, RecordT], None] | None = None,
+        store: Callable[[HeaderT], Store[RecordT]] | None = None,
+        extend: Callable[[HeaderT, HeaderT], HeaderT] | None = None,
     ) -> None:
         self.path = Path(path)
         self.kind = kind
         self._header, self._record, self._check = header, record, check
+        self._store, self._extend = store, extend
         self._descriptor: int | None = None
+        self._packing: Store[RecordT] | None = None
+        self._waiting: list[RecordT] = []
+        self._written = 0.0
         self.switched_off: frozenset[str] = frozenset()
         """Shortcuts that an audit has found wrong; known once the journal was read."""
 
-    def read(self) -> tuple[HeaderT, list[RecordT]]:
+    def read(self) -> tuple[HeaderT, Any]:
         """Header (with the latest plan) and every whole record; a torn last line is passed over.
 
         Raises:
@@ -104,7 +144,7 @@ class Journal(Generic[HeaderT, RecordT]):
         return header, records
 
     @contextmanager
-    def writing(self, header: HeaderT) -> Iterator[list[RecordT]]:
+    def writing(self, header: HeaderT) -> Iterator[Any]:
         """Open for appending, creating or resuming; yields the records that are already there.
 
         Raises:
@@ -127,8 +167,13 @@ class Journal(Generic[HeaderT, RecordT]):
             raise JournalError(f"cannot write {self.path}: {error.strerror or error}") from error
         try:
             done = self._create(header) if self._unwritten() else self._resume(header)
+            self._packing = None if self._store is None else self._store(header)
             try:
                 yield done
+                self.flush()
+            except BaseException:
+                self._flush_if_possible()
+                raise
             finally:
                 os.close(self._open())
                 self._descriptor = None
@@ -141,11 +186,30 @@ class Journal(Generic[HeaderT, RecordT]):
 
     def note_failed_audit(self, error: AuditError) -> None:
         """Write that an audit failed: the records before this line count no more; the shortcut is switched off."""
+        self._waiting.clear()
         self._write({"audit_failed": {"shortcut": error.shortcut, "point": error.point, "trial": error.trial}})
 
     def append(self, record: RecordT) -> None:
-        """Write one record, whole or not at all."""
-        self._write(record.to_json())
+        """Write one record, whole or not at all; one that is packed waits for others, see `EVERY`."""
+        if self._packing is None:
+            self._write(record.to_json())
+            return
+        self._waiting.append(record)
+        if len(self._waiting) >= self._packing.most or time.monotonic() - self._written >= EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits."""
+        waiting = self._waiting
+        if waiting and self._packing is not None:
+            self._write(waiting[0].to_json() if len(waiting) == 1 else self._packing.pack(waiting))
+        self._waiting = []
+        self._written = time.monotonic()
+
+    def _flush_if_possible(self) -> None:
+        """Write what waits while something else fails, which says more than that this fails too."""
+        with suppress(JournalError):
+            self.flush()
 
     def _unwritten(self) -> bool:
         """No file, an empty one, or a header of ours that was torn before its end: nothing was recorded yet."""
@@ -163,76 +227,107 @@ class Journal(Generic[HeaderT, RecordT]):
         os.ftruncate(self._open(), 0)
         return True
 
-    def _create(self, header: HeaderT) -> list[RecordT]:
+    def _create(self, header: HeaderT) -> Any:
         kind = {} if self.kind == CAMPAIGN else {"kind": self.kind}
         self._write({"flipproof_journal": SCHEMA, **kind, **header.to_json()})
-        return []
+        return self._empty(header)
 
-    def _resume(self, header: HeaderT) -> list[RecordT]:
-        found, records, whole = self._parse()
+    def _empty(self, header: HeaderT) -> Any:
+        return [] if self._store is None else self._store(header)
+
+    def _resume(self, header: HeaderT) -> Any:
+        there, records, whole = self._parse()
+        found = there if self._extend is None else self._extend(there, header)
         for was, now in zip(found.identity, header.identity, strict=True):
-            if differences := _differences(was, now):
+            if apart := differences(was, now):
                 raise JournalMismatch(
                     f"{self.path} holds another {self.kind}; nothing was changed. What differs (journal → now):\n  "
-                    + "\n  ".join(differences)
+                    + "\n  ".join(apart)
                     + "\nResume with the same model, data and settings, or choose another journal="
                 )
         descriptor = self._open()
         if os.fstat(descriptor).st_size > whole:
             os.ftruncate(descriptor, whole)
-        if found.plan != header.plan:
-            self._write({"resumed": True, "plan": header.to_json()["plan"]})
+        note = {name: value for name, value in header.to_json().items() if name == "plan" and found.plan != header.plan}
+        if found is not there:
+            before, after = there.to_json(), found.to_json()
+            note |= {name: value for name, value in after.items() if name != "plan" and before[name] != value}
+        if note:
+            self._write({"resumed": True, **note})
+        if found is not there:
+            records.move(found)
         return records
 
-    def _parse(self) -> tuple[HeaderT, list[RecordT], int]:
+    def _parse(self) -> tuple[HeaderT, Any, int]:
         """Header, records, and the number of bytes in whole lines."""
         self._refuse_folder()
+        whole = 0
         try:
-            content = self.path.read_bytes()
+            with self.path.open("rb") as file:
+                line = file.readline()
+                raw = self._first(line)
+                header = self._header_in(raw)
+                records = self._empty(header)
+                switched_off: set[str] = set()
+                whole, number = len(line), 1
+                for number, line in enumerate(file, start=2):
+                    if not line.endswith(b"\n"):
+                        break
+                    header = self._take(line, number, raw, header, records, switched_off)
+                    whole += len(line)
         except OSError as error:
             raise JournalError(f"cannot read {self.path}: {error.strerror or error}") from error
-        whole = content.rfind(b"\n") + 1
-        lines = content[:whole].splitlines()
-        raw = self._first(lines)
+        self.switched_off = frozenset(switched_off)
+        return header, records, whole
+
+    def _header_in(self, raw: dict[str, Any]) -> HeaderT:
         try:
-            header = self._header.from_json(raw)
+            return self._header.from_json(raw)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise JournalError(
                 f"{self.path}, line 1: not the header of a {self.kind} ({type(error).__name__}: {error}); the file was "
                 f"edited or damaged. Nothing was changed"
             ) from None
-        records: list[RecordT] = []
-        switched_off: set[str] = set()
-        for number, line in enumerate(lines[1:], start=2):
-            try:
-                record = json.loads(line)
-                if "resumed" in record:
-                    header = self._header.from_json({**raw, "plan": record["plan"]})
-                elif "audit_failed" in record:
-                    records.clear()
-                    switched_off.add(str(record["audit_failed"]["shortcut"]))
-                else:
-                    records.append(self._record.from_json(record))
-                    if self._check is not None:
-                        self._check(header, records[-1])
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise JournalError(
-                    f"{self.path}, line {number}: not a record of a {self.kind} ({error}); the file was edited or "
-                    f"damaged. Nothing was changed: remove that line to do its job again"
-                ) from None
-        self.switched_off = frozenset(switched_off)
-        return header, records, whole
 
-    def _first(self, lines: list[bytes]) -> dict[str, Any]:
+    def _take(
+        self, line: bytes, number: int, raw: dict[str, Any], header: HeaderT, records: Any, switched_off: set[str]
+    ) -> HeaderT:
+        """One line after the first; the header from there on."""
         try:
-            raw: dict[str, Any] = json.loads(lines[0])
+            found = json.loads(line)
+            if "resumed" in found:
+                raw |= {name: value for name, value in found.items() if name != "resumed"}
+                later = self._header.from_json(raw)
+                if self._store is not None:
+                    records.move(later)
+                return later
+            if "audit_failed" in found:
+                records.clear()
+                switched_off.add(str(found["audit_failed"]["shortcut"]))
+            elif "packed" in found and self._store is not None:
+                records.unpack(found)
+            else:
+                record = self._record.from_json(found)
+                if self._check is not None:
+                    self._check(header, record)
+                records.append(record)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise JournalError(
+                f"{self.path}, line {number}: not a record of a {self.kind} ({error}); the file was edited or "
+                f"damaged. Nothing was changed: remove that line to do its job again"
+            ) from None
+        return header
+
+    def _first(self, line: bytes) -> dict[str, Any]:
+        try:
+            raw: dict[str, Any] = json.loads(line if line.endswith(b"\n") else b"")
             schema, kind = raw.pop("flipproof_journal"), raw.pop("kind", CAMPAIGN)
-        except (IndexError, ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise JournalError(
                 f"{self.path} is not a flipproof journal (its first line is no header); nothing was changed"
             ) from None
-        if schema != SCHEMA:
-            raise JournalError(f"{self.path} has schema {schema}; this flipproof reads schema {SCHEMA}")
+        if schema not in _READ:
+            raise JournalError(f"{self.path} has schema {schema}; this flipproof reads schemas {_READ[0]} to {SCHEMA}")
         if kind != self.kind:
             raise JournalError(f"{self.path} is the journal of a {kind}, expected that of a {self.kind}")
         return raw
@@ -258,22 +353,24 @@ class Journal(Generic[HeaderT, RecordT]):
             if written:
                 os.ftruncate(descriptor, before)
             raise JournalError(
-                f"cannot write {self.path}: {error.strerror or error}. Every finished job up to here is kept; "
-                f"make room and run the same call again to resume"
+                f"cannot write {self.path}: {error.strerror or error}. Every finished job up to here is kept"
+                f"{', but for the last second' if len(self._waiting) > 1 else ''}; make room and run the same call "
+                f"again to resume"
             ) from error
 
 
-def written(journal: Journal[HeaderT, RecordT] | None, header: HeaderT) -> AbstractContextManager[list[RecordT]]:
+def written(journal: Journal[HeaderT, RecordT] | None, header: HeaderT) -> AbstractContextManager[Any]:
     """`journal.writing(header)`; without a journal nothing is known and nothing is kept."""
     return nullcontext([]) if journal is None else journal.writing(header)
 
 
-def _differences(journal: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(journal: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """One line a field that differs."""
     lines = []
     for key in sorted(journal.keys() | now.keys()):
         old, new = journal.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += _differences(old, new, f"{prefix}{key}.")
+            lines += differences(old, new, f"{prefix}{key}.")
         elif old != new:
             lines.append(f"{prefix}{key}: {old!r} → {new!r}")
     return lines

@@ -111,7 +111,7 @@ def _campaigns(assessments: Mapping[str, Assessment]) -> str:
                 "without faults [over samples]": golden,
                 "faults": fingerprint.faults,
                 "trials": f"{len(assessment.records):,}",
-                "audited": f"{sum(record.audited for record in assessment.records):,}",
+                "audited": f"{assessment.audited:,}",
                 "seed": str(fingerprint.seed),
             }
         )
@@ -205,7 +205,7 @@ def _one(assessment: Assessment) -> str:
     stored = html_table(pd.DataFrame([asdict(site) for site in header.stored]), text=("name", "kind", "format"))
     left_out = [{"name": name, "why": str(why)} for name, why in dict(header.left_out).items()]
     outside = html_table(pd.DataFrame(left_out), text=("name", "why")) if left_out else "<p>none</p>"
-    facts = {**asdict(header.fingerprint), **asdict(header.plan), **header.versions, "started": header.created}
+    facts = {**asdict(header.fingerprint), **header.plan.to_json(), **header.versions, "started": header.created}
     identity = html_table(
         pd.DataFrame([{"field": name, "value": str(value)} for name, value in facts.items()]), text=("field", "value")
     )

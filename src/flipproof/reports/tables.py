@@ -28,7 +28,7 @@ def basis(assessment: Assessment) -> str:
         'Fault space: 192 bits, 100 % of what the model stores. Audited: 4 of 4 trials.'
     """
     of = "what its layers compute for a sample" if of_neurons(assessment) else "what the model stores"
-    audited = sum(record.audited for record in assessment.records)
+    audited = assessment.audited
     itself = assessment.header.audit.on == "the model itself"
     on = ", on the model itself" if itself else ""
     return (
@@ -122,13 +122,15 @@ def findings(assessment: Assessment) -> list[str]:
     scale, golden, summary = assessment.scale(metric), assessment.golden[metric], assessment.summary
     if summary.empty:
         return ["No trial has been run yet."]
-    samples = assessment.records[0].samples
+    samples = assessment.records.samples
     interval = between(scale, *assessment.golden_interval(metric))
     known = "" if interval == "(unknown)" else f" {interval}"
     said = [f"Without faults {metric} is {scale.with_unit(golden)}{known} over {samples:,} samples."]
     if assessment.coverage < 0.99:
         what = "bits that layers compute" if of_neurons(assessment) else "stored bits"
         said.append(f"Only {coverage_text(assessment)} of the {what} could be hit; nothing is said about the others.")
+    if (shard := assessment.header.plan.shard) is not None:
+        said.append(f"This is shard {shard} of a campaign: flipproof merge puts the journals of all shards together.")
     negligible, words = _negligible(scale, golden)
     if "bit" in summary:
         return said + _about_bits(summary, metric, scale, negligible, words)

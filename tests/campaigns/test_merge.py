@@ -1,0 +1,126 @@
+"""Shards put together are one run, record for record; what does not fit is named and nothing is written."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import flipproof as fp
+from flipproof.campaigns.merge import Shard
+from flipproof.errors import ConfigError, JournalError, JournalMismatch
+from flipproof.reports.tables import findings
+
+
+@pytest.fixture
+def setup(mlp, blobs):
+    return {"model": mlp, "data": blobs, "faults": fp.BitErrorRate([1e-2, 5e-2]), "trials": 7, "seed": 2}
+
+
+def records_of(result):
+    return [replace(record, seconds=0.0) for record in result.records]
+
+
+def shards(setup, folder, of, **changes):
+    paths = [folder / f"{number}.jsonl" for number in range(1, of + 1)]
+    for number, path in enumerate(paths, start=1):
+        fp.assess(**setup | changes, journal=path, shard=f"{number}/{of}")
+    return paths
+
+
+@pytest.mark.parametrize("of", [1, 2, 3, 14, 20])
+def test_shards_together_are_one_run(setup, tmp_path, of):
+    whole = fp.assess(**setup)
+    paths = shards(setup, tmp_path, of)
+    assert sum(len(fp.Assessment.load(path).records) for path in paths) == 14
+    np.random.default_rng(of).shuffle(paths)
+    merged = fp.merge(*paths, into=tmp_path / "new" / "whole.jsonl")
+    assert records_of(merged) == records_of(whole)
+    assert records_of(fp.Assessment.load(tmp_path / "new" / "whole.jsonl")) == records_of(whole)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["whole.jsonl"]
+    assert merged.summary.equals(whole.summary)
+    resumed = fp.assess(**setup, journal=tmp_path / "new" / "whole.jsonl")
+    assert [r.seconds for r in resumed.records] == [r.seconds for r in merged.records]  # nothing ran again
+
+
+def test_a_shard_says_that_it_is_one(setup, tmp_path):
+    one, two = shards(setup, tmp_path, 2)
+    assert any("This is shard 1/2 of a campaign" in said for said in findings(fp.Assessment.load(one)))
+    assert not any("shard" in said for said in findings(fp.merge(one, two, into=tmp_path / "whole.jsonl")))
+
+
+def test_points_that_run_once_are_in_one_shard(setup, tmp_path):
+    faults = fp.BitPosition([3, 20, 30])
+    paths = shards(setup, tmp_path, 2, faults=faults)
+    merged = fp.merge(*paths, into=tmp_path / "whole.jsonl")
+    assert records_of(merged) == records_of(fp.assess(**setup | {"faults": faults}))
+    assert len(merged.records) == 3
+
+
+def test_neurons_and_workers(setup, tmp_path):
+    changes = {"where": fp.Neurons(), "faults": fp.RandomBits(1), "workers": 2}
+    merged = fp.merge(*shards(setup, tmp_path, 3, **changes), into=tmp_path / "whole.jsonl")
+    assert records_of(merged) == records_of(fp.assess(**setup | changes))
+
+
+def test_gaps_are_named_and_can_be_filled(setup, tmp_path):
+    one, two, three = shards(setup, tmp_path, 3)
+    with pytest.raises(
+        ConfigError, match=r"missing: of point 0 \(BitErrorRate\(ber=0.01.*\) 2: 1, 4; of point 1 .* 3: "
+    ):
+        fp.merge(one, three, into=tmp_path / "whole.jsonl")
+    assert not (tmp_path / "whole.jsonl").exists()
+    part = fp.merge(one, three, into=tmp_path / "part.jsonl", partial=True)
+    assert len(part.records) == 9
+    filled = fp.assess(**setup, journal=tmp_path / "part.jsonl")
+    assert records_of(filled) == records_of(fp.assess(**setup))
+    again = fp.assess(**setup, journal=one, shard="2/3")  # a shard's journal takes another shard as well
+    assert len(again.records) == 10
+    assert records_of(fp.merge(one, three, into=tmp_path / "whole.jsonl")) == records_of(filled)
+    assert two.exists()
+
+
+def test_what_is_there_twice_is_named(setup, tmp_path):
+    one, two = shards(setup, tmp_path, 2)
+    with pytest.raises(ConfigError, match=r"1.jsonl and .*1.jsonl both hold point 0, trial 0"):
+        fp.merge(one, two, one, into=tmp_path / "whole.jsonl")
+    fp.assess(**setup, journal=tmp_path / "third.jsonl", shard="1/3")
+    with pytest.raises(ConfigError, match=r"both hold point 0, trial"):
+        fp.merge(one, tmp_path / "third.jsonl", into=tmp_path / "whole.jsonl", partial=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 3}, "seed: 2 → 3"),
+        ({"faults": fp.BitErrorRate([1e-2, 3e-2])}, "faults"),
+        ({"format": fp.Affine(8)}, "format"),
+        ({"trials": 8}, "trials: 7 → 8"),
+    ],
+)
+def test_foreign_shards_are_named(setup, tmp_path, change, said):
+    one, _ = shards(setup, tmp_path, 2)
+    fp.assess(**setup | change, journal=tmp_path / "other.jsonl", shard="2/2")
+    with pytest.raises(JournalMismatch, match=rf"other.jsonl is of another campaign than .*1.jsonl(.|\n)*{said}"):
+        fp.merge(one, tmp_path / "other.jsonl", into=tmp_path / "whole.jsonl")
+    with torch.no_grad():
+        setup["model"][0].weight += 1
+    fp.assess(**setup, journal=tmp_path / "weights.jsonl", shard="2/2")
+    with pytest.raises(JournalMismatch, match="weights"):
+        fp.merge(one, tmp_path / "weights.jsonl", into=tmp_path / "whole.jsonl")
+
+
+def test_misuse(setup, tmp_path):
+    one, two = shards(setup, tmp_path, 2)
+    for shard in ("0/2", "3/2", "1", "a/b", "1/2/3", "", 3, (1, 2), "1/0", "-1/2"):
+        with pytest.raises(ConfigError, match="shard= takes a text such as '3/100'"):
+            fp.assess(**setup, shard=shard)
+    with pytest.raises(ConfigError, match="margin="):
+        fp.assess(**setup, shard="1/2", margin=0.1)
+    with pytest.raises(ConfigError, match="got none"):
+        fp.merge(into=tmp_path / "whole.jsonl")
+    with pytest.raises(ConfigError, match="is there already"):
+        fp.merge(one, two, into=two)
+    with pytest.raises(JournalError):
+        fp.merge(one, tmp_path / "none.jsonl", into=tmp_path / "whole.jsonl")
+    assert str(Shard.read("03/100")) == "3/100"
