@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from flipproof._files import replacing
@@ -30,3 +32,17 @@ def test_a_place_that_takes_no_file_is_one_sentence(tmp_path):
     for path in (tmp_path / "file" / "page.html", "/proc/page.html"):
         with pytest.raises(ConfigError, match=r"cannot write .*page\.html"), replacing(path) as temporary:
             temporary.write_text("page")
+
+
+def test_what_is_no_file_stays_and_links_are_followed(tmp_path):
+    (tmp_path / "real.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "real.txt")
+    with replacing(tmp_path / "link.txt") as target:
+        target.write_text("new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "real.txt").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(ConfigError, match="it is no file"), replacing(path) as target:
+            target.write_text("new")
+    assert not (tmp_path / "pipe").is_file()

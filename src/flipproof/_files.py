@@ -34,7 +34,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
         raise ConfigError(f"a file to write takes a path, got {path!r}")
-    target = Path(path)
+    target = Path(os.path.realpath(path))  # what a link points to
+    if target.exists() and not target.is_file():
+        raise ConfigError(f"cannot write {path}: it is no file")
     temporary = target.with_name(f".{os.getpid()}.{target.name}")  # the ending stays: ".csv.gz" is compressed by it
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

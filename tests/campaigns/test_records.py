@@ -258,6 +258,8 @@ def test_tables_are_written_in_parts_as_they_are_made_in_one(base, tmp_path, mon
     pd.testing.assert_frame_equal(result.trials, rows, check_dtype=False)
     whole = {end: getattr(result, f"to_{end}")(tmp_path / f"whole.{end}") for end in ("csv", "parquet")}
     monkeypatch.setattr(assessment, "_ROWS", 16)
+    for end in ("csv.gz", "csv.zip", "csv.bz2"):
+        pd.testing.assert_frame_equal(pd.read_csv(result.to_csv(tmp_path / f"t.{end}")), pd.read_csv(whole["csv"]))
     for end, read in (("csv", pd.read_csv), ("parquet", pd.read_parquet)):
         part = getattr(result, f"to_{end}")(tmp_path / f"parts.{end}")
         pd.testing.assert_frame_equal(read(part), read(whole[end]))
@@ -279,3 +281,71 @@ def test_the_reader_of_the_documentation_reads_a_journal(base, tmp_path):
     found = [int(number) for part in namespace["columns"](path) for number in part["flips"]]
     assert sorted([*found, *(line["flips"] for line in alone)]) == sorted(trial.flips for trial in trials)
     assert len(found) > 90
+
+
+DAMAGE = [
+    {"digest": "zz"},
+    {"digest": ""},
+    {"digest": "0" * 40},
+    {"digest": "-5"},
+    {"where": [["a", 10**30, 0]]},
+    {"where": [["a", float("inf"), 0]]},
+    {"where": [["a", -5, 0]]},
+    {"where": [["a", 1, 99]]},
+    {"where": [["a", 1]]},
+    {"where": [[1, 1, 1]]},
+    {"where": [["a", 1, 1]] * 17},
+    {"where": 3},
+    {"seconds": -1},
+    {"seconds": float("nan")},
+    {"seconds": 1e300},
+    {"answers": base64.b64encode(zlib.compress(b"\xff" * SAMPLES)).decode()},
+    {"answers": "!!!!"},
+    {"answers": encode_answers([2] * SAMPLES, [False] * SAMPLES)},
+]
+
+
+@pytest.mark.parametrize("change", DAMAGE, ids=str)
+def test_a_single_line_that_no_trial_leaves_is_refused_with_its_number(base, change, tmp_path):
+    path = tmp_path / "journal.jsonl"
+    with campaign_journal(path).writing(base.header):
+        pass
+    good = json.dumps(base.records[0].to_json()) + "\n"
+    whole = path.read_text() + good + json.dumps(base.records[1].to_json() | change) + "\n"
+    path.write_text(whole)
+    with pytest.raises(JournalError, match="line 3: not a record of a campaign"):
+        fp.Assessment.load(path)
+    assert path.read_text() == whole
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 200_000,
+        '{"resumed": true, "golden": {"x": 1}}',
+        '{"resumed": true, "plan": {"trials": 4, "margin": null, "confidence": 7}}',
+        '{"resumed": true, "points": []}',
+    ],
+)
+def test_other_lines_that_nobody_writes_are_refused_with_their_number(base, line, tmp_path):
+    path = tmp_path / "journal.jsonl"
+    with campaign_journal(path).writing(base.header):
+        pass
+    path.write_text(path.read_text() + json.dumps(base.records[0].to_json()) + "\n" + line + "\n")
+    with pytest.raises(JournalError, match="line 3: not a record of a campaign"):
+        fp.Assessment.load(path)
+    path.write_text(line + "\n")
+    with pytest.raises(JournalError):
+        fp.Assessment.load(path)
+
+
+def test_a_selection_stays_what_it_is_when_more_trials_come(base):
+    records = Records(base.header, drawn(base, 5))
+    some, none = records[1:3], records.select(np.arange(0))
+    for trial in drawn(base, 9):
+        records.append(trial)
+    assert len(some.column("trial")) == 2
+    assert len(none.column("trial")) == 0
+    assert len(records) == len(list(records)) == 14
+    with pytest.raises(TypeError, match="a selection"):
+        some.append(records[0])

@@ -271,3 +271,25 @@ def test_what_a_metric_writes_to_is_its_own(mlp, blobs):
     assert both.golden["accuracy"] == alone.golden["accuracy"]
     columns = ["accuracy", "masked", "non_critical_sdc", "critical_sdc", "due"]
     assert both.trials[columns].equals(alone.trials[columns])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["coverage"], ["masked_low"], ["due_high"], ["critical_total_tail"], ["m", "m_low"], ["m", "m_drop"],
+     ["m", "m_drop_samples_low"], ["m", "m_gain"], ["memory"], ["gain_trials"], ["fault_free"], ["accuracy_tail"]],
+    ids=str,
+)  # fmt: skip
+def test_names_that_tables_make_of_others_are_refused(names, mlp, blobs):
+    metrics = {name: (lambda outputs, targets: 0.5) for name in names}
+    metrics = (
+        metrics
+        if len(names) > 1 or names != ["accuracy_tail"]
+        else [*map(fp.Metric, ["accuracy"]), fp.Metric(lambda o, t: 0.5, name="accuracy_tail")]
+    )
+    with pytest.raises(MetricError, match="column"):
+        fp.assess(mlp, blobs, faults=fp.RandomBits(1), trials=2, metrics=metrics)
+
+
+def test_a_number_too_large_is_named(mlp, blobs):
+    with pytest.raises(MetricError, match="huge gives 1000"):
+        fp.assess(mlp, blobs, faults=fp.RandomBits(1), trials=2, metrics={"huge": lambda outputs, targets: 10**400})

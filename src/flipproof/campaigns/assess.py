@@ -118,7 +118,8 @@ def assess(
         audit: share of the trials that run again whole, uncached, on a fresh copy of the model, at least five; of a
             trial over neurons up to eight upsets, each in a forward of its own. One difference stops the campaign,
             and what caused it is switched off when it is resumed. 0 audits nothing.
-        shard: "3/100" runs the third of every hundred trials, for array jobs; `merge` puts the journals together.
+        shard: "3/100" runs the third of a hundred parts of the trials, for array jobs; `merge` puts the journals
+            together.
 
     Returns:
         Records and tables.
@@ -278,13 +279,16 @@ class _Campaign:
     @property
     def planned(self) -> int:
         """How many trials are to be run here."""
-        return len(range(self.shard.number - 1, sum(self.ceilings), self.shard.of))
+        return sum(map(len, self._mine()))
 
     def keys(self) -> Iterator[tuple[int, int]]:
         """The trials that are to be run here."""
-        shard = self.shard
-        every = ((point, trial) for point, ceiling in enumerate(self.ceilings) for trial in range(ceiling))
-        return (key for index, key in enumerate(every) if shard.takes(index))
+        return ((point, trial) for point, trials in enumerate(self._mine()) for trial in trials)
+
+    def _mine(self) -> list[range]:
+        """Numbers of the trials that are to be run here, of each point."""
+        pairs = zip(self.header.points, self.ceilings, strict=True)
+        return [self.shard.trials(point.faults, ceiling) for point, ceiling in pairs]
 
     @property
     def ran(self) -> int:

@@ -14,13 +14,14 @@ import numpy as np
 import pandas as pd
 
 from flipproof._files import replacing
+from flipproof.campaigns.answers import decode_answers
 from flipproof.campaigns.estimates import Point, scale_in
 from flipproof.campaigns.plan import Header
 from flipproof.campaigns.record import WORD_OUTCOMES, Trial
 from flipproof.campaigns.records import Records, seconds
 from flipproof.campaigns.statistics import all_within, wilson_interval
 from flipproof.engine.journal import Journal
-from flipproof.errors import ConfigError
+from flipproof.errors import ConfigError, JournalError
 from flipproof.running.scales import OUTCOMES, Scale
 
 CHECK_EVERY = 20
@@ -54,6 +55,14 @@ def _belongs(header: Header, trial: Trial) -> None:
             raise ConfigError(f"{name}: expected {expected}, got {was}")
     if trial.flips > trial.faults:
         raise ConfigError(f"flips: expected at most the {trial.faults} faults, got {trial.flips}")
+    if trial.answers:
+        try:
+            codes = decode_answers(trial.answers, np.zeros(trial.samples, bool))
+        except JournalError as error:
+            raise ConfigError(str(error)) from None
+        counts = np.bincount(codes & 3, minlength=4)
+        if counts.tolist() != [trial.outcomes[name] for name in OUTCOMES]:
+            raise ConfigError(f"answers: expected those that the outcomes count, got {counts.tolist()}")
 
 
 @dataclass(frozen=True)
@@ -233,8 +242,9 @@ class Assessment:
             ConfigError: if the file cannot be written.
         """
         self._check_table(table)
+        whole = os.fspath(path).endswith((".zip", ".tar", ".zst"))  # which take no second part
         with replacing(path) as target:
-            for number, part in enumerate(self._parts(table)):
+            for number, part in enumerate([getattr(self, table)] if whole else self._parts(table)):
                 part.to_csv(target, index=False, mode="a" if number else "w", header=not number)
         return Path(path)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -12,15 +14,19 @@ from typing import NamedTuple
 import numpy as np
 
 from flipproof._files import replacing
-from flipproof.campaigns.assessment import Assessment, answer, campaign_journal, planned
+from flipproof.campaigns.assessment import CHECK_EVERY, Assessment, answer, campaign_journal, narrow, planned
 from flipproof.campaigns.plan import Header
 from flipproof.campaigns.records import Records
 from flipproof.engine.journal import differences
-from flipproof.errors import ConfigError, JournalMismatch
+from flipproof.errors import AuditError, ConfigError, JournalError, JournalMismatch
 
 
 class Shard(NamedTuple):
-    """Every `of`-th trial of a campaign, the `number`-th of them first (from 1)."""
+    """One part of `of` of a campaign's trials, the `number`-th (from 1).
+
+    Whose part a trial is depends on what its point is and on its own number, and not on how many there are: more trials
+    and more rates belong to the same shards.
+    """
 
     number: int
     of: int
@@ -35,17 +41,17 @@ class Shard(NamedTuple):
         Raises:
             ConfigError: on anything else.
         """
-        if isinstance(text, str):
+        if isinstance(text, str) and re.fullmatch("[0-9]+/[0-9]+", text):
             number, _, of = text.partition("/")
-            with suppress(ValueError):
+            with suppress(ValueError):  # more digits than Python reads
                 found = cls(int(number), int(of))
                 if 1 <= found.number <= found.of:
                     return found
         raise ConfigError(f"shard= takes a text such as '3/100', the third of a hundred, got {text!r}")
 
-    def takes(self, index: int) -> bool:
-        """Whether the trial of this number in the whole campaign, counted from 0, is one of them."""
-        return index % self.of == self.number - 1
+    def trials(self, point: str, ceiling: int) -> range:
+        """Numbers of its trials of a point, up to a ceiling."""
+        return range((self.number - 1 - zlib.crc32(point.encode())) % self.of, ceiling, self.of)
 
     def __str__(self) -> str:
         return f"{self.number}/{self.of}"
@@ -79,6 +85,9 @@ def merge(*journals: str | os.PathLike[str], into: str | os.PathLike[str], parti
         >>> [record.digest for record in whole.records] == [record.digest for record in fp.assess(net, **setup).records]
         True
     """
+    for path in (*journals, into):
+        if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+            raise ConfigError(f"merge takes the paths of journals, and one as into=, got {path!r}")
     if not journals:
         raise ConfigError("merge takes the journals to put together, got none")
     target = Path(into)
@@ -86,13 +95,17 @@ def merge(*journals: str | os.PathLike[str], into: str | os.PathLike[str], parti
         raise ConfigError(f"{target} is there already; choose another into=")
     headers: list[Header] = []
     parts: list[Records] = []
+    off: list[frozenset[str]] = []
     for path in journals:
-        header, records = campaign_journal(path).read()
+        journal = campaign_journal(path)
+        header, records = journal.read()
         if headers:
             _check_same(journals[0], headers[0], path, header)
         headers.append(header)
         parts.append(planned(records, header.plan.trials))
+        off.append(journal.switched_off)
     _check_apart(journals, parts, headers[0])
+    _check_audits(journals, off)
     header = replace(headers[0], plan=replace(headers[0].plan, shard=None))
     together = Records(header, (trial for part in parts for trial in part))
     missing = [*_missing(together, header)]
@@ -103,11 +116,28 @@ def merge(*journals: str | os.PathLike[str], into: str | os.PathLike[str], parti
     merged = planned(together, header.plan.trials)
     with replacing(target) as temporary:
         journal = campaign_journal(temporary)
-        with journal.writing(header):
-            for trial in merged:
-                journal.append(trial)
-        temporary.with_name(f"{temporary.name}.lock").unlink(missing_ok=True)
+        try:
+            with journal.writing(header):
+                for shortcut in sorted(off[0]):
+                    journal.note_failed_audit(AuditError("", shortcut, 0, 0))
+                for trial in merged:
+                    journal.append(trial)
+        except JournalError as error:
+            raise ConfigError(f"cannot write {target}: {error.__cause__ or error}; nothing was written") from error
+        finally:
+            temporary.with_name(f"{temporary.name}.lock").unlink(missing_ok=True)
     return Assessment(header, answer(merged, header))
+
+
+def _check_audits(journals: tuple[str | os.PathLike[str], ...], off: list[frozenset[str]]) -> None:
+    """Raise if an audit found a shortcut wrong that trials of another journal rest on."""
+    for path, wrong in zip(journals, off, strict=True):
+        if used := sorted(frozenset().union(*off) - wrong):
+            found = next(other for other, switched in zip(journals, off, strict=True) if used[0] in switched)
+            raise ConfigError(
+                f"an audit in {found} found the shortcut {used[0]!r} wrong, and the trials of {path} rest on it: run "
+                f"that shard again with audit=1"
+            )
 
 
 def _check_same(first: object, ours: Header, path: object, theirs: Header) -> None:
@@ -138,12 +168,24 @@ def _check_apart(journals: tuple[str | os.PathLike[str], ...], parts: list[Recor
 
 def _missing(records: Records, header: Header) -> Iterator[str]:
     """The trials that are planned and not there, a sentence a point."""
-    if header.plan.margin is not None:
-        return
     point, trial = records.column("point"), records.column("trial")
     for index, about in enumerate(header.points):
+        here = np.sort(trial[point == index])
         ran = np.zeros(1 if about.repeats else header.plan.trials, bool)
-        ran[trial[point == index]] = True
-        if (gaps := np.flatnonzero(~ran)).size:
+        ran[here] = True
+        if (gaps := np.flatnonzero(~ran)).size and not _is_enough(records, index, header):
             some = ", ".join(map(str, gaps[:3].tolist()))
             yield f"of point {index} ({about.faults}) {gaps.size}: {some}{', …' if gaps.size > 3 else ''}"
+
+
+def _is_enough(records: Records, index: int, header: Header) -> bool:
+    """With a margin: whether the first trials of a point are known to it, so that no more were to be run."""
+    if header.plan.margin is None:
+        return False
+    rows = np.flatnonzero(records.column("point") == index)
+    here = records.select(rows[np.argsort(records.column("trial")[rows])])
+    trial = here.column("trial")
+    return any(
+        trial[upto - 1] == upto - 1 and narrow(here[:upto], header)
+        for upto in range(CHECK_EVERY, len(here) + 1, CHECK_EVERY)
+    )

@@ -21,7 +21,7 @@ class Plan:
         trials: a point, or the ceiling where there is a margin.
         margin: half-width at which a point stops; None for all trials.
         confidence: of all intervals.
-        shard: "3/100" if only the third of every hundred trials is; None for all.
+        shard: "3/100" if only the third of a hundred parts is; None for all.
     """
 
     trials: int
@@ -34,8 +34,10 @@ class Plan:
         """The inverse of `to_json`."""
         about = Fields(plan, f"{PLACE}, plan")
         margin = None if about.take("margin") is None else about.number("margin")
+        if not 0 < (confidence := about.number("confidence")) < 1:
+            raise wrong(about.at("confidence"), "a number between 0 and 1", confidence)
         shard = about.text("shard") if about.has("shard") else None
-        return cls(about.whole("trials", 1), margin, about.number("confidence"), shard)
+        return cls(about.whole("trials", 1), margin, confidence, shard)
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object; what there always was, and a shard if there is one."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 from math import isinf, isnan, nan
 from typing import Any
 
-from flipproof._fields import Fields
+from flipproof._fields import Fields, wrong
 
 NAMED_FAULTS = 16
 """A record names up to this many faults; larger draws are told apart by their digest and can be drawn again."""
@@ -95,13 +96,13 @@ class Trial:
             coordinates={name: coordinates.as_is(name) for name in about.mapping("coordinates")},
             faults=about.whole("faults"),
             flips=about.whole("flips"),
-            digest=about.text("digest"),
+            digest=_digest(about),
             metrics={name: _metric(about, name, value) for name, value in about.mapping("metrics").items()},
             outcomes={name: outcomes.whole(name) for name in about.mapping("outcomes")},
             samples=about.whole("samples", 1),
-            seconds=about.number("seconds"),
+            seconds=_seconds(about),
             versions={name: versions.text(name) for name in about.mapping("versions")},
-            where=[(str(name), int(value), int(bit)) for name, value, bit in about.take("where")],
+            where=_where(about),
             **given,
         )
         about.end()
@@ -124,6 +125,37 @@ class Trial:
             "error": self.error,
             "audited": self.audited,
         }
+
+
+def _digest(about: Fields) -> str:
+    text = about.text("digest")
+    if not re.fullmatch("[0-9a-f]{16}", text):
+        raise wrong(about.at("digest"), "16 hex digits", text)
+    return text
+
+
+def _seconds(about: Fields) -> float:
+    found = about.number("seconds")
+    if not 0 <= found < 1e30:
+        raise wrong(about.at("seconds"), "a number from 0", found)
+    return found
+
+
+def _where(about: Fields) -> list[tuple[str, int, int]]:
+    """The named faults, at most `NAMED_FAULTS`."""
+    places = about.take("where")
+    if not isinstance(places, list) or len(places) > NAMED_FAULTS:
+        raise wrong(about.at("where"), f"a list of at most {NAMED_FAULTS} places", places)
+    found = []
+    for place in places:
+        if not isinstance(place, list) or len(place) != 3:
+            raise wrong(about.at("where"), "[name, value, bit]", place)
+        parts = Fields(dict(zip(("name", "value", "bit"), place, strict=True)), about.at("where"))
+        name, value, bit = parts.text("name"), parts.whole("value"), parts.whole("bit")
+        if bit > 63:
+            raise wrong(about.at("where"), "a bit up to 63", bit)
+        found.append((name, value, bit))
+    return found
 
 
 def _metric(about: Fields, name: str, value: Any) -> float:

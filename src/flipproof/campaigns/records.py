@@ -100,8 +100,13 @@ class Records(Sequence[Trial]):
     # what came
 
     def append(self, trial: Trial) -> None:
-        """One more; not to a selection."""
-        assert self._rows is None
+        """One more; not to a selection.
+
+        Raises:
+            TypeError: if this is one.
+        """
+        if self._rows is not None:
+            raise TypeError("a selection of records takes no more of them")
         vars(self).pop("tally", None)
         self._late.append(trial)
         if len(self._late) == self.most:
@@ -225,6 +230,7 @@ class Records(Sequence[Trial]):
         found = Records.__new__(Records)
         found.__dict__.update({name: value for name, value in vars(self).items() if name != "tally"})
         rows = np.asarray(rows, np.int64)
+        found._chunks, found._late = [*self._chunks], []
         found._rows = rows if self._rows is None else self._rows[rows]
         return found
 

@@ -28,7 +28,7 @@ _READ = (1, 2)
 """Schemas that are read: 1 had no packed lines."""
 
 EVERY = 1.0
-"""Seconds: records wait so long, at most, for others to be written with. A kill loses no more than this."""
+"""Seconds: records that end so soon behind the last line wait for the first that ends later. A kill loses those."""
 PATIENCE = 1.5
 """Seconds to wait for the lock: workers of a killed run hold it until they notice, within half a second."""
 _START = b'{"flipproof_journal":'
@@ -296,7 +296,10 @@ class Journal(Generic[HeaderT, RecordT]):
         try:
             found = json.loads(line)
             if "resumed" in found:
-                raw |= {name: value for name, value in found.items() if name != "resumed"}
+                changed = {name: value for name, value in found.items() if name != "resumed"}
+                if foreign := sorted(changed.keys() - {"plan", "points", "fingerprint"}):
+                    raise ValueError(f"a resumption cannot change {foreign[0]}")
+                raw |= changed
                 later = self._header.from_json(raw)
                 if self._store is not None:
                     records.move(later)
@@ -311,7 +314,7 @@ class Journal(Generic[HeaderT, RecordT]):
                 if self._check is not None:
                     self._check(header, record)
                 records.append(record)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise JournalError(
                 f"{self.path}, line {number}: not a record of a {self.kind} ({error}); the file was edited or "
                 f"damaged. Nothing was changed: remove that line to do its job again"
@@ -322,7 +325,7 @@ class Journal(Generic[HeaderT, RecordT]):
         try:
             raw: dict[str, Any] = json.loads(line if line.endswith(b"\n") else b"")
             schema, kind = raw.pop("flipproof_journal"), raw.pop("kind", CAMPAIGN)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise JournalError(
                 f"{self.path} is not a flipproof journal (its first line is no header); nothing was changed"
             ) from None

@@ -87,7 +87,7 @@ class Metric:
         value = self.function(outputs.clone(), targets.clone())  # what it writes to is its own
         try:
             return float(value)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise MetricError(f"the metric {self.name} gives {value!r}, expected one number ({error})") from error
 
     def __repr__(self) -> str:
@@ -173,6 +173,11 @@ def resolve(metrics: Metrics) -> tuple[Metric, ...]:
     names = [metric.name for metric in found]
     if not names or len(set(names)) != len(names):
         raise MetricError(f"metrics= needs at least one metric and no name twice, got {names}")
+    taken = {f"{name}{end}" for name in (*names, *_RESERVED) for end in _ENDS}
+    if both := sorted(taken.intersection(names)):
+        raise MetricError(
+            f"{both[0]!r} is the name of a column that tables make of another one; call the metric otherwise"
+        )
     return tuple(found)
 
 
@@ -199,8 +204,17 @@ def _named(metric: UserMetric | Metric, name: str) -> Metric:
 _RESERVED = {
     "point", "trial", "ber", "bit", "count", "stuck_at", "faults", "flips", "samples", "seconds", "trials", "error",
     "masked", "non_critical_sdc", "critical_sdc", "due", "critical_total", "digest", "audited",
-    "corrected", "detected", "miscorrected",
+    "corrected", "detected", "miscorrected", "coverage", "campaign", "layer", "memory", "gain_trials", "fault_free",
+    "draws",
 }  # fmt: skip
+
+_ENDS = tuple(
+    f"_{part}{end}" if part else end
+    for part in ("", "drop", "gain")
+    for end in ("", "_low", "_high", "_samples_low", "_samples_high", "_both_low", "_both_high", "_tail")
+    if part or end
+)
+"""How the columns end that tables have beside each metric and outcome."""
 
 
 def _column(name: str) -> str:
