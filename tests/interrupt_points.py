@@ -22,6 +22,9 @@ from torch import Tensor, nn
 import flipproof as fp
 from flipproof import _interrupts as interrupts
 
+OWN = str(Path(__file__).parent)
+"""Where the tests are, which are not interrupted themselves."""
+
 WATCHED = (
     "/flipproof/",
     "/contextlib.py",
@@ -155,7 +158,7 @@ class Ctrl_C:
         file = frame.f_code.co_filename
         known = self._watched.get(file)
         if known is None:
-            here = file == __file__ or "/tests/" in file
+            here = file.startswith(OWN)
             known = self._watched[file] = not here and any(part in file for part in WATCHED)
         if known:
             self.count += 1
