@@ -159,6 +159,17 @@ def test_a_shortcut_that_an_audit_found_wrong_is_not_merged_with_trials_that_use
     assert journal.switched_off == {"suffix"}
 
 
+def test_a_shard_none_of_whose_trials_are_planned_any_more(setup, tmp_path):
+    path = tmp_path / "3.jsonl"
+    fp.assess(**setup, journal=path, shard="3/20")
+    kept = len(fp.Assessment.load(path).records)
+    assert kept
+    for trials in (6, 3, 1):
+        found = fp.assess(**setup | {"trials": trials}, journal=path, shard="3/20")
+        assert all(record.trial < trials for record in found.records)
+    assert len(found.records) == 0
+
+
 def test_misuse(setup, tmp_path):
     one, two = shards(setup, tmp_path, 2)
     for shard in (" 1 / 2 ", "١/٢", "1_0/1_00", "0/2", "3/2", "1", "a/b", "1/2/3", "", 3, (1, 2), "1/0", "-1/2"):

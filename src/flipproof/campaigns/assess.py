@@ -161,9 +161,9 @@ def assess(
         if campaign.left:
             _take_shortcuts(campaign.runner, cache_bytes, campaign.off)
         _fill(campaign, workers, progress)
-        if len(campaign.records) and audit:
+        if audit and (last := campaign.last) is not None:
             with _noting(campaign.file):
-                campaign.runner.ask_without_faults(*campaign.last)
+                campaign.runner.ask_without_faults(*last)
         return campaign.so_far()
 
 
@@ -305,10 +305,10 @@ class _Campaign:
         return ((point, trial) for point, trial in keys if not self.done[point][trial])
 
     @property
-    def last(self) -> tuple[int, int]:
-        """The last trial of the last point that ran."""
-        point = max(point for point, done in enumerate(self.done) if any(done))
-        return point, self.done[point].rindex(1)
+    def last(self) -> tuple[int, int] | None:
+        """The last trial of the last point that ran; None if none did."""
+        ran = [(point, done.rindex(1)) for point, done in enumerate(self.done) if any(done)]
+        return ran[-1] if ran else None
 
     def first(self, point: int, count: int) -> Records:
         """The first so many trials of a point, which all ran."""

@@ -301,16 +301,21 @@ def answer(records: Records, header: Header) -> Records:
     if header.plan.margin is None:
         return found
     kept = []
-    point, trial = found.column("point"), found.column("trial")
+    point = found.column("point")
     for index in range(len(header.points)):
         rows = np.flatnonzero(point == index)
-        for upto in range(CHECK_EVERY, len(rows), CHECK_EVERY):
-            gapless = trial[rows[upto - 1]] == upto - 1
-            if gapless and narrow(found.select(rows[:upto]), header):
-                rows = rows[:upto]
-                break
-        kept.append(rows)
+        kept.append(rows[: stops_at(found.select(rows), header)])
     return found.select(np.concatenate(kept))
+
+
+def stops_at(records: Records, header: Header) -> int | None:
+    """After how many trials of a point, ordered, its campaign is narrow enough for its margin; None if it is not."""
+    trial = records.column("trial")
+    for upto in range(CHECK_EVERY, len(records) + 1, CHECK_EVERY):
+        gapless = trial[upto - 1] == upto - 1
+        if gapless and narrow(records[:upto], header):
+            return upto
+    return None
 
 
 def narrow(records: Records, header: Header) -> bool:

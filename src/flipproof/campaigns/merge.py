@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flipproof._files import replacing
-from flipproof.campaigns.assessment import CHECK_EVERY, Assessment, answer, campaign_journal, narrow, planned
+from flipproof.campaigns.assessment import Assessment, answer, campaign_journal, planned, stops_at
 from flipproof.campaigns.plan import Header
 from flipproof.campaigns.records import Records
 from flipproof.engine.journal import differences
@@ -107,13 +107,12 @@ def merge(*journals: str | os.PathLike[str], into: str | os.PathLike[str], parti
     _check_apart(journals, parts, headers[0])
     _check_audits(journals, off)
     header = replace(headers[0], plan=replace(headers[0].plan, shard=None))
-    together = Records(header, (trial for part in parts for trial in part))
-    missing = [*_missing(together, header)]
+    merged = planned(Records(header, (trial for part in parts for trial in part)), header.plan.trials)
+    missing = [*_missing(merged, header)]
     if missing and not partial:
         raise ConfigError(
             f"trials are missing: {'; '.join(missing)}. Run their shards, or pass partial=True and resume into= later"
         )
-    merged = planned(together, header.plan.trials)
     with replacing(target) as temporary:
         journal = campaign_journal(temporary)
         try:
@@ -167,25 +166,14 @@ def _check_apart(journals: tuple[str | os.PathLike[str], ...], parts: list[Recor
 
 
 def _missing(records: Records, header: Header) -> Iterator[str]:
-    """The trials that are planned and not there, a sentence a point."""
+    """The trials that are planned and not there, a sentence a point; `records` are ordered."""
     point, trial = records.column("point"), records.column("trial")
     for index, about in enumerate(header.points):
-        here = np.sort(trial[point == index])
+        rows = np.flatnonzero(point == index)
         ran = np.zeros(1 if about.repeats else header.plan.trials, bool)
-        ran[here] = True
-        if (gaps := np.flatnonzero(~ran)).size and not _is_enough(records, index, header):
+        ran[trial[rows]] = True
+        if header.plan.margin is not None and stops_at(records.select(rows), header) is not None:
+            continue
+        if (gaps := np.flatnonzero(~ran)).size:
             some = ", ".join(map(str, gaps[:3].tolist()))
             yield f"of point {index} ({about.faults}) {gaps.size}: {some}{', …' if gaps.size > 3 else ''}"
-
-
-def _is_enough(records: Records, index: int, header: Header) -> bool:
-    """With a margin: whether the first trials of a point are known to it, so that no more were to be run."""
-    if header.plan.margin is None:
-        return False
-    rows = np.flatnonzero(records.column("point") == index)
-    here = records.select(rows[np.argsort(records.column("trial")[rows])])
-    trial = here.column("trial")
-    return any(
-        trial[upto - 1] == upto - 1 and narrow(here[:upto], header)
-        for upto in range(CHECK_EVERY, len(here) + 1, CHECK_EVERY)
-    )

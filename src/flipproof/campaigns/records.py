@@ -6,6 +6,7 @@ import json
 import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -134,11 +135,11 @@ class Records(Sequence[Trial]):
     def pack(self, trials: Sequence[Trial]) -> dict[str, Any]:
         """Some trials as one line of a journal, see docs/journal.md; `unpack` is the inverse."""
         chunk, texts = _chunked(trials, self.header, self.golden)
-        parts = chunk.columns | chunk.named
-        content = b"".join(_little(part).tobytes() for part in parts.values())
+        parts = {name: _little(part) for name, part in (chunk.columns | chunk.named).items()}
+        content = b"".join(part.tobytes() for part in parts.values())
         line = {
             "packed": len(trials),
-            "columns": [[name, _little(part).dtype.str] for name, part in parts.items()],
+            "columns": [[name, part.dtype.str] for name, part in parts.items()],
             "texts": texts,
             "named": int(chunk.columns["named"].sum()),
             "data": b64encode(zlib.compress(content, 6)).decode("ascii"),
@@ -227,8 +228,8 @@ class Records(Sequence[Trial]):
     def select(self, rows: NDArray[Any]) -> Records:
         """These trials, by their numbers here, in this order."""
         self._settle()
-        found = Records.__new__(Records)
-        found.__dict__.update({name: value for name, value in vars(self).items() if name != "tally"})
+        found = copy(self)
+        vars(found).pop("tally", None)
         rows = np.asarray(rows, np.int64)
         found._chunks, found._late = [*self._chunks], []
         found._rows = rows if self._rows is None else self._rows[rows]
@@ -260,10 +261,8 @@ class Records(Sequence[Trial]):
         right, kept = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         place = 8 * np.arange(self.samples)
         for rows, chunk in self._parts():
-            noted = chunk.columns["noted"] == _NOTED
-            mine = noted[rows]
-            codes = _unpacked(chunk.answers, int(noted.sum()), self.samples)[(np.cumsum(noted) - 1)[rows[mine]]]
-            codes = codes ^ (4 * golden.astype(np.uint8))
+            mine, changed = self._noted(chunk, rows)
+            codes = changed ^ (4 * golden.astype(np.uint8))
             counted = np.bincount((codes + place).reshape(-1), minlength=8 * self.samples)
             by_sample += counted.reshape(self.samples, 8).T
             by_sample[0, ~golden] += len(rows) - len(codes)  # trials whose samples are all masked
@@ -297,13 +296,17 @@ class Records(Sequence[Trial]):
 
     def _codes(self, chunk: _Chunk, rows: Rows) -> Bytes:
         golden = np.zeros(self.samples, np.uint8) if self.golden is None else 4 * self.golden.astype(np.uint8)
-        noted = chunk.columns["noted"] == _NOTED
         found = np.zeros((len(rows), self.samples), np.uint8)
-        kept = _unpacked(chunk.answers, int(noted.sum()), self.samples)
-        place = np.cumsum(noted) - 1
-        mine = noted[rows]
-        found[mine] = kept[place[rows[mine]]]
+        mine, changed = self._noted(chunk, rows)
+        found[mine] = changed
         return found ^ golden
+
+    def _noted(self, chunk: _Chunk, rows: Rows) -> tuple[NDArray[np.bool_], Bytes]:
+        """Which of these trials have a row of answers, and those rows, as `_Chunk` has them."""
+        noted = chunk.columns["noted"] == _NOTED
+        mine = noted[rows]
+        kept = _unpacked(chunk.answers, int(noted.sum()), self.samples)
+        return mine, kept[(np.cumsum(noted) - 1)[rows[mine]]]
 
     def _trials(self, chunk: _Chunk, rows: Rows) -> Iterator[Trial]:
         columns = {name: column[rows].tolist() for name, column in chunk.columns.items()}
@@ -421,8 +424,9 @@ def _check(chunk: _Chunk, texts: list[str], header: Header) -> None:
         if part.size and (part.dtype.kind == "f" or int(part.min()) < 0 or int(part.max()) >= high):
             raise ConfigError(f"{name}: expected whole numbers from 0 and below {high}")
     for number in np.unique(columns["versions"]).tolist():
-        about = Fields(json.loads(texts[number]), "versions")
-        for name in json.loads(texts[number]):
+        versions = json.loads(texts[number])
+        about = Fields(versions, "versions")
+        for name in versions:
             about.text(name)
     codes = _unpacked(chunk.answers, int((columns["noted"] == _NOTED).sum()), samples)
     if codes.size and int(codes.max()) > 7:

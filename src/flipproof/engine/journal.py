@@ -167,12 +167,13 @@ class Journal(Generic[HeaderT, RecordT]):
             raise JournalError(f"cannot write {self.path}: {error.strerror or error}") from error
         try:
             done = self._create(header) if self._unwritten() else self._resume(header)
-            self._packing = None if self._store is None else self._store(header)
+            self._packing = None if self._store is None else done
             try:
                 yield done
                 self.flush()
             except BaseException:
-                self._flush_if_possible()
+                with suppress(JournalError):  # what fails says more than that this fails too
+                    self.flush()
                 raise
             finally:
                 os.close(self._open())
@@ -205,11 +206,6 @@ class Journal(Generic[HeaderT, RecordT]):
             self._write(waiting[0].to_json() if len(waiting) == 1 else self._packing.pack(waiting))
         self._waiting = []
         self._written = time.monotonic()
-
-    def _flush_if_possible(self) -> None:
-        """Write what waits while something else fails, which says more than that this fails too."""
-        with suppress(JournalError):
-            self.flush()
 
     def _unwritten(self) -> bool:
         """No file, an empty one, or a header of ours that was torn before its end: nothing was recorded yet."""
@@ -248,7 +244,7 @@ class Journal(Generic[HeaderT, RecordT]):
         descriptor = self._open()
         if os.fstat(descriptor).st_size > whole:
             os.ftruncate(descriptor, whole)
-        note = {name: value for name, value in header.to_json().items() if name == "plan" and found.plan != header.plan}
+        note = {} if found.plan == header.plan else {"plan": header.to_json()["plan"]}
         if found is not there:
             before, after = there.to_json(), found.to_json()
             note |= {name: value for name, value in after.items() if name != "plan" and before[name] != value}
@@ -269,7 +265,7 @@ class Journal(Generic[HeaderT, RecordT]):
                 header = self._header_in(raw)
                 records = self._empty(header)
                 switched_off: set[str] = set()
-                whole, number = len(line), 1
+                whole = len(line)
                 for number, line in enumerate(file, start=2):
                     if not line.endswith(b"\n"):
                         break

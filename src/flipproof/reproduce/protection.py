@@ -26,7 +26,7 @@ from flipproof.reproduce.protection_networks import NETWORKS, Trained, trained
 from flipproof.reproduce.published import slug, write_table
 from flipproof.storage.codes import capacity, cheapest, shannon_ratio
 from flipproof.storage.protect import KEPT, Protection, protect, published
-from flipproof.storage.survival import LADDER, LUCK, mean_accuracy, survival
+from flipproof.storage.survival import LADDER, survived
 
 SUMMARY = "What repaired words survive at which memory, on five networks, against published forms and bounds"
 
@@ -189,9 +189,7 @@ def _bounded(subject: Trained, found: Protection, scale: str, folder: Path) -> p
             trials=TRIALS[scale],
             journal=folder / f"bounds-{slug(name)}.jsonl",
         ) as ask:
-            reached = survival(
-                partial(mean_accuracy, ask), found.least, trials=TRIALS[scale], best=min(1.0, found.golden + LUCK)
-            )
+            reached = survived(ask, found.least, found.golden, TRIALS[scale])
         memory = sum(p.numel() for p in safe.parameters()) / now - 1
         rows.append(
             {

@@ -286,8 +286,8 @@ class Planner:
     inners: Sequence[Format]
     line: int = LINE
     apart: int = 0
-    _plans: dict[tuple[float, float], Plan | None] = field(default_factory=dict, compare=False, repr=False)
-    _known: dict[float, list[list[dict[str, Any]]]] = field(default_factory=dict, compare=False, repr=False)
+    _plans: dict[tuple[float, float], Plan | None] = field(default_factory=dict, init=False, compare=False, repr=False)
+    _known: dict[float, list[list[dict[str, Any]]]] = field(default_factory=dict, init=False, compare=False, repr=False)
     _reckoned: dict[Any, tuple[list[tuple[Format, float]], bool]] = field(
         default_factory=dict, compare=False, repr=False
     )

@@ -462,7 +462,7 @@ class _Making:
         for line in lines if time is not None else lines[:1]:
             planner = self.planner
             if line != planner.line:
-                planner = replace(planner, line=line, _known={}, _plans={})
+                planner = replace(planner, line=line)
             plan = planner.plan(self.ber, bits)
             if plan is None:
                 continue

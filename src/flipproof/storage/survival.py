@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from math import nan
 from pathlib import Path
 from statistics import fmean
@@ -110,9 +109,13 @@ def bisected(enough: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
-def mean_accuracy(ask: Callable[[int, int], list[Trial]], point: int, trials: int) -> float:
-    """Of the first so many trials of a point."""
-    return fmean(trial.metrics["accuracy"] for trial in ask(point, trials))
+def survived(ask: Callable[[int, int], list[Trial]], least: float, golden: float, trials: int) -> Survival:
+    """`survival` of a campaign on demand over the `LADDER`, whose model has the accuracy `golden` without faults."""
+
+    def mean(point: int, count: int) -> float:
+        return fmean(trial.metrics["accuracy"] for trial in ask(point, count))
+
+    return survival(mean, least, trials=trials, best=min(1.0, golden + LUCK))
 
 
 def _mean(found: Assessment) -> float:
@@ -227,8 +230,7 @@ class Trying:
             ) as ask,
         ):
             least = least_on(self.some, self.least, self.verifying)
-            best = min(1.0, self.some.accuracy + LUCK)
-            reached = survival(partial(mean_accuracy, ask), least, trials=trials, best=best)
+            reached = survived(ask, least, self.some.accuracy, trials)
         return Tried(kind, name, *reached)
 
     def at(self, name: str) -> Assessment:
