@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint bench coverage factor-coverage ranges interrupts survive clean
+.PHONY: demo test lint bench cluster coverage factor-coverage ranges interrupts survive clean
 
 demo: $(VENV)/.installed
 	$(BIN)/flipproof demo
@@ -28,6 +28,10 @@ bench: $(VENV)/.installed-dev
 # how often intervals hold the truth, by simulation: docs/results/coverage
 coverage: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.coverage
+
+# workers, scheduler and driver that are killed, stopped, restarted and cut off, in network namespaces if they can be had
+cluster: $(VENV)/.installed-dev
+	CLUSTER=1 $(BIN)/pytest tests/engine/test_cluster.py
 
 # a thousand trials of every stateful model against fresh copies
 survive: $(VENV)/.installed-dev

@@ -21,6 +21,7 @@ PAGES = (
     "CHANGELOG.md",
     "benchmarks/README.md",
     "docs/honest-numbers.md",
+    "docs/cluster.md",
     "docs/recurrent.md",
     "docs/architecture.md",
     "docs/references.md",

@@ -116,6 +116,28 @@ def read_metrics(names: Sequence[str]) -> list[Any]:
     return [name if name in METRIC_NAMES else load_object(name) for name in names]
 
 
+def connected(address: str) -> Any:
+    """A client of the Dask scheduler at this address, or of the one that wrote this JSON file.
+
+    Raises:
+        ConfigError: if there is none, or Dask is not installed.
+    """
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise ConfigError(f"a cluster needs dask.distributed: pip install 'flipproof[cluster]' ({error})") from error
+    given = {"scheduler_file": address} if address.endswith(".json") else {"address": address}
+    try:
+        if address.endswith(".json") and not Path(address).is_file():  # Dask would wait for it
+            raise FileNotFoundError("no such file")
+        return Client(**given, set_as_default=False)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, TimeoutError) as error:
+        raise ConfigError(
+            f"there is no Dask scheduler at {address} ({type(error).__name__}: {error}). Start one with "
+            f"`dask scheduler`, which prints its address"
+        ) from error
+
+
 def _called(found: Any) -> Any:
     """A factory's product; a ready model or list of batches is one already."""
     is_factory = isinstance(found, type) or (callable(found) and not isinstance(found, nn.Module))

@@ -179,7 +179,7 @@ def test_fewer_than_one_worker(setup, workers):
 
 THREADS_THAT_WERE_NOT_FORKED = """
 import torch
-from flipproof.engine.executors import executor
+from flipproof.engine.jobs import executor
 
 class Adding:
     serial_only = ""

@@ -13,6 +13,7 @@ from flipproof.campaigns.fingerprint import attributes_digest, code_digest, dige
 from flipproof.engine.journal import Journal, Key
 from flipproof.errors import ConfigError, JournalError
 from flipproof.running.device import release_memory
+from flipproof.running.evaluation import unlike
 
 R = TypeVar("R")
 
@@ -116,6 +117,11 @@ class ModuleJobs(Generic[R]):
 
     def wake(self) -> None:
         """Nothing to prepare in a worker."""
+
+    def differs(self) -> str:
+        """How this copy of the model answers otherwise without faults."""
+        prober = self._prober
+        return unlike(prober.model, prober.batches, prober.output, prober.golden)
 
     def recover(self) -> None:
         """Give memory back to a device that ran out of it."""

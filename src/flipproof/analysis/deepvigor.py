@@ -24,6 +24,7 @@ from flipproof.analysis.probes import ProbedSite, Prober
 from flipproof.analysis.search import Search
 from flipproof.analysis.vulnerability import VulnerabilityMap
 from flipproof.campaigns.statistics import wilson_interval
+from flipproof.engine.cluster import Client
 from flipproof.engine.jobs import do_all
 from flipproof.engine.journal import Journal, Key
 from flipproof.errors import ConfigError
@@ -101,6 +102,7 @@ def analyze(
     decision: DecisionChoice = None,
     journal: str | os.PathLike[str] | None = None,
     workers: int = 1,
+    client: Client | None = None,
     progress: bool | None = None,
     device: str | torch.device | None = None,
 ) -> VulnerabilityMap:
@@ -120,6 +122,7 @@ def analyze(
         journal: file to write and resume, one JSON line a module. What is found does not depend on interruptions.
         workers: processes; each analyses a module at a time, and may work on `max_bytes` of its own. What is found does
             not depend on their number.
+        client: see `assess`.
         progress: show a progress bar; None shows it on a terminal.
         device: where to run; None is where the model is.
 
@@ -154,7 +157,7 @@ def analyze(
         jobs = ModuleJobs(prober, analysed)
         header = AnalysisHeader.of(prober, method=repr(method), where=repr(where))
         file = Journal(journal, AnalysisHeader, ModuleVulnerability, kind=KIND) if journal is not None else None
-        records = do_all(jobs, jobs.keys, header, file, workers=workers, progress=progress)
+        records = do_all(jobs, jobs.keys, header, file, workers=workers, client=client, progress=progress)
         by_site = {site.name: site for record in records.values() for site in record.sites}
         layers = in_order(by_site, prober, file)
         samples, digest = prober.batches.samples, prober.batches.digest()

@@ -34,6 +34,7 @@ from flipproof.analysis.opened_model import check_subject, opened
 from flipproof.analysis.probes import Probe, ProbedSite, Prober
 from flipproof.analysis.search import Search
 from flipproof.campaigns.statistics import Interval, half_width, mean_interval
+from flipproof.engine.cluster import Client
 from flipproof.engine.jobs import do_all
 from flipproof.engine.journal import Journal, Key
 from flipproof.errors import ConfigError, FlipproofWarning
@@ -71,6 +72,7 @@ def estimate_factors(
     seed: int = 0,
     journal: str | os.PathLike[str] | None = None,
     workers: int = 1,
+    client: Client | None = None,
     progress: bool | None = None,
     device: str | torch.device | None = None,
 ) -> pd.DataFrame:
@@ -99,6 +101,7 @@ def estimate_factors(
         journal: file to write and resume, one JSON line a module and number of inputs drawn. The table does not depend
             on interruptions.
         workers: processes; each works on a module at a time. The table does not depend on their number.
+        client: see `assess`.
         progress: show a progress bar; None shows it on a terminal.
         device: where to run; None is where the model is.
 
@@ -148,7 +151,7 @@ def estimate_factors(
                 settings = {"margin": margin, "confidence": confidence, "by": by, "seed": seed, "where": repr(where)}
                 header = AnalysisHeader.of(prober, inputs=everything.digest(), **settings)
             jobs = _jobs(prober, kind, order, margin, confidence, seed)
-            records = do_all(jobs, jobs.keys, header, file, workers=workers, progress=progress)
+            records = do_all(jobs, jobs.keys, header, file, workers=workers, client=client, progress=progress)
             by_site = {str(row["layer"]): row for record in records.values() for row in record.rows}
             rows = in_order(by_site, prober, file)
             coverage, left_out = prober.coverage()

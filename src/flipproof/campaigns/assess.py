@@ -30,6 +30,7 @@ from flipproof.campaigns.plan import Header, Plan
 from flipproof.campaigns.record import Trial
 from flipproof.campaigns.records import Records
 from flipproof.campaigns.trial import TrialRunner
+from flipproof.engine.cluster import Client
 from flipproof.engine.jobs import Crew, crew
 from flipproof.engine.journal import Key, written
 from flipproof.errors import AuditError, ConfigError, FaultModelError, FlipproofWarning
@@ -64,6 +65,7 @@ def assess(
     seed: int = 0,
     journal: str | os.PathLike[str] | None = None,
     workers: int = 1,
+    client: Client | None = None,
     device: str | torch.device | None = None,
     margin: float | None = None,
     confidence: float = 0.95,
@@ -102,6 +104,9 @@ def assess(
         seed: of all draws. The same seed draws the same bits of the same space: campaigns are paired.
         journal: journal to write and resume, JSON lines. None keeps records in memory only.
         workers: processes; each trial runs in one.
+        client: whose workers run the trials instead: a `dask.distributed.Client`, or an executor as in
+            `concurrent.futures`. Only this process writes the journal. Workers need the same flipproof, torch and
+            processor as this machine, or they are refused by name (docs/cluster.md).
         device: where to run; None is where the model is.
         margin: stop a point once the interval of every metric's mean is within ± margin and so is its tail, what a
             rare fatal flip could still do; looking every 20 trials. At 95 % that takes 3.7 / margin trials at least.
@@ -160,7 +165,7 @@ def assess(
     ) as campaign:
         if campaign.left:
             _take_shortcuts(campaign.runner, cache_bytes, campaign.off)
-        _fill(campaign, workers, progress)
+        _fill(campaign, workers, client, progress)
         if audit and (last := campaign.last) is not None:
             with _noting(campaign.file):
                 campaign.runner.ask_without_faults(*last)
@@ -223,7 +228,7 @@ def on_demand(
             cache_bytes=0,
             audit=0.0,
         ) as campaign,
-        _hands(campaign, 1, False) as hands,
+        _hands(campaign, 1, None, False) as hands,
     ):
         known = {trial.key: trial for trial in campaign.records}
 
@@ -447,7 +452,7 @@ def _noting(journal: CampaignJournal | None) -> Iterator[None]:
 
 
 @contextmanager
-def _hands(campaign: _Campaign, workers: int, progress: bool | None) -> Iterator[Crew[Trial]]:
+def _hands(campaign: _Campaign, workers: int, client: Client | None, progress: bool | None) -> Iterator[Crew[Trial]]:
     """What runs trials and writes them to the journal."""
     points = campaign.header.points
 
@@ -459,6 +464,7 @@ def _hands(campaign: _Campaign, workers: int, progress: bool | None) -> Iterator
         crew(
             campaign.runner,
             workers=workers,
+            client=client,
             journal=campaign.file,
             total=campaign.planned,
             done=campaign.ran,
@@ -469,10 +475,10 @@ def _hands(campaign: _Campaign, workers: int, progress: bool | None) -> Iterator
         yield hands
 
 
-def _fill(campaign: _Campaign, workers: int, progress: bool | None) -> None:
+def _fill(campaign: _Campaign, workers: int, client: Client | None, progress: bool | None) -> None:
     """Run whatever the records still lack."""
     header, ceilings = campaign.header, campaign.ceilings
-    with _hands(campaign, workers, progress) as hands:
+    with _hands(campaign, workers, client, progress) as hands:
         if header.plan.margin is None:
             for trial in hands.run(campaign.missing(campaign.keys())):
                 campaign.add(trial)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from platform import python_version
-from typing import Any
 
 import torch
 
@@ -22,13 +20,12 @@ from flipproof.faults.base import FaultModel
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.running.data import call
 from flipproof.running.device import release_memory
-from flipproof.running.evaluation import Answers, FaultyRunError, answer, eval_mode, one_thread
+from flipproof.running.evaluation import Answers, FaultyRunError, answer, eval_mode, one_thread, unlike
 from flipproof.running.faulty import FaultyModel, same_answers
 from flipproof.running.metrics import Metric
 from flipproof.running.outcomes import Decision, classify
 from flipproof.running.resume import Suffixes
 from flipproof.running.scales import OUTCOMES
-from flipproof.running.snapshots import Snapshot
 from flipproof.running.values import same
 from flipproof.spaces.contract import Draw, Space
 
@@ -245,13 +242,10 @@ class TrialRunner:
         """Give memory back to a device that ran out of it."""
         release_memory()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What was recorded of this model's objects means nothing in another process."""
-        asleep = copy(self.faulty)
-        del asleep.state
-        return {**self.__dict__, "faulty": asleep}
-
     def wake(self) -> None:
-        """In another process: the state of the copy that arrived there."""
-        if "state" not in vars(self.faulty):
-            self.faulty.state = Snapshot(self.faulty.model)
+        """Nothing to prepare in a worker."""
+
+    def differs(self) -> str:
+        """How this copy of the model answers otherwise without faults."""
+        faulty = self.faulty
+        return unlike(faulty.model, faulty.batches, faulty.output, faulty.golden, faulty.state, faulty.randomness)

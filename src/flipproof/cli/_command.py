@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,11 +13,16 @@ import typer
 
 from flipproof.cli._console import out
 from flipproof.cli._options import Option, Reading, arguments, effective, options_of, written
-from flipproof.config import read_toml
+from flipproof.config import connected, read_toml
 from flipproof.hardening.files import load_hardened
 from flipproof.models.weights import load_weights
 
 WEIGHTS = Option("weights", Reading((str,), str), "State dict to load: .safetensors, or .pt/.pth (never unpickled)")
+CLUSTER = Option(
+    "cluster",
+    Reading((str,), connected, "tcp://HOST:8786, or a scheduler's JSON file"),
+    "Dask scheduler whose workers do the work",
+)
 HARDENED = Option("hardened", Reading((str,), str), "What `flipproof harden` wrote for this model: bounds and weights")
 
 
@@ -66,7 +72,8 @@ def command_of(
     asked = options_of(verb)
     keeps = asked.pop("journal", None) is not None
     results = Option("out", Reading((str,), Path), "Folder for results", folder)
-    options = {**asked, **{option.name: option for option in (WEIGHTS, HARDENED, *extras, results)}}
+    own = (WEIGHTS, HARDENED, *([CLUSTER] if "client" in inspect.signature(verb).parameters else []), *extras, results)
+    options = {**asked, **{option.name: option for option in own}}
 
     def run(**typed: Any) -> None:
         file = typed.pop("config")
@@ -82,7 +89,10 @@ def command_of(
         more = {option.name: found.pop(option.name, option.default) for option in extras}
         if keeps:
             found["journal"] = where / journal
-        called = Call(verb(**found), found, more, where)
+        with found.pop("cluster", nullcontext()) as client:
+            if client is not None:
+                found["client"] = client
+            called = Call(verb(**found), found, more, where)
         where.mkdir(parents=True, exist_ok=True)
         (where / (config or f"{verb.__name__}.toml")).write_text(written(name, options, given), encoding="utf-8")
         show(called)

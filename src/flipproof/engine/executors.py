@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -43,6 +42,9 @@ class Work(Protocol[R]):
     def wake(self) -> None:
         """In a worker process, once, before the first job."""
 
+    def differs(self) -> str:
+        """On another machine, after waking: how it answers otherwise without faults, bit by bit; "" if it does not."""
+
     def recover(self) -> None:
         """After the machine failed, before the job is tried again: give memory back."""
 
@@ -71,10 +73,15 @@ class Serial(Generic[T]):
     def run(self, jobs: Iterable[Key]) -> Iterator[T]:
         """One after the other, in order."""
         for key in jobs:
-            yield _attempt(self._work, key)
+            yield attempt(self._work, key)
 
 
-def _attempt(work: Work[T], key: Key) -> T:
+def attempt(work: Work[T], key: Key) -> T:
+    """Do a job, again if the machine fails.
+
+    Raises:
+        InfrastructureError: if it fails `ATTEMPTS` times.
+    """
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return work(*key)
@@ -110,7 +117,8 @@ def _follow(parent: int) -> None:
 
 def _do(*key: Any) -> Any:
     assert _adopted is not None
-    return _attempt(_adopted, key)
+    with torch.no_grad():  # as in the parent, also where processes are spawned
+        return attempt(_adopted, key)
 
 
 class Processes(Generic[T]):
@@ -185,24 +193,3 @@ class Processes(Generic[T]):
     def close(self) -> None:
         """Stop the workers; jobs under way end first."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def executor(work: Work[T], workers: int) -> Iterator[Executor[T]]:
-    """The executor for this many workers.
-
-    Raises:
-        ConfigError: for fewer than one, or for several of work that one process has to do.
-    """
-    if workers < 1:
-        raise ConfigError(f"workers must be at least 1, got {workers}")
-    if workers == 1:
-        yield Serial(work)
-        return
-    if work.serial_only:
-        raise ConfigError(f"workers={workers} cannot be had: {work.serial_only}")
-    processes = Processes(work, workers)
-    try:
-        yield processes
-    finally:
-        processes.close()

@@ -217,6 +217,41 @@ def golden_run(
     return torch.cat(outputs)
 
 
+def unlike(
+    model: nn.Module,
+    batches: Batches,
+    output: Output,
+    golden: Tensor,
+    state: Snapshot | None = None,
+    randomness: RandomState | None = None,
+) -> str:
+    """How a copy of a model answers otherwise, without faults, than the model itself did; "" if bit by bit it does not.
+
+    Args:
+        model: the copy.
+        batches: what it answers.
+        output: picks the tensor to judge.
+        golden: the model's answers.
+        state: of the copy; one is made if none is given.
+        randomness: pinned before every batch.
+    """
+    state = state or Snapshot(model)
+    wrong = 0
+    with eval_mode(model), one_thread(torch.device("cpu")):
+        for i, inputs in enumerate(batches.inputs):
+            if randomness is not None:
+                randomness.pin()
+            found = answered(call(model, inputs), output)
+            if state.changed():
+                state.restore()
+            expected = golden[batches.part(i)]
+            if found.shape != expected.shape:
+                return f"in outputs of shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
+            differ = bit_pattern(found) != bit_pattern(expected)
+            wrong += int(differ.reshape(len(differ), -1).any(dim=1).sum())
+    return f"for {wrong} of {batches.samples} samples" if wrong else ""
+
+
 def _picked(raw: Any, output: Output, batch: int) -> Tensor:
     """As `pick`, for a function of the user's that has not proven yet that it fits what the model returns."""
     try:

@@ -22,6 +22,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from flipproof.running.data import Output, call, own, pick
+from flipproof.running.device import device_of
+from flipproof.running.evaluation import eval_mode, one_thread
 from flipproof.running.snapshots import Snapshot
 from flipproof.running.straight import global_hooks, refers_to_tensors, run_straight
 from flipproof.running.values import PLAIN, Copies, bytes_of, copied, same, separate
@@ -51,6 +53,12 @@ class Suffixes:
         self._golden: list[Any] = []
         self._caches: dict[int, list[list[Any]]] = {}
         self._cuts: list[int] = []
+        self._inputs: Sequence[Any] = ()
+        self._prepared: tuple[Any, ...] | None = None
+
+    def __reduce__(self) -> tuple[Callable[..., Suffixes | None], tuple[Any, ...]]:
+        """In another process the model is traced and run anew; `torch.fx` would pickle buffers as constants."""
+        return _traced_again, (type(self), self._model, self._inputs, self._prepared)
 
     @classmethod
     def trace(cls, model: nn.Module, inputs: Sequence[Any]) -> Suffixes | None:
@@ -93,7 +101,9 @@ class Suffixes:
         for together in sharing_memory(model, first_use):
             first_use |= dict.fromkeys(together, min(first_use[name] for name in together))
             last_use |= dict.fromkeys(together, max(last_use[name] for name in together))
-        return cls(model, traced, first_use, last_use)
+        found = cls(model, traced, first_use, last_use)
+        found._inputs = inputs
+        return found
 
     def cut_of(self, names: Sequence[str]) -> int:
         """The latest prepared cut that lies before the first use of any of these tensors (with all their names)."""
@@ -148,6 +158,7 @@ class Suffixes:
 
         Cuts are those before the first use of a parameter, evenly; or those of `worth`, the most worth a byte first.
         """
+        self._prepared = (inputs, sizes, output, budget, worth)
         try:
             self._prepare(model, inputs, sizes, output, budget, worth)
         except Exception:  # what was traced cannot run like the model, in whatever way that shows: run the model
@@ -291,6 +302,17 @@ class Suffixes:
             for dead in interpreter.user_to_last_uses.get(node, ()):
                 del env[dead]
         return taken
+
+
+def _traced_again(
+    kind: type[Suffixes], model: nn.Module, inputs: Sequence[Any], prepared: tuple[Any, ...] | None
+) -> Suffixes | None:
+    """The same of a copy of the model that arrived in another process."""
+    with eval_mode(model), one_thread(device_of(model)):
+        found = kind.trace(model, inputs)
+        if found is not None and prepared is not None:
+            found.prepare(model, *prepared)
+    return found
 
 
 def _evenly(usable: list[int], cost: Mapping[int, float], budget: int) -> list[int]:

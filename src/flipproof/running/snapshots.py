@@ -65,6 +65,7 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, like: nn.Module | None = None) -> None:
+        self._model, self._bits = model, False
         self._tensors: list[_Kept] = []
         self._maps: list[tuple[str, dict[Any, Any], dict[Any, Any]]] = []
         self._lists: list[tuple[str, list[Any] | deque[Any], list[Any]]] = []
@@ -93,6 +94,10 @@ class Snapshot:
         self._seen = {}  # from here on every value is kept alive by what it was recorded with
         self._views = [*(mapping.values() for _, mapping, _ in self._maps), *(items for _, items, _ in self._lists)]
         self._look()
+
+    def __reduce__(self) -> tuple[Callable[[nn.Module, bool], Snapshot], tuple[nn.Module, bool]]:
+        """Addresses and versions mean nothing in another process: there, the copy that arrived is recorded anew."""
+        return _recorded, (self._model, self._bits)
 
     def _look(self) -> None:
         """Note what `changed` compares: sizes and identities, gathered without a loop in Python."""
@@ -162,6 +167,7 @@ class Snapshot:
 
     def watch_bits(self) -> None:
         """From now on, compare every tensor bit by bit after every batch."""
+        self._bits = True
         for kept in self._tensors:
             kept.silent = True
         self._look()
@@ -233,6 +239,13 @@ class Snapshot:
             self._others.append(other)
             held += [(f"{owner.__qualname__}.{key}", value) for key, value in other.before.items()]
         return held
+
+
+def _recorded(model: nn.Module, bits: bool) -> Snapshot:
+    snapshot = Snapshot(model)
+    if bits:
+        snapshot.watch_bits()
+    return snapshot
 
 
 @dataclass(eq=False)

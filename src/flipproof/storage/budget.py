@@ -21,7 +21,7 @@ from flipproof.formats import Affine, Float16, Float32, Format, Rounded
 from flipproof.hardening.fitting.calibration import Calibration, logits
 from flipproof.running.data import answered, call
 from flipproof.running.device import device_of, release_memory
-from flipproof.running.evaluation import eval_mode, one_thread
+from flipproof.running.evaluation import eval_mode, one_thread, unlike
 from flipproof.running.resume import Suffixes
 from flipproof.running.snapshots import Snapshot
 from flipproof.running.straight import refers_to_tensors
@@ -225,6 +225,10 @@ class Measuring:
 
     def wake(self) -> None:
         """Nothing to prepare in a worker."""
+
+    def differs(self) -> str:
+        """How this copy of the model answers otherwise without faults."""
+        return unlike(self.model, self.data.batches, self.data.output, self.data.teacher, self._state)
 
     def recover(self) -> None:
         """Give memory back to a device that ran out of it."""

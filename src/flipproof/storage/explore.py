@@ -24,6 +24,7 @@ from flipproof.campaigns.assess import assess
 from flipproof.campaigns.assessment import Assessment
 from flipproof.campaigns.fingerprint import digest_of
 from flipproof.campaigns.plan import Fingerprint
+from flipproof.engine.cluster import Client
 from flipproof.engine.journal import Journal
 from flipproof.errors import ConfigError, FormatError, JournalError
 from flipproof.faults import BitErrorRate
@@ -108,6 +109,7 @@ def explore(
     seed: int = 0,
     journal: str | os.PathLike[str] | None = None,
     workers: int = 1,
+    client: Client | None = None,
     output: Output = None,
     decision: DecisionChoice = None,
     device: str | torch.device | None = None,
@@ -145,6 +147,7 @@ def explore(
         seed: of all draws.
         journal: folder of the journals: run again after an interruption and it resumes.
         workers: see `assess`.
+        client: see `assess`.
         output: see `assess`.
         decision: see `assess`.
         device: see `assess`.
@@ -190,7 +193,12 @@ def explore(
         where=where,
         fault_free=partial(campaign, faults=BitErrorRate(0.0), progress=False),
         injected=partial(
-            campaign, faults=faults or BitErrorRate(RATES), margin=margin, workers=workers, progress=progress
+            campaign,
+            faults=faults or BitErrorRate(RATES),
+            margin=margin,
+            workers=workers,
+            client=client,
+            progress=progress,
         ),
         accuracy=accuracy,
         drop=drop,

@@ -21,6 +21,7 @@ from flipproof._fields import Fields, wrong
 from flipproof._interrupts import gives_back
 from flipproof.campaigns.assess import assess
 from flipproof.campaigns.assessment import Assessment
+from flipproof.engine.cluster import Client
 from flipproof.engine.jobs import do_all
 from flipproof.engine.journal import Journal, Key
 from flipproof.errors import ConfigError, InfrastructureError
@@ -78,6 +79,7 @@ def explore_mixed(
     seed: int = 0,
     journal: str | os.PathLike[str] | None = None,
     workers: int = 1,
+    client: Client | None = None,
     output: Output = None,
     decision: DecisionChoice = None,
     device: str | torch.device | None = None,
@@ -100,6 +102,7 @@ def explore_mixed(
         journal: file with one line a tensor and option; run again after an interruption and it resumes. The budget is
             not part of it: another `memory` reads the same measurements.
         workers: processes; each measures one tensor in one option at a time.
+        client: see `assess`.
         output: see `assess`.
         decision: see `assess`.
         device: see `assess`.
@@ -133,13 +136,14 @@ def explore_mixed(
         device=device,
         progress=False,
     )
+    whole = campaign(faults=BitErrorRate(0.0), trials=1)
     measuring = _Measuring(
         campaign=partial(campaign, faults=BitErrorRate(ber, exact=False), trials=trials),
         names=[site.name for site in sites],
         options=options,
         device=check_device(model, device),
+        golden=whole.header.fingerprint.golden_outputs,
     )
-    whole = campaign(faults=BitErrorRate(0.0), trials=1)
     question = Question(
         whole.header.fingerprint,
         {
@@ -152,7 +156,7 @@ def explore_mixed(
     )
     keys = [(i, k) for i in range(len(sites)) for k in range(len(options))]
     file = None if journal is None else Journal(journal, Question, _Measurement, kind="mixed-width exploration")
-    found = do_all(measuring, keys, question, file, workers=workers, progress=progress)
+    found = do_all(measuring, keys, question, file, workers=workers, client=client, progress=progress)
     table = pd.DataFrame(
         [
             (site.name, repr(option), option.stored_bits(site.shape), found[i, k].doubt - whole.golden["doubt"])
@@ -201,6 +205,7 @@ class _Measuring:
     names: Sequence[str]
     options: Sequence[Format]
     device: torch.device
+    golden: str
 
     def __call__(self, tensor: int, option: int) -> _Measurement:
         name = self.names[tensor]
@@ -217,6 +222,11 @@ class _Measuring:
 
     def wake(self) -> None:
         """Nothing to prepare in a worker: each campaign sets up what it needs."""
+
+    def differs(self) -> str:
+        """Whether the model answers otherwise here without faults."""
+        here = self.campaign(faults=BitErrorRate(0.0), trials=1).header.fingerprint.golden_outputs
+        return "" if here == self.golden else "its outputs have another digest"
 
     def recover(self) -> None:
         """Nothing to give back: each campaign recovers by itself."""

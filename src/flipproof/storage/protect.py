@@ -25,6 +25,7 @@ from flipproof._interrupts import gives_back
 from flipproof.campaigns.assessment import Assessment
 from flipproof.campaigns.estimates import gain
 from flipproof.campaigns.fingerprint import digest_of
+from flipproof.engine.cluster import Client
 from flipproof.engine.jobs import do_all
 from flipproof.engine.journal import Journal
 from flipproof.errors import ConfigError, DataError, JournalError
@@ -244,6 +245,7 @@ def protect(
     seed: int = 0,
     journal: str | os.PathLike[str] | None = None,
     workers: int = 1,
+    client: Client | None = None,
     output: Output = None,
     decision: DecisionChoice = None,
     device: str | torch.device | None = None,
@@ -285,6 +287,7 @@ def protect(
         seed: of all draws.
         journal: folder of the journals: run again after an interruption and it resumes.
         workers: processes.
+        client: see `assess`.
         output: see `assess`.
         decision: see `assess`.
         device: see `assess`.
@@ -344,6 +347,7 @@ def protect(
         question,
         file,
         workers=workers,
+        client=client,
         progress=progress,
     )
     least = KEPT * golden if accuracy is None else accuracy
@@ -379,7 +383,9 @@ def protect(
         jobs += [(FRONT, name) for name in making.forms if name != PROTECTED]
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(str(folder)) as where_to:
         trying = making.trying(Path(where_to))
-        reached = do_all(trying, jobs, question, None, workers=workers, progress=progress)
+        reached = do_all(
+            trying, jobs, question, None, workers=workers, client=client, progress=progress, then=trying.keep
+        )
         for kind, name in jobs:
             if kind == AT:
                 making.found[name] = Assessment.load(trying.path(AT, name, ber))

@@ -5,16 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import nan
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from flipproof._fields import Fields
+from flipproof._files import replacing
 from flipproof.campaigns.assess import assess, on_demand
 from flipproof.campaigns.assessment import Assessment
 from flipproof.campaigns.fingerprint import digest_of
@@ -24,6 +26,7 @@ from flipproof.faults import BitErrorRate
 from flipproof.formats import Format
 from flipproof.hardening.fitting.calibration import Calibration
 from flipproof.running.device import device_of, release_memory
+from flipproof.running.evaluation import unlike
 from flipproof.storage.explore import file_name
 
 LADDER = (*(float(f"{step}e{power}") for power in range(-8, -1) for step in (1, 2, 3, 5)), 0.1, 0.2)
@@ -153,6 +156,7 @@ class Tried:
         ber: the highest rate that it survives (`FRONT`), or the one that was asked for.
         accuracy: mean accuracy there.
         next: one rate above it; NaN if that is not known.
+        journal: its trials, if they were written on another machine.
     """
 
     kind: str
@@ -160,6 +164,7 @@ class Tried:
     ber: float
     accuracy: float
     next: float
+    journal: bytes | None = None
 
     @property
     def key(self) -> tuple[str, str]:
@@ -168,7 +173,8 @@ class Tried:
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object; NaN is null."""
-        return {name: None if value != value else value for name, value in asdict(self).items()}
+        found = {name: value for name, value in asdict(self).items() if name != "journal"}
+        return {name: None if value != value else value for name, value in found.items()}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Tried:
@@ -181,9 +187,12 @@ class Tried:
         return found
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trying:
     """Injects forms, one a job: many short campaigns, so that workers take forms and not trials.
+
+    On another machine it writes to a folder of its own, begun with the journals that there are here, and what comes
+    back brings the journal along.
 
     Attributes:
         model: in eval mode.
@@ -210,9 +219,15 @@ class Trying:
     few: int
     whole: tuple[str, ...]
     folder: Path
+    _begun: dict[str, bytes] | None = None
+    _elsewhere: TemporaryDirectory[str] | None = None
 
     def __call__(self, kind: str, name: str) -> Tried:
         """Do one job."""
+        found = self._tried(kind, name)
+        return found if self._elsewhere is None else replace(found, journal=self._file_of(found).read_bytes())
+
+    def _tried(self, kind: str, name: str) -> Tried:
         if kind == AT:
             found = self.at(name)
             return Tried(kind, name, self.ber, _mean(found), nan)
@@ -253,6 +268,20 @@ class Trying:
         formats = self.forms[name].formats or {}
         return self.folder / file_name(f"{kind} {name} {ber:g} {digest_of([*map(str, formats.items())])}")
 
+    def _file_of(self, tried: Tried) -> Path:
+        return self.path(tried.kind, tried.name, self.ber if tried.kind == AT else 0.0)
+
+    def keep(self, tried: Tried) -> None:
+        """Write the journal of a form that was tried on another machine."""
+        if tried.journal is not None:
+            with replacing(self._file_of(tried)) as path:
+                path.write_bytes(tried.journal)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With the journals that there are."""
+        files = [file for file in self.folder.glob("*") if file.is_file()]
+        return {**self.__dict__, "_begun": {file.name: file.read_bytes() for file in files}}
+
     @property
     def serial_only(self) -> str:
         """Why it cannot be given to worker processes."""
@@ -264,7 +293,18 @@ class Trying:
         return f"{key[1]}, {key[0]}"
 
     def wake(self) -> None:
-        """Nothing to prepare in a worker: each campaign sets up what it needs."""
+        """In a worker that was not forked: a folder of its own."""
+        if self._begun is not None:
+            self._elsewhere = TemporaryDirectory()
+            self.folder = Path(self._elsewhere.name)
+            for name, content in self._begun.items():
+                (self.folder / name).write_bytes(content)
+            self._begun = None
+
+    def differs(self) -> str:
+        """How this copy of the model answers otherwise without faults."""
+        data = self.verifying
+        return unlike(self.model, data.batches, data.output, data.teacher)
 
     def recover(self) -> None:
         """Give memory back to a device that ran out of it."""
