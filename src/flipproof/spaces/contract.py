@@ -98,6 +98,17 @@ class Faults(Draw):
         if self.stuck is not None and (isinstance(self.stuck, bool) or self.stuck not in (0, 1)):
             raise FaultModelError(f"Faults: stuck must be None, 0 or 1, got {self.stuck!r}")
 
+    @classmethod
+    def drawn(cls, positions: Positions, stuck: Literal[0, 1] | None = None) -> Self:
+        """Of positions that a generator has just made: they are distinct and ascend, which is not checked again.
+
+        >>> Faults.drawn(np.array([3, 40])).positions.tolist()
+        [3, 40]
+        """
+        made = object.__new__(cls)
+        made.__dict__.update(positions=positions, stuck=stuck)
+        return made
+
     @property
     def digest(self) -> str:
         return _digest(self.positions, self.stuck)
