@@ -223,12 +223,14 @@ class Start:
     """Where the faults of a draw act first: what runs before is as without faults.
 
     Attributes:
-        names: tensors that are hit, with all their names; nothing changes before their first use. Or
+        names: tensors that are hit, with all their names; nothing changes before their first use.
+        rows: the first and the last slice of axis 0 that is hit, where it is known and one tensor is hit. Or
         layer: the module whose output is hit, and
         change: makes the faulty output of the golden one.
     """
 
     names: Sequence[str] = ()
+    rows: tuple[int, int] | None = None
     layer: str | None = None
     change: Callable[[Any], Any] | None = None
 

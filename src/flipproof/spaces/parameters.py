@@ -207,8 +207,11 @@ class FaultSpace(Space):
 
     def touched_names(self, faults: Draw) -> list[str]:
         """Every name of every tensor that these faults touch."""
-        touched = np.flatnonzero(np.diff(np.searchsorted(faults.positions, self._borders)))
-        return [name for i in touched.tolist() for name in (self.sites[i].name, *self.sites[i].aliases)]
+        return [name for i in self._touched(faults) for name in (self.sites[i].name, *self.sites[i].aliases)]
+
+    def _touched(self, faults: Draw) -> list[int]:
+        touched: list[int] = np.flatnonzero(np.diff(np.searchsorted(faults.positions, self._borders))).tolist()
+        return touched
 
     @whole
     def stored(self) -> Iterator[None]:
@@ -319,7 +322,16 @@ class FaultSpace(Space):
 
     def start(self, draw: Draw) -> Start:
         """Nothing changes before the first use of a tensor that is hit."""
-        return Start(names=self.touched_names(draw))
+        names, touched = self.touched_names(draw), self._touched(draw)
+        return Start(names, self._rows(self.sites[touched[0]], draw) if len(touched) == 1 else None)
+
+    def _rows(self, site: Site, draw: Draw) -> tuple[int, int] | None:
+        """The slices of axis 0 between which all faults of a draw lie, which are in this site."""
+        last = (int(draw.positions[-1]) - site.offset) // site.width
+        if not site.is_even or not site.shape or last >= site.values:  # read in blocks, or by a constant that is hit
+            return None
+        first, size = (int(draw.positions[0]) - site.offset) // site.width, site.values // site.shape[0]
+        return first // size, last // size
 
     def starts(self) -> None:
         """None: it depends on the draw."""
