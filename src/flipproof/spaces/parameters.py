@@ -322,8 +322,9 @@ class FaultSpace(Space):
 
     def start(self, draw: Draw) -> Start:
         """Nothing changes before the first use of a tensor that is hit."""
-        names, touched = self.touched_names(draw), self._touched(draw)
-        return Start(names, self._rows(self.sites[touched[0]], draw) if len(touched) == 1 else None)
+        touched = [self.sites[i] for i in self._touched(draw)]
+        names = [name for site in touched for name in (site.name, *site.aliases)]
+        return Start(names, self._rows(touched[0], draw) if len(touched) == 1 else None)
 
     def _rows(self, site: Site, draw: Draw) -> tuple[int, int] | None:
         """The slices of axis 0 between which all faults of a draw lie, which are in this site."""
