@@ -159,3 +159,43 @@ def test_what_two_sides_leave_to_torch():
         assert clamping.bounded_between(x, low, torch.rand(3, 1, 1), zero=True) is None
     with one_thread(torch.device("cpu")):
         assert clamping.bounded_between(x, low, high, zero=True) is None  # gradients are asked for
+
+
+def test_memory_of_an_output_is_used_again_only_when_nobody_holds_it():
+    bound, shape = torch.tensor(1.0), (4, 16, 32, 32)  # above the size from which memory is kept
+
+    def done(x):
+        return clamping.bounded_relu(x, bound, zero=False, overwrite=False)
+
+    with torch.no_grad(), one_thread(torch.device("cpu")):
+        first, second, third = (torch.randn(shape) for _ in range(3))
+        held = done(first)
+        expected, at = held.clone(), held.data_ptr()
+        other = done(second)
+        assert other.data_ptr() != at
+        row, flat = held[2:], held.numpy().reshape(-1)  # a view, and an array over the same memory
+        del held
+        for _ in range(3):
+            assert done(third).data_ptr() != at
+        assert torch.equal(row, expected[2:])
+        del row
+        assert done(third).data_ptr() != at
+        assert (flat == expected.view(-1).numpy()).all()
+        del flat
+        again = done(third)
+        assert torch.equal(again, third.clamp(0, 1))
+        assert torch.equal(other, second.clamp(0, 1))
+        assert {again.data_ptr() % 64, other.data_ptr() % 64} == {0}
+
+
+def test_no_more_memory_is_kept_than_is_said(monkeypatch):
+    monkeypatch.setattr(clamping, "_kept", [])
+    monkeypatch.setattr(clamping, "_MOST", 3 * 2**18)
+    bound = torch.tensor(1.0)
+    with torch.no_grad(), one_thread(torch.device("cpu")):
+        xs = [torch.randn(2**16) for _ in range(6)]
+        outs = [clamping.bounded_relu(x[None], bound, zero=False, overwrite=False) for x in xs]
+        assert sum(kept.nbytes for kept in clamping._kept) == 3 * 2**18
+        assert all(torch.equal(out[0], x.clamp(0, 1)) for out, x in zip(outs, xs, strict=True))
+        clamping.bounded_relu(torch.randn(1, 2**19), bound, zero=False, overwrite=False)
+        assert clamping._kept == []

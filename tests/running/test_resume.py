@@ -8,8 +8,10 @@ from torch.nn.utils import parametrizations
 
 import flipproof as fp
 from flipproof.formats.base import bit_pattern
+from flipproof.running import resume
 from flipproof.running.data import pick
 from flipproof.running.resume import Suffixes
+from flipproof.running.values import same
 
 PLENTY = 2**30
 X = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
@@ -309,3 +311,76 @@ def test_with_workers_and_formats():
     )
     assert alone.equals(pair)
     assert alone.equals(whole)
+
+
+class Filters(nn.Module):
+    """Normalised convolutions of 40 and of 20 channels, with and without bias, one used twice, one by groups."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(1, 40, 3, padding=1)
+        self.second = nn.Conv2d(40, 20, 3, stride=2, bias=False)
+        self.twice = nn.Conv2d(20, 20, 3, padding=1)
+        self.groups = nn.Conv2d(20, 20, 3, groups=2)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(40), nn.BatchNorm2d(20)])
+        self.head = nn.Linear(20, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.norms[1](self.second(torch.relu(self.norms[0](self.first(x))))))
+        x = torch.relu(self.twice(torch.relu(self.twice(x))))
+        return self.head(torch.relu(self.groups(x)).mean(dim=(2, 3)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bit", [0, 22, 29, 30, 31])
+def test_a_block_of_channels_is_what_the_whole_layer_gives(bit, monkeypatch):
+    net = Filters().eval()
+    batches = [torch.randn(n, 1, 9, 9) for n in (3, 1)]
+    suffixes = Suffixes.trace(net, batches)
+    suffixes.prepare(net, batches, [3, 1], None, 2**22)
+    assert len(suffixes._by_channels) == 2
+    computed, channels = [], resume._channels
+    monkeypatch.setattr(resume, "_channels", lambda *args: computed.append(args[-1]) or channels(*args))
+    space = fp.FaultSpace(net)
+    for site in space.sites:
+        for value in (0, site.values // 2, site.values - 1):
+            draw = space.faults([(site.name, value, bit)])
+            start = space.start(draw)
+            assert start.rows == (value // (site.values // site.shape[0]),) * 2
+            cut, looks = suffixes.cut_of(start.names), suffixes.looks_after(start.names)
+            computed.clear()
+            with space.corrupted(draw):
+                for i, batch in enumerate(batches):
+                    assert same(suffixes.resume(cut, i, looks, start.rows), net(batch)), (site.name, value)
+            by_channels = site.layer == "second" or (site.layer == "first" and cut > 0)
+            assert computed == [start.rows[0] // 16 * 16] * 2 * by_channels
+    filters = space.faults([("second.weight", 0, bit), ("second.weight", 16 * 360, bit)])  # of two blocks
+    tensors = space.faults([("second.weight", 0, bit), ("head.bias", 0, bit)])
+    assert space.start(tensors).rows is None
+    for draw in (filters, tensors):
+        start = space.start(draw)
+        cut, looks = suffixes.cut_of(start.names), suffixes.looks_after(start.names)
+        computed.clear()
+        with space.corrupted(draw):
+            assert same(suffixes.resume(cut, 0, looks, start.rows), net(batches[0]))
+        assert computed == []
+
+
+@torch.no_grad()
+def test_channels_that_are_not_what_the_whole_layer_gives_are_not_computed_apart(monkeypatch):
+    net, inputs = Filters().eval(), torch.randn(3, 1, 9, 9)
+    channels = resume._channels
+    for where in (0, 16):  # one ulp in one value of one block, without faults or with
+
+        def off(layer, x, weight, first, where=where):
+            found = channels(layer, x, weight, first).clone()
+            if first == where and (where == 0 or weight is not layer.weight):
+                found[0, 0, 0, 0] = torch.nextafter(found[0, 0, 0, 0], torch.tensor(9.0))
+            return found
+
+        monkeypatch.setattr(resume, "_channels", off)
+        suffixes = Suffixes.trace(net, [inputs])
+        suffixes.prepare(net, [inputs], [3], None, 2**22)
+        assert suffixes._by_channels == {}
+        assert suffixes._cuts

@@ -94,7 +94,7 @@ def test_whatever_is_raised_inside(format, error):
 def test_an_interrupt_in_the_middle_of_restoring_is_let_through_after_it(monkeypatch, step):
     net = network()
     before = memory(net)
-    space = FaultSpace(net, format=fp.FixedPoint())
+    space = FaultSpace(net, format=fp.Parity(fp.FixedPoint()))
     faults = fp.RandomBits(50).draw(space, fp.faults.TrialGenerator(0, "p", 0))
     owner = space_module if step == "scatter" else FaultSpace
     original, calls = getattr(owner, step), []

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import flipproof as fp
-from flipproof.errors import FlipproofWarning, FormatError
+from flipproof.errors import FaultModelError, FlipproofWarning, FormatError
 
 
 def small():
@@ -115,6 +115,58 @@ def test_clipping_the_model_warns_of_a_critical_bit_that_varies_and_refuses_wher
     assert chosen == fp.BitClipped(fp.Float32(), ones=(23,))
     with pytest.raises(FormatError, match="most"):
         fp.choose_clipping(net, data, most=0)
+
+
+@pytest.mark.parametrize(
+    ("shift", "most", "format"),
+    [(0.0, 1, fp.Float32()), (0.4, 2, fp.BFloat16()), (1.0, 1, fp.BFloat16()), (0.4, None, fp.FixedPoint(3, 4))],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:bit .* is the most critical")
+def test_measuring_constant_bits_alone_chooses_what_measuring_all_bits_does(shift, most, format):
+    net, data = small()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(p.sign() * shift)
+    data = [(data[0][0], net(data[0][0]).argmax(dim=1))]
+    table = fp.bit_criticality(net, data, format, share=0.1, trials=6, seed=1)  # of every bit
+    ranked = table.sort_values(["accuracy_drop", "critical_total", "bit"], ascending=False)
+    critical = ranked[(ranked["critical_total"] > 0) | (ranked["accuracy_drop"] > 0)]
+    wanted = critical[critical["constant"]].head(most or len(table))
+    asked = {"format": format, "most": most, "share": 0.1, "trials": 6, "seed": 1}
+    if wanted.empty:
+        with pytest.raises(FormatError, match="no bit"):
+            fp.choose_clipping(net, data, **asked)
+        return
+    chosen = fp.choose_clipping(net, data, **asked)
+    assert {*chosen.zeros} == {*wanted.loc[wanted["mean"] == 0, "bit"]}
+    assert {*chosen.ones} == {*wanted.loc[wanted["mean"] == 1, "bit"]}
+
+
+def test_a_bit_is_measured_alike_whichever_others_are():
+    net, data = small()
+    every = fp.bit_criticality(net, data, share=0.1, trials=4).set_index("bit")
+    few = fp.bit_criticality(net, data, bits=[29, 3], share=0.1, trials=4).set_index("bit")
+    assert few.drop(columns="audited").equals(every.drop(columns="audited").loc[few.index])
+    with pytest.raises(FaultModelError):
+        fp.bit_criticality(net, data, bits=[32])
+
+
+def test_only_bits_that_can_be_chosen_are_measured(monkeypatch):
+    net, data = small()
+    asked, assess = [], fp.storage.clipping.assess
+
+    def counted(*args, **options):
+        asked.append((len(options["faults"].points()), options["trials"]))
+        return assess(*args, **options)
+
+    monkeypatch.setattr(fp.storage.clipping, "assess", counted)
+    profile = fp.bit_profile(net)
+    constant = int(profile.isin([0.0, 1.0]).sum())
+    nearly = int(((profile > 0) & (profile < 0.1) | (profile < 1) & (profile > 0.9)).sum())
+    fp.choose_clipping(net, data)
+    assert asked == [(constant, 20), (nearly + 1, 2)][: 1 + bool(nearly)]
+    assert 0 < constant < 6
 
 
 def test_clipping_tensors_clips_wherever_the_critical_bit_is_constant():

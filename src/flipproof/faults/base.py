@@ -66,6 +66,9 @@ class FaultModel(ABC):
         return value if isinstance(value, tuple) else (value,)
 
     def _single(self) -> Any:
+        value = getattr(self, self.swept)
+        if not isinstance(value, tuple):
+            return value
         values = self._values()
         if len(values) != 1:
             raise FaultModelError(f"{self!r} is a sweep of {len(values)} points; draw from one of its .points()")

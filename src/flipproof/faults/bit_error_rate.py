@@ -60,7 +60,7 @@ class BitErrorRate(FaultModel):
         """Distinct bits at this rate."""
         ber = self._single()
         if self.spread == "bits":
-            return Faults(draw_at_rate(ber, self.exact, space, generator))
+            return Faults.drawn(draw_at_rate(ber, self.exact, space, generator))
         count = round(ber * space.bits) if self.exact else generator.bernoulli(ber, space.bits).size
         return Faults(_spread_over_layers(count, space, generator))
 

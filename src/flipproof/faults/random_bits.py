@@ -52,4 +52,4 @@ class RandomBits(FaultModel):
         """That many distinct bits; where samples are computed apart, one for each."""
         if space.samples is not None:
             return upset_each(space, generator)
-        return Faults(generator.distinct(self._single(), space.bits))
+        return Faults.drawn(generator.distinct(self._single(), space.bits))

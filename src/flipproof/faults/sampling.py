@@ -47,50 +47,80 @@ _upper_half: Any = intrinsic(_upper)
 """The upper 64 bits of a product, one instruction on most machines; the lower ones are plain ``a * b``."""
 
 
-@kernel()
-def _below(key, counter, high, out):  # type: ignore[no-untyped-def]
-    """Fill `out` with integers uniform in [0, high). Returns the new counter.
+@kernel(inline="always")
+def _draw(key, counter, limit, threshold):  # type: ignore[no-untyped-def]
+    """(The counter of the next word that is kept, that word); words × limit with a low half below it are not kept.
 
     Exactly unbiased: Lemire's multiplication with rejection (Fast random integer generation in an interval, ACM TOMACS
     2019), whose branch is almost never taken.
     """
-    limit = np.uint64(high)
-    threshold = (np.uint64(0) - limit) % limit
-    one = np.uint64(1)
-    for i in range(out.size):
-        counter += one
+    counter += np.uint64(1)
+    word = _word(key, counter)
+    while word * limit < threshold:
+        counter += np.uint64(1)
         word = _word(key, counter)
-        while word * limit < threshold:
-            counter += one
-            word = _word(key, counter)
+    return counter, word
+
+
+@kernel()
+def _below(signed_key, count_of_words, high, out):  # type: ignore[no-untyped-def]
+    """Fill `out` with integers uniform in [0, high). Returns the new counter."""
+    key, counter, limit = np.uint64(signed_key), np.uint64(count_of_words), np.uint64(high)
+    threshold = (np.uint64(0) - limit) % limit
+    for i in range(out.size):
+        counter, word = _draw(key, counter, limit, threshold)
         out[i] = np.int64(_upper_half(word, limit))
+    return np.int64(counter)
+
+
+_A_BUCKET = 4
+"""Numbers that share a bucket, on average: few enough to be sorted by insertion, and enough for buckets to be cheap."""
+
+
+@kernel(inline="always")
+def _insertion_sort(values, count):  # type: ignore[no-untyped-def]
+    for i in range(1, count):
+        value, j = values[i], i - 1
+        while j >= 0 and values[j] > value:
+            values[j + 1] = values[j]
+            j -= 1
+        values[j + 1] = value
+
+
+@kernel()
+def _sorted_below(key, counter, limit, out):  # type: ignore[no-untyped-def]
+    """As `_below`, sorted: numbers ascend with the words that they are made of, so their upper bits name a bucket.
+
+    Words are made twice, to count buckets and to fill them, which takes less time than to keep them.
+    """
+    threshold = (np.uint64(0) - limit) % limit
+    power = 0
+    while (_A_BUCKET << power) < out.size:
+        power += 1
+    start = counter
+    if power:
+        down = np.uint64(64 - power)
+        places = np.zeros((1 << power) + 1, np.int32)
+        for _ in range(out.size):
+            counter, word = _draw(key, counter, limit, threshold)
+            places[np.int64(word >> down) + 1] += 1
+        for i in range(1 << power):
+            places[i + 1] += places[i]
+        counter = start
+        for _ in range(out.size):
+            counter, word = _draw(key, counter, limit, threshold)
+            bucket = np.int64(word >> down)
+            out[places[bucket]] = np.int64(_upper_half(word, limit))
+            places[bucket] += 1
+    else:
+        for i in range(out.size):
+            counter, word = _draw(key, counter, limit, threshold)
+            out[i] = np.int64(_upper_half(word, limit))
+    _insertion_sort(out, out.size)
     return counter
 
 
-@kernel()
-def _bernoulli(key, counter, probability, population, out):  # type: ignore[no-untyped-def]
-    """Positions of successes among `population` independent trials, by geometric gaps. Returns (counter, count).
-
-    Count is −1 if `out` was too small; the caller then starts over from the same counter with more room.
-    """
-    log_failure = np.log1p(-probability)
-    position = np.int64(-1)
-    count = 0
-    one = np.uint64(1)
-    while True:
-        counter += one
-        uniform = (np.float64(_word(key, counter) >> _11) + 1.0) * 2.0**-53  # in (0, 1]
-        gap = np.floor(np.log(uniform) / log_failure)
-        if gap >= population - 1 - position:
-            return counter, count
-        position += np.int64(gap) + 1
-        if count == out.size:
-            return counter, -1
-        out[count] = position
-        count += 1
-
-
-@kernel()
+@kernel(inline="always")
 def _first_of_each(values):  # type: ignore[no-untyped-def]
     """Squeeze repeats out of a sorted array in place; returns how many values are left."""
     kept = 0
@@ -101,23 +131,63 @@ def _first_of_each(values):  # type: ignore[no-untyped-def]
     return kept
 
 
-@kernel()
-def _union(left, right):  # type: ignore[no-untyped-def]
-    """All values of two strictly ascending arrays, strictly ascending."""
-    out = np.empty(left.size + right.size, np.int64)
-    i = j = count = 0
-    while i < left.size or j < right.size:
-        if j == right.size or (i < left.size and left[i] <= right[j]):
-            value = left[i]
-            i += 1
-            if j < right.size and right[j] == value:
-                j += 1
+@kernel(inline="always")
+def _merge(values, count, fresh, more):  # type: ignore[no-untyped-def]
+    """Put `more` ascending numbers in among `count`, in place, each once; returns how many there are."""
+    added = 0
+    for i in range(more):  # those that are there already are not merged
+        at = np.searchsorted(values[:count], fresh[i])
+        if at == count or values[at] != fresh[i]:
+            fresh[added] = fresh[i]
+            added += 1
+    i, j = count - 1, added - 1
+    for place in range(count + added - 1, -1, -1):
+        if j < 0:
+            break
+        if i >= 0 and values[i] > fresh[j]:
+            values[place] = values[i]
+            i -= 1
         else:
-            value = right[j]
-            j += 1
-        out[count] = value
+            values[place] = fresh[j]
+            j -= 1
+    return count + added
+
+
+@kernel()
+def _distinct(signed_key, count_of_words, population, out):  # type: ignore[no-untyped-def]
+    """Fill `out` with distinct numbers in [0, population), ascending. Returns the new counter."""
+    key, counter, limit = np.uint64(signed_key), np.uint64(count_of_words), np.uint64(population)
+    counter = _sorted_below(key, counter, limit, out)
+    found = _first_of_each(out)
+    while found < out.size:  # a few are missing
+        fresh = np.empty(out.size - found, np.int64)
+        counter = _sorted_below(key, counter, limit, fresh)
+        found = _merge(out, found, fresh, _first_of_each(fresh))
+    return np.int64(counter)
+
+
+@kernel()
+def _bernoulli(signed_key, count_of_words, probability, population, out):  # type: ignore[no-untyped-def]
+    """Positions of successes among `population` independent trials, by geometric gaps. Returns (counter, count).
+
+    Count is −1 if `out` was too small; the caller then starts over from the same counter with more room.
+    """
+    key, counter = np.uint64(signed_key), np.uint64(count_of_words)
+    log_failure = np.log1p(-probability)
+    position = np.int64(-1)
+    count = 0
+    one = np.uint64(1)
+    while True:
+        counter += one
+        uniform = (np.float64(_word(key, counter) >> _11) + 1.0) * 2.0**-53  # in (0, 1]
+        gap = np.floor(np.log(uniform) / log_failure)
+        if gap >= population - 1 - position:
+            return np.int64(counter), count
+        position += np.int64(gap) + 1
+        if count == out.size:
+            return np.int64(counter), -1
+        out[count] = position
         count += 1
-    return out[:count]
 
 
 class TrialGenerator:
@@ -141,14 +211,15 @@ class TrialGenerator:
         if seed < 0 or trial < 0:
             raise FaultModelError(f"seed and trial count from 0, got seed={seed}, trial={trial}")
         name = f"{seed}\x00{point}\x00{trial}".encode()
-        self._key = np.uint64(int.from_bytes(blake2b(name, digest_size=8).digest(), "little"))
-        self._counter = np.uint64(0)
+        # 64 bits as Python's own signed integers, which compiled code takes sooner than NumPy's
+        self._key = int.from_bytes(blake2b(name, digest_size=8).digest(), "little", signed=True)
+        self._counter = 0
 
     def below(self, high: int, count: int) -> Positions:
         """`count` independent integers, uniform in [0, high)."""
         out = np.empty(count, np.int64)
         if count:
-            self._counter = np.uint64(_below(self._key, self._counter, high, out))
+            self._counter = _below(self._key, self._counter, high, out)
         return out
 
     def distinct(self, count: int, population: int) -> Positions:
@@ -165,16 +236,10 @@ class TrialGenerator:
             keep = np.ones(population, np.bool_)
             keep[left_out] = False
             return np.flatnonzero(keep).astype(np.int64)
-        chosen = self._sorted_unique(population, count)
-        while chosen.size < count:  # a few are missing: merge them in rather than sort everything again
-            fresh = self._sorted_unique(population, count - chosen.size)
-            chosen = _union(chosen, fresh)
+        chosen = np.empty(count, np.int64)
+        if count:
+            self._counter = _distinct(self._key, self._counter, population, chosen)
         return chosen
-
-    def _sorted_unique(self, population: int, draws: int) -> Positions:
-        values = self.below(population, draws)
-        values.sort()
-        return values[: _first_of_each(values)]
 
     def bernoulli(self, probability: float, population: int) -> Positions:
         """Each of range(population) independently with `probability`, sorted."""
@@ -188,6 +253,6 @@ class TrialGenerator:
             out = np.empty(room, np.int64)
             counter, count = _bernoulli(self._key, self._counter, probability, population, out)
             if count >= 0:
-                self._counter = np.uint64(counter)
+                self._counter = counter
                 return out[:count]
             room *= 2

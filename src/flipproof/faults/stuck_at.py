@@ -59,4 +59,4 @@ class StuckAt(FaultModel):
 
     def draw(self, space: Space, generator: TrialGenerator) -> Faults:
         """Distinct cells at this rate."""
-        return Faults(draw_at_rate(self._single(), self.exact, space, generator), stuck=self.value)
+        return Faults.drawn(draw_at_rate(self._single(), self.exact, space, generator), stuck=self.value)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flipproof.errors import FormatError
 from flipproof.formats._rounding import cast
-from flipproof.formats.base import Coding, Format, word_dtype
+from flipproof.formats.base import Coding, Format, Linear, word_dtype
 
 
 @dataclass(frozen=True)
@@ -93,3 +93,6 @@ class Affine(Format):
     def decode_words(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> Tensor:
         scale, zero = coding
         return cast(scale * (words.to(torch.float64) - zero), dtype)
+
+    def linear(self, coding: Coding) -> Linear:
+        return Linear.of(coding[0], coding[1], 0, 2**self.bits - 1)

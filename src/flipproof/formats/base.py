@@ -6,7 +6,9 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flipproof.errors import FormatError
@@ -42,6 +44,36 @@ def bit_pattern(values: Tensor) -> Tensor:
     """The bits of floating-point values as integers: −0.0 differs from 0.0, and a NaN equals itself."""
     width = values.element_size() * 8
     return values.contiguous().view(word_dtype(width))
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Words that are read by one multiplication, so that a compiled pass can read and write them.
+
+    word = round(x / scale + zero), clamped to [low, high]; value = scale · (word − zero), in float64, rounded once
+
+    Attributes:
+        scale: float64, one entry, or one a slice of axis 0.
+        zero: the same.
+        low: the smallest word that is written; words are two's complement if it is negative.
+        high: the largest.
+    """
+
+    scale: NDArray[np.float64]
+    zero: NDArray[np.float64]
+    low: int
+    high: int
+
+    @classmethod
+    def of(cls, scale: Tensor, zero: Tensor, low: int, high: int) -> Linear:
+        """With constants of a coding: scalars, or one entry a slice.
+
+        >>> import torch
+        >>> Linear.of(torch.tensor(0.5), torch.tensor(3.0), 0, 7).zero
+        array([3.])
+        """
+        scales, zeros = (c.double().reshape(-1).contiguous().numpy() for c in (scale, zero.expand_as(scale)))
+        return cls(scales, zeros, low, high)
 
 
 @dataclass(frozen=True)
@@ -147,6 +179,10 @@ class Format(ABC):
     def left_shift(self, dtype: torch.dtype) -> int | None:
         """By how many places a word is shifted to be the bit pattern of its value in `dtype`; None if it is not."""
         return 0 if self.is_native(dtype) else None
+
+    def linear(self, coding: Coding) -> Linear | None:
+        """How words are read where that is one multiplication; None where it is not."""
+        return None
 
     def is_native(self, dtype: torch.dtype) -> bool:
         """True if a tensor of `dtype` already holds exactly these words in its memory."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flipproof.errors import FormatError
 from flipproof.formats._rounding import cast
-from flipproof.formats.base import Coding, Format, word_dtype
+from flipproof.formats.base import Coding, Format, Linear, word_dtype
 
 
 @dataclass(frozen=True)
@@ -74,3 +74,8 @@ class FixedPoint(Format):
         blank = 64 - self.width  # shift the sign to bit 63 and back: sign extension
         signed = (words.to(torch.int64) << blank) >> blank
         return cast(signed.to(torch.float64) * 2.0**-self.fraction_bits, dtype)
+
+    def linear(self, coding: Coding) -> Linear:
+        # what a word reads as is a whole number of steps or as exact as x was: rounding it anew changes nothing
+        step = torch.tensor(2.0**-self.fraction_bits, dtype=torch.float64)
+        return Linear.of(step, torch.zeros_like(step), -(2 ** (self.width - 1)), 2 ** (self.width - 1) - 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flipproof.errors import FormatError
 from flipproof.formats._rounding import cast
-from flipproof.formats.base import Coding, Format, word_dtype
+from flipproof.formats.base import Coding, Format, Linear, word_dtype
 
 
 @dataclass(frozen=True)
@@ -95,3 +95,6 @@ class Symmetric(Format):
         blank = 64 - self.bits  # shift the sign to bit 63 and back: sign extension
         signed = (words.to(torch.int64) << blank) >> blank
         return cast(coding[0] * signed.to(torch.float64), dtype)
+
+    def linear(self, coding: Coding) -> Linear:
+        return Linear.of(coding[0], torch.zeros_like(coding[0]), -self._largest, self._largest)

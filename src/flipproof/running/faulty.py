@@ -158,7 +158,7 @@ class FaultyModel:
         change = start.change
         if change is None:
             cut, looks = suffixes.cut_of(start.names), suffixes.looks_after(start.names)
-            return (lambda batch: suffixes.resume(cut, batch, looks)) if cut else None
+            return (lambda batch: suffixes.resume(cut, batch, looks, start.rows)) if cut else None
         behind = None if start.layer is None else suffixes.behind(start.layer)
         if behind is None or not suffixes.cached(behind):
             return None

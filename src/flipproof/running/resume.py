@@ -7,6 +7,9 @@ run does not give back the golden outputs bit by bit, trials run whole. Records 
 
 A third of all single faults in weights is gone a layer or two later: rounded away, or stopped by a ReLU. So a trial
 looks at the next cuts behind its last faulted layer, and where every live value is golden, bit by bit, so is the rest.
+
+A fault in one filter of a convolution changes one channel of its output. Where a block of channels computed by itself
+is, bit by bit, what the whole layer gives (its sums are taken in the same order), only that block is computed.
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ from flipproof.running.straight import global_hooks, refers_to_tensors, run_stra
 from flipproof.running.values import PLAIN, Copies, bytes_of, copied, same, separate
 
 T = TypeVar("T")
+
+_BLOCK = 16
+"""Channels of a block: what a vector unit computes together, so that libraries take the same way through fewer."""
 
 _LOOKS = 2
 """How many cuts behind the last faulted layer to look at: its own output, and what its activation made of that."""
@@ -53,6 +59,7 @@ class Suffixes:
         self._golden: list[Any] = []
         self._caches: dict[int, list[list[Any]]] = {}
         self._cuts: list[int] = []
+        self._by_channels: dict[int, nn.Conv2d] = {}
         self._inputs: Sequence[Any] = ()
         self._prepared: tuple[Any, ...] | None = None
 
@@ -162,7 +169,7 @@ class Suffixes:
         try:
             self._prepare(model, inputs, sizes, output, budget, worth)
         except Exception:  # what was traced cannot run like the model, in whatever way that shows: run the model
-            self._caches, self._graphs, self._cuts = {}, {}, []
+            self._caches, self._graphs, self._cuts, self._by_channels = {}, {}, [], {}
 
     def _prepare(
         self,
@@ -200,21 +207,82 @@ class Suffixes:
             else:
                 del self._caches[cut], self._graphs[cut]
         self._cuts = sorted(self._caches)
+        if worth is None:
+            self._by_channels = {cut: layer for cut in self._cuts if (layer := self._computed_by_channels(cut))}
+
+    def _computed_by_channels(self, cut: int) -> nn.Conv2d | None:
+        """The convolution right behind a cut if its channels can be computed block by block; None if not.
+
+        Every block has to be what the whole layer gives, bit by bit, on every batch; and so it has to be where a weight
+        is hit. How the sums are taken depends on shapes, not on values.
+        """
+        node = self._nodes[cut]
+        layer = self.modules().get(str(node.target)) if node.op == "call_module" else None
+        if type(layer) is not nn.Conv2d or layer.groups != 1 or cut + 1 not in self._caches:
+            return None
+        watched = layer._forward_hooks or layer._forward_pre_hooks
+        weight = layer.weight
+        plain = type(weight) is nn.Parameter and weight.dtype == torch.float32 and weight.device.type == "cpu"
+        if watched or not plain or len(weight) <= _BLOCK or node.kwargs or node.args != tuple(node.all_input_nodes):
+            return None
+        place, blocks = self.place(cut + 1), range(0, len(weight), _BLOCK)
+        for batch, live in enumerate(self._caches[cut]):
+            x = live[self._live(cut).index(node.all_input_nodes[0])]
+            golden = self._caches[cut + 1][batch][place]
+            if not all(same(_channels(layer, x, weight, b), golden[:, b : b + _BLOCK]) for b in blocks):
+                return None
+            hit, patched = weight.detach().clone(), golden.clone()
+            for filter, scale in ((0, -1.0), (len(weight) // 2, 2.0**64), (len(weight) - 1, 0.0)):
+                hit[filter].view(-1)[filter % hit[filter].numel()] *= scale
+                b = filter // _BLOCK * _BLOCK
+                patched[:, b : b + _BLOCK] = _channels(layer, x, hit, b)
+            if not same(patched, layer._conv_forward(x, hit, layer.bias)):
+                return None
+        return layer
 
     def _leads_to(self, cut: int, later: int, batches: Iterable[int]) -> bool:
         """Whether golden values at a cut give the golden values at a later one, bit by bit."""
         step = self.step(cut, later)
         return all(same(step(*copied(self._caches[cut][i])), self._caches[later][i]) for i in batches)
 
-    def resume(self, cut: int, batch: int, looks: Sequence[int] = ()) -> Any:
-        """What the model returns on a batch, computed from `cut` on, or up to one of `looks` if all is golden there."""
-        live = copied(self._caches[cut][batch])
-        for look in looks:
+    def resume(self, cut: int, batch: int, looks: Sequence[int] = (), rows: tuple[int, int] | None = None) -> Any:
+        """What the model returns on a batch, computed from `cut` on, or up to one of `looks` if all is golden there.
+
+        Args:
+            cut: a prepared one.
+            batch: which one.
+            looks: prepared cuts behind it, ascending.
+            rows: all that differs from the fault-free model are slices from the first to the last of these of axis 0 of
+                one tensor, which nothing reads behind the first look.
+        """
+        live = self._block(cut, batch, looks, rows)
+        ahead = looks if live is None else looks[1:]
+        if live is None:
+            live = copied(self._caches[cut][batch])
+        else:
+            cut = looks[0]
+            if same(live, self._caches[cut][batch]):
+                return copied(self._golden[batch])
+        for look in ahead:
             live = self.step(cut, look).forward(*live)
             if same(live, self._caches[look][batch]):
                 return copied(self._golden[batch])
             cut = look
         return self._graphs[cut].forward(*live)  # called as a module, it prints what a faulty forward raises
+
+    def _block(self, cut: int, batch: int, looks: Sequence[int], rows: tuple[int, int] | None) -> list[Any] | None:
+        """What is live right behind a convolution of which these filters are hit; None if that takes all of it.
+
+        The first look, right behind it, says that nothing else reads what is hit: it is the layer's weight or its bias.
+        """
+        layer = self._by_channels.get(cut) if rows is not None and looks and looks[0] == cut + 1 else None
+        if layer is None or rows is None or rows[0] // _BLOCK != rows[1] // _BLOCK:
+            return None
+        first = rows[0] // _BLOCK * _BLOCK
+        x = self._caches[cut][batch][self._live(cut).index(self._nodes[cut].all_input_nodes[0])]
+        live: list[Any] = copied(self._caches[cut + 1][batch])
+        live[self.place(cut + 1)][:, first : first + _BLOCK] = _channels(layer, x, layer.weight, first)
+        return live
 
     def resume_changed(self, cut: int, batch: int, change: Callable[[Any], Any]) -> Any:
         """What the model returns on a batch if the output of the layer right before a cut is changed."""
@@ -312,6 +380,13 @@ def _traced_again(
         found = kind.trace(model, inputs)
         if found is not None and prepared is not None:
             found.prepare(model, *prepared)
+    return found
+
+
+def _channels(layer: nn.Conv2d, x: Tensor, weight: Tensor, first: int) -> Tensor:
+    """A block of the channels that a convolution gives."""
+    bias = None if layer.bias is None else layer.bias[first : first + _BLOCK]
+    found: Tensor = layer._conv_forward(x, weight[first : first + _BLOCK], bias)
     return found
 
 

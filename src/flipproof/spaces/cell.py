@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flipproof.errors import FormatError
-from flipproof.formats.base import Coding, bit_pattern, blocks, dense, sparse
+from flipproof.formats.base import Coding, Format, Linear, bit_pattern, blocks, dense, sparse, word_dtype
 from flipproof.formats.packing import Packed, words_at
 from flipproof.spaces.contract import Positions
 from flipproof.spaces.sites import Site
-from flipproof.spaces.words import FLIP, SET, Undo, as_words, gather, scatter
+from flipproof.spaces.words import FLIP, SET, Lookup, Stretch, Undo, as_words, finds_words, gather, scatter
+
+_WIDEST = 16
+_MOST_ENTRIES = 2**18
+"""Of a table of what words read as: beyond a megabyte, looking up is no quicker than computing."""
 
 
 class WordCount:
@@ -67,6 +74,18 @@ class Cell:
         self.held = packed is not None or site.format.is_native(tensor.dtype)
         self.original: Tensor | None = None
         self.coding: Coding = ()
+        self._reading: Linear | Lookup | None = None
+
+    @property
+    def stretch(self) -> Stretch | None:
+        """What a compiled pass needs to know to change words; None where they go through the format."""
+        site, tensor = self.site, self.tensor.data
+        if self.direct:
+            return Stretch(tensor, site.offset, site.bits, 0 if self.packed is not None else site.width)
+        here = tensor.device.type == "cpu" and tensor.dtype == site.dtype and tensor.is_contiguous()
+        if self._reading is None or not here:
+            return None
+        return Stretch(tensor, site.offset, site.bits, site.width, self._reading)
 
     @property
     def direct(self) -> bool:
@@ -76,11 +95,6 @@ class Cell:
             return False
         return self.packed is not None or (site.format.is_native(tensor.dtype) and tensor.dtype == site.dtype)
 
-    @property
-    def place(self) -> tuple[int, int]:
-        """Address and size of an element: they change if the tensor moves."""
-        return self.tensor.data_ptr(), self.tensor.element_size()
-
     def store(self) -> None:
         """Let the model compute with what the format can represent.
 
@@ -88,8 +102,9 @@ class Cell:
             FormatError: naming the tensor whose values the format cannot hold.
         """
         original = self.tensor.data.clone(memory_format=torch.contiguous_format)
-        decoded = self._decoded(original)
+        words, decoded = self._decoded(original)
         self.original = original
+        self._reading = _reading_of(self.site.format, self.coding, words, decoded)
         self.tensor.data.copy_(decoded)
 
     def take_back(self) -> None:
@@ -99,9 +114,10 @@ class Cell:
 
     def forget(self) -> None:
         """Let go of the original, which is in its place again."""
-        self.original, self.coding = None, ()
+        self.original, self.coding, self._reading = None, (), None
 
-    def _decoded(self, original: Tensor) -> Tensor:
+    def _decoded(self, original: Tensor) -> tuple[Tensor, Tensor]:
+        """(words, what they read as)."""
         site = self.site
         try:
             self.coding = site.format.fit(original)
@@ -115,7 +131,7 @@ class Cell:
                 f"{site.name}: {int(lost.sum())} finite values become NaN or infinite in {site.format!r} "
                 f"(largest magnitude {float(original[lost].abs().max()):g}); choose a format with more range"
             )
-        return decoded
+        return words, decoded
 
     def corrupt(self, bits: Positions, operation: int, undo: Undo, read: WordCount | None = None) -> int:
         """Change bits and return how many changed; `undo` gets an entry before anything is written.
@@ -251,3 +267,34 @@ def _count(before: Tensor, after: Tensor) -> int:
     """How many bits differ."""
     differing = (before ^ after).contiguous().view(torch.uint8).cpu().numpy()
     return int(np.unpackbits(differing).sum())
+
+
+def _reading_of(format: Format, coding: Coding, words: Tensor, decoded: Tensor) -> Linear | Lookup | None:
+    """How a compiled pass reads words; None where torch has to do it."""
+    alone = format.together == 1 and not format.stored_constants
+    if not alone or decoded.device.type != "cpu" or decoded.dtype != torch.float32:
+        return None
+    linear = format.linear(coding)
+    if linear is not None and finds_words(linear, decoded, words, format.width):
+        return linear
+    rows = max((c.numel() for c in coding), default=1)
+    if format.width > _WIDEST or rows << format.width > _MOST_ENTRIES:
+        return None
+    table, lost = _table_of(format) if not coding else _table(format, coding)
+    flat = words.contiguous().reshape(-1).numpy()
+    return Lookup(flat.view(f"u{flat.itemsize}"), table, lost)
+
+
+@lru_cache(maxsize=16)
+def _table_of(format: Format) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
+    """The table of a format that knows nothing of the tensor, made once."""
+    return _table(format, ())
+
+
+def _table(format: Format, coding: Coding) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
+    """(What every word reads as, which are beyond repair), a row for each entry of the coding."""
+    rows = max((c.numel() for c in coding), default=1)
+    every = torch.arange(1 << format.width).to(word_dtype(format.width)).expand(rows, -1)
+    shaped = tuple(c.reshape(-1, 1) if c.dim() else c for c in coding)
+    values, lost = format.read(every, shaped, torch.float32)
+    return values.contiguous().numpy(), None if lost is None else lost.contiguous().numpy()

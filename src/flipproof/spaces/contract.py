@@ -98,6 +98,17 @@ class Faults(Draw):
         if self.stuck is not None and (isinstance(self.stuck, bool) or self.stuck not in (0, 1)):
             raise FaultModelError(f"Faults: stuck must be None, 0 or 1, got {self.stuck!r}")
 
+    @classmethod
+    def drawn(cls, positions: Positions, stuck: Literal[0, 1] | None = None) -> Self:
+        """Of positions that a generator has just made: they are distinct and ascend, which is not checked again.
+
+        >>> Faults.drawn(np.array([3, 40])).positions.tolist()
+        [3, 40]
+        """
+        made = object.__new__(cls)
+        made.__dict__.update(positions=positions, stuck=stuck)
+        return made
+
     @property
     def digest(self) -> str:
         return _digest(self.positions, self.stuck)
@@ -212,12 +223,14 @@ class Start:
     """Where the faults of a draw act first: what runs before is as without faults.
 
     Attributes:
-        names: tensors that are hit, with all their names; nothing changes before their first use. Or
+        names: tensors that are hit, with all their names; nothing changes before their first use.
+        rows: the first and the last slice of axis 0 that is hit, where it is known and one tensor is hit. Or
         layer: the module whose output is hit, and
         change: makes the faulty output of the golden one.
     """
 
     names: Sequence[str] = ()
+    rows: tuple[int, int] | None = None
     layer: str | None = None
     change: Callable[[Any], Any] | None = None
 

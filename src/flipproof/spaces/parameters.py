@@ -23,7 +23,7 @@ from flipproof.spaces.tensors import (
     inventory,
     unmatched,
 )
-from flipproof.spaces.words import CLEAR, FLIP, SET, DirectMemory, Undo, UndoLog, scatter
+from flipproof.spaces.words import CLEAR, FLIP, SET, CompiledMemory, Undo, UndoLog, scatter
 
 
 class FaultSpace(Space):
@@ -120,7 +120,9 @@ class FaultSpace(Space):
         self._index = {name: i for i, site in enumerate(self.sites) for name in (site.name, *site.aliases)}
         self._borders = np.array([*(site.offset for site in self.sites), offset], np.int64)
         self._is_stored = False
-        self._paths_at: tuple[tuple[tuple[int, int], ...], DirectMemory | None, list[Cell]] | None = None
+        self._tensors = [cell.tensor for cell in cells]
+        self._paths_at: tuple[list[tuple[int, int]], CompiledMemory | None, list[Cell]] | None = None
+        self._spare: list[UndoLog] = []
 
     def _leave_out(self, candidate: Candidate, reason: str, *, asked: bool) -> None:
         self.left_out[candidate.name] = reason
@@ -151,7 +153,7 @@ class FaultSpace(Space):
 
     def __getstate__(self) -> dict[str, object]:
         """Addresses mean nothing in another process: they are looked up again there."""
-        return {**self.__dict__, "_paths_at": None}
+        return {**self.__dict__, "_paths_at": None, "_spare": []}
 
     def again(self, model: nn.Module) -> FaultSpace:
         """The same space of a copy of the model."""
@@ -205,8 +207,11 @@ class FaultSpace(Space):
 
     def touched_names(self, faults: Draw) -> list[str]:
         """Every name of every tensor that these faults touch."""
-        touched = np.flatnonzero(np.diff(np.searchsorted(faults.positions, self._borders)))
-        return [name for i in touched.tolist() for name in (self.sites[i].name, *self.sites[i].aliases)]
+        return [name for i in self._touched(faults) for name in (self.sites[i].name, *self.sites[i].aliases)]
+
+    def _touched(self, faults: Draw) -> list[int]:
+        touched: list[int] = np.flatnonzero(np.diff(np.searchsorted(faults.positions, self._borders))).tolist()
+        return touched
 
     @whole
     def stored(self) -> Iterator[None]:
@@ -222,6 +227,7 @@ class FaultSpace(Space):
                 if not cell.held:
                     cell.store()
             self._is_stored = True
+            self._paths_at = None  # how words are read is known only now
             yield
         finally:
             _to_the_end(self._take_back)
@@ -232,6 +238,7 @@ class FaultSpace(Space):
         for cell in self.cells:
             cell.forget()
         self._is_stored = False
+        self._paths_at = None
 
     def originals(self) -> dict[str, Tensor]:
         """While `stored()`: the values that its formats replaced, by qualified name."""
@@ -250,7 +257,7 @@ class FaultSpace(Space):
         if not isinstance(draw, Faults):
             raise FaultSpaceError(f"a space of stored bits takes Faults, got {type(draw).__name__}")
         positions = draw.positions
-        if positions.size and (positions[0] < 0 or positions[-1] >= self.bits):
+        if positions.size and positions.item(-1) >= self.bits:  # they ascend from 0
             raise FaultSpaceError(
                 f"faults lie outside the space of {self.bits:,} bits: {positions[0]} … {positions[-1]}"
             )
@@ -259,17 +266,22 @@ class FaultSpace(Space):
                 yield changed
             return
         operation = FLIP if draw.stuck is None else SET if draw.stuck else CLEAR
-        direct, coded = self._paths()
-        log = UndoLog()
+        compiled, coded = self._paths()
+        log = self._spare.pop() if self._spare else UndoLog()
         undo: Undo = []
         self._hit = read = WordCount()
         try:
             for cell in self._packed:
                 if (mine := _of(cell, positions)).size:
                     cell.foresee(mine, operation, read)
-            changed = direct.apply(positions, operation, log) if direct is not None and positions.size else 0
-            read.miscorrected += log.words
-            in_memory = changed
+            changed = in_memory = 0
+            if compiled is not None and positions.size:
+                changed = compiled.apply(positions, operation, log)
+                corrected, detected, miscorrected, in_memory, differing = log.outcomes
+                read.corrected += corrected
+                read.detected += detected
+                read.miscorrected += miscorrected
+                read.differs |= differing > 0
             for cell in coded:
                 if (mine := _of(cell, positions)).size:
                     bits = cell.corrupt(mine, operation, undo, read)
@@ -279,24 +291,24 @@ class FaultSpace(Space):
             yield changed
         finally:
             self._as_stored = False
-            _to_the_end(lambda: _restore(log, undo))
+            try:
+                if undo:
+                    _to_the_end(lambda: _restore(undo))
+            finally:
+                log.undo()
+            self._spare.append(log)
 
-    def _paths(self) -> tuple[DirectMemory | None, list[Cell]]:
+    def _paths(self) -> tuple[CompiledMemory | None, list[Cell]]:
         """What is changed in memory, and what through its format; found anew if the tensors moved."""
-        where = tuple(cell.place for cell in self.cells)
+        where = [(tensor.data_ptr(), tensor.element_size()) for tensor in self._tensors]  # a tensor may move
         if self._paths_at is None or self._paths_at[0] != where:
-            direct = [cell for cell in self.cells if cell.direct]
-            memory = DirectMemory(
-                [cell.tensor.data for cell in direct],
-                [cell.site.offset for cell in direct],
-                [cell.site.bits for cell in direct],
-                [0 if cell.packed is not None else cell.site.width for cell in direct],
-            )
-            coded = [cell for cell in self.cells if not cell.direct]
+            stretches = [(cell, cell.stretch) for cell in self.cells]
+            compiled = [stretch for _, stretch in stretches if stretch is not None]
+            coded = [cell for cell, stretch in stretches if stretch is None]
             moved = [cell.site.name for cell in coded if not cell.packed and cell.tensor.dtype != cell.site.dtype]
             if moved:
                 raise FaultSpaceError(f"{moved[0]} changed its dtype since the fault space was made; make a new space")
-            self._paths_at = (where, memory if direct else None, coded)
+            self._paths_at = (where, CompiledMemory(compiled) if compiled else None, coded)
         return self._paths_at[1], self._paths_at[2]
 
     @property
@@ -310,7 +322,17 @@ class FaultSpace(Space):
 
     def start(self, draw: Draw) -> Start:
         """Nothing changes before the first use of a tensor that is hit."""
-        return Start(names=self.touched_names(draw))
+        touched = [self.sites[i] for i in self._touched(draw)]
+        names = [name for site in touched for name in (site.name, *site.aliases)]
+        return Start(names, self._rows(touched[0], draw) if len(touched) == 1 else None)
+
+    def _rows(self, site: Site, draw: Draw) -> tuple[int, int] | None:
+        """The slices of axis 0 between which all faults of a draw lie, which are in this site."""
+        last = (int(draw.positions[-1]) - site.offset) // site.width
+        if not site.is_even or not site.shape or last >= site.values:  # read in blocks, or by a constant that is hit
+            return None
+        first, size = (int(draw.positions[0]) - site.offset) // site.width, site.values // site.shape[0]
+        return first // size, last // size
 
     def starts(self) -> None:
         """None: it depends on the draw."""
@@ -323,11 +345,10 @@ def _of(cell: Cell, positions: Positions) -> Positions:
     return positions[low:high] - first
 
 
-def _restore(log: UndoLog, undo: Undo) -> None:
+def _restore(undo: Undo) -> None:
     while undo:
         scatter(*undo[-1])
         undo.pop()
-    log.undo()
 
 
 def _to_the_end(restore: Callable[[], None]) -> None:

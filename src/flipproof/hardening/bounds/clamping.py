@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -50,7 +52,7 @@ def bounded_relu(x: Tensor, threshold: Tensor, *, zero: bool, overwrite: bool) -
         else:
             _in_place_by_span(values, top, span, zero)
         return x
-    out = torch.empty_like(x)
+    out = _room_for(x)
     if per_neuron:
         _by_neuron(values, top, zero, out.view(-1).numpy())
     else:
@@ -76,7 +78,7 @@ def bounded_between(x: Tensor, low: Tensor, high: Tensor, *, zero: bool) -> Tens
     bottom = np.where(broken, np.float32(0), np.maximum(bottom, np.float32(-_LARGEST)))
     if not zero:  # what is put in has to be finite
         top, bottom = np.maximum(top, np.float32(-_LARGEST)), np.minimum(bottom, np.float32(_LARGEST))
-    out = torch.empty_like(x)
+    out = _room_for(x)
     span = places.numel()
     if span == 1 and channels > 1:
         _between_by_row(x.view(-1).numpy(), bottom, top, zero, out.view(-1).numpy())
@@ -91,6 +93,46 @@ def _usable(x: Tensor, *bounds: Tensor) -> bool:
         return False
     alike = all(bound.dtype == x.dtype and bound.device == x.device for bound in bounds)
     return alike and torch.get_num_threads() == 1 and x.numel() > 0
+
+
+_SMALLEST, _MOST = 2**17, 2**27
+"""Bytes of outputs below which the allocator has pages at hand, and of all that are kept here."""
+_kept: list[Any] = []
+_lock = threading.Lock()
+
+
+def _room_for(x: Tensor) -> Tensor:
+    """An uninitialised tensor like a contiguous `x`, in the memory of an earlier one that nobody holds any more.
+
+    Memory that the allocator gives back to the kernel comes back as pages that have to be cleared first, and clearing
+    them costs more than a bound. A tensor made of a NumPy array holds it as long as any tensor, view or storage lives,
+    so the array's reference count says whether it is free.
+    """
+    if x.nbytes < _SMALLEST or not _lock.acquire(blocking=False):  # a child may be forked while it is taken
+        return torch.empty_like(x)
+    try:
+        for i, buffer in enumerate(_kept):
+            if buffer.size == x.numel() and sys.getrefcount(buffer) == _FREE:
+                _kept.append(_kept.pop(i))  # the one that is longest unused comes first
+                return torch.from_numpy(buffer).view(x.shape)
+        buffer = _aligned(x.numel())
+        _kept.append(buffer)
+        while sum(kept.nbytes for kept in _kept) > _MOST:
+            del _kept[0]  # whoever still holds it keeps it alive
+        return torch.from_numpy(buffer).view(x.shape)
+    finally:
+        _lock.release()
+
+
+_FREE = 3
+"""References to a kept array that no tensor holds: the list's, the loop's, and that of asking."""
+
+
+def _aligned(size: int) -> Any:
+    """Room for so many float32 that begins a cache line, as torch's own does."""
+    raw = np.empty(size + 16, np.float32)
+    first = -raw.ctypes.data % 64 // 4
+    return raw[first : first + size]
 
 
 _LARGEST = float(np.finfo(np.float32).max)

@@ -196,11 +196,20 @@ class _Layers(nn.RNNBase, Opened):
             bias = np.zeros(len(weight), np.float32) if b_hh is None else b_hh.detach().contiguous().numpy()
             self.sequence(inside, weight, bias, *memory[::-1], outside, *limits, order.step < 0)
             return out, state
+        kernel, memory = (
+            self.kernel,
+            memory[::-1],
+        )  # h is the last of an LSTM's arrays (c, h) and the only one of a GRU's
+        if sizes[-1] == sizes[0]:
+            times, h = repeated_product(w_hh, b_hh, sizes[0]), state[0]
+            for t in order:
+                first, last = firsts[t], firsts[t + 1]
+                kernel(inside[first:last], times(h).numpy(), *memory, outside[first:last], *limits)
+            return out, state
         for t in order:
             rows, first, last = sizes[t], firsts[t], firsts[t + 1]
             b = product(state[0][:rows], w_hh, b_hh).numpy()
-            # h is the last of an LSTM's arrays (c, h) and the only one of a GRU's
-            self.kernel(inside[first:last], b, *(m[:rows] for m in memory[::-1]), outside[first:last], *limits)
+            kernel(inside[first:last], b, *(m[:rows] for m in memory), outside[first:last], *limits)
         return out, state
 
 
@@ -294,6 +303,29 @@ def product(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(h, weight, bias, "none", [], "")
         return result
     return F.linear(h, weight, bias)
+
+
+_SMALL, _FEW = 2**16, 16
+"""Entries of a weight, and rows, up to which BLAS beats oneDNN."""
+
+
+def repeated_product(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
+    """W h + b again and again for `rows` rows: into the same memory, or with W laid out once as oneDNN wants it.
+
+    It holds only as long as the weight stays as it is: within one forward.
+    """
+    weight = weight.detach()
+    if weight.numel() <= _SMALL or rows <= _FEW:
+        out, turned = weight.new_empty(rows, len(weight)), weight.t()
+        if bias is None:
+            return lambda h: torch.mm(h, turned, out=out)
+        bias = bias.detach()
+        return lambda h: torch.addmm(bias, h, turned, out=out)
+    if not torch._C._has_mkldnn or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return lambda h: product(h, weight, bias)
+    linear = torch.ops.mkldnn._linear_pointwise.default
+    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+    return lambda h: linear(h, laid_out, bias, "none", [], "")
 
 
 def _limits(act: Sequence[nn.Module]) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
