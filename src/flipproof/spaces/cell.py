@@ -12,6 +12,7 @@ from torch import Tensor
 from flipproof.errors import FormatError
 from flipproof.formats.base import Coding, Format, Linear, bit_pattern, blocks, dense, sparse, word_dtype
 from flipproof.formats.packing import Packed, words_at
+from flipproof.spaces import device_words
 from flipproof.spaces.contract import Positions
 from flipproof.spaces.sites import Site
 from flipproof.spaces.words import FLIP, SET, Lookup, Stretch, Undo, as_words, finds_words, gather, scatter
@@ -89,11 +90,21 @@ class Cell:
 
     @property
     def direct(self) -> bool:
-        """Whether bit b of the site is bit b of the tensor's own bytes."""
+        """Whether bit b of the site is bit b of the tensor's own bytes, in the memory of this process."""
+        tensor = self.tensor
+        return tensor.device.type == "cpu" and tensor.is_contiguous() and (self.packed is not None or self._is_native)
+
+    @property
+    def addressed(self) -> bool:
+        """Whether it is so in the memory of an accelerator."""
+        tensor = self.tensor
+        there = tensor.device.type in device_words.DEVICES and tensor.is_contiguous() and tensor.numel() > 0
+        return there and self.packed is None and self._is_native
+
+    @property
+    def _is_native(self) -> bool:
         site, tensor = self.site, self.tensor
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
-            return False
-        return self.packed is not None or (site.format.is_native(tensor.dtype) and tensor.dtype == site.dtype)
+        return site.format.is_native(tensor.dtype) and tensor.dtype == site.dtype
 
     def store(self) -> None:
         """Let the model compute with what the format can represent.

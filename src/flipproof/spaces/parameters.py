@@ -13,6 +13,7 @@ from flipproof._interrupts import whole
 from flipproof.errors import FaultSpaceError, FlipproofWarning
 from flipproof.spaces.cell import Cell, WordCount
 from flipproof.spaces.contract import Draw, Faults, Positions, Space, Start, WordOutcomes
+from flipproof.spaces.device_words import DeviceMemory
 from flipproof.spaces.sites import Parameters, Site, check_where
 from flipproof.spaces.tensors import (
     Candidate,
@@ -24,6 +25,8 @@ from flipproof.spaces.tensors import (
     unmatched,
 )
 from flipproof.spaces.words import CLEAR, FLIP, SET, CompiledMemory, Undo, UndoLog, scatter
+
+_Paths = tuple[CompiledMemory | None, DeviceMemory | None, list[Cell]]
 
 
 class FaultSpace(Space):
@@ -121,7 +124,7 @@ class FaultSpace(Space):
         self._borders = np.array([*(site.offset for site in self.sites), offset], np.int64)
         self._is_stored = False
         self._tensors = [cell.tensor for cell in cells]
-        self._paths_at: tuple[list[tuple[int, int]], CompiledMemory | None, list[Cell]] | None = None
+        self._paths_at: tuple[list[tuple[int, int]], _Paths] | None = None
         self._spare: list[UndoLog] = []
 
     def _leave_out(self, candidate: Candidate, reason: str, *, asked: bool) -> None:
@@ -266,7 +269,7 @@ class FaultSpace(Space):
                 yield changed
             return
         operation = FLIP if draw.stuck is None else SET if draw.stuck else CLEAR
-        compiled, coded = self._paths()
+        compiled, there, coded = self._paths()
         log = self._spare.pop() if self._spare else UndoLog()
         undo: Undo = []
         self._hit = read = WordCount()
@@ -282,6 +285,11 @@ class FaultSpace(Space):
                 read.detected += detected
                 read.miscorrected += miscorrected
                 read.differs |= differing > 0
+            if there is not None:
+                bits, words = there.apply(positions, operation, undo)
+                changed += bits
+                in_memory += bits
+                read.miscorrected += words
             for cell in coded:
                 if (mine := _of(cell, positions)).size:
                     bits = cell.corrupt(mine, operation, undo, read)
@@ -298,18 +306,19 @@ class FaultSpace(Space):
                 log.undo()
             self._spare.append(log)
 
-    def _paths(self) -> tuple[CompiledMemory | None, list[Cell]]:
-        """What is changed in memory, and what through its format; found anew if the tensors moved."""
+    def _paths(self) -> _Paths:
+        """What is changed in memory here or on a device, and what through its format; anew if the tensors moved."""
         where = [(tensor.data_ptr(), tensor.element_size()) for tensor in self._tensors]  # a tensor may move
         if self._paths_at is None or self._paths_at[0] != where:
             stretches = [(cell, cell.stretch) for cell in self.cells]
             compiled = [stretch for _, stretch in stretches if stretch is not None]
-            coded = [cell for cell, stretch in stretches if stretch is None]
+            rest = [cell for cell, stretch in stretches if stretch is None]
+            there, coded = on_device(rest)
             moved = [cell.site.name for cell in coded if not cell.packed and cell.tensor.dtype != cell.site.dtype]
             if moved:
                 raise FaultSpaceError(f"{moved[0]} changed its dtype since the fault space was made; make a new space")
-            self._paths_at = (where, CompiledMemory(compiled) if compiled else None, coded)
-        return self._paths_at[1], self._paths_at[2]
+            self._paths_at = (where, (CompiledMemory(compiled) if compiled else None, there, coded))
+        return self._paths_at[1]
 
     @property
     def word_outcomes(self) -> WordOutcomes:
@@ -336,6 +345,22 @@ class FaultSpace(Space):
 
     def starts(self) -> None:
         """None: it depends on the draw."""
+
+
+def on_device(cells: list[Cell]) -> tuple[DeviceMemory | None, list[Cell]]:
+    """Cells that are changed where they lie on an accelerator, and the others."""
+    mine = [cell for cell in cells if cell.addressed]
+    mine = [cell for cell in mine if cell.tensor.device == mine[0].tensor.device]
+    if not mine:
+        return None, cells
+    sites = [cell.site for cell in mine]
+    memory = DeviceMemory(
+        [cell.tensor.data for cell in mine],
+        [site.offset for site in sites],
+        [site.bits for site in sites],
+        [site.width for site in sites],
+    )
+    return (memory, [cell for cell in cells if cell not in mine]) if memory.faithful() else (None, cells)
 
 
 def _of(cell: Cell, positions: Positions) -> Positions:
