@@ -34,13 +34,23 @@ def copied(value: Any, known: Copies | None = None) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         if known is None:
-            return leaf.clone()
+            return _laid_alike(leaf)
         entry = known.get(id(leaf))
         if entry is None or entry[0] != leaf._version:
-            entry = known[id(leaf)] = (leaf._version, leaf.clone(), leaf)
+            entry = known[id(leaf)] = (leaf._version, _laid_alike(leaf), leaf)
         return entry[1]
 
     return pytree.tree_map(copy, value)
+
+
+def _laid_alike(tensor: Tensor) -> Tensor:
+    """A copy with the same strides: sums over memory that is laid out otherwise may be taken in another order."""
+    found = tensor.clone()
+    if found.stride() == tensor.stride() or any(
+        step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1
+    ):
+        return found
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def rows_of(value: Any, rows: Tensor, size: int) -> Any:
