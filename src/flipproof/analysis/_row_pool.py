@@ -14,7 +14,7 @@ before a pool is used: golden and faulty rows mixed at random, and filters in an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,12 +32,12 @@ from flipproof.running.evaluation import FaultyRunError, is_infrastructure
 from flipproof.running.faulty import FaultyModel
 from flipproof.running.resume import Suffixes
 from flipproof.running.straight import refers_to_tensors
-from flipproof.running.values import copied, same
+from flipproof.running.values import copied, laid_alike, same
 from flipproof.spaces.contract import Faults, Positions, WordOutcomes
 from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Site
 
-_LOOKS = 2
+_LOOKS = 1
 """How many cuts behind the layer to look at: later ones see hardly any more rows that are golden again."""
 
 _FILTERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -89,11 +89,15 @@ class _Stop:
         self.flips, self.samples = np.full(batch, -1), np.zeros(batch, np.int64)
         self.filled = 0
 
-    def differing(self, live: Sequence[Tensor], samples: Tensor) -> Tensor:
-        """Which rows differ from the golden ones of these samples in any bit, bool (rows,)."""
-        differs = torch.zeros(samples.numel(), dtype=torch.bool, device=live[0].device)
-        for values, golden in zip(live, self.golden, strict=True):
-            differs |= _apart(values, golden.index_select(0, samples))
+    def differing(self, live: Sequence[Tensor], samples: NDArray[np.int64], known: Collection[int] = ()) -> Tensor:
+        """Which rows differ from the golden ones of these samples in any bit, bool (rows,); `known` parts do not."""
+        differs = torch.zeros(len(samples), dtype=torch.bool)
+        first = int(samples[0])
+        in_order = bool((samples == np.arange(first, first + len(samples))).all())  # as samples of one flip are
+        for part, (values, golden) in enumerate(zip(live, self.golden, strict=True)):
+            if part not in known:
+                theirs = golden[first : first + len(samples)] if in_order else _taken(golden, torch.from_numpy(samples))
+                differs |= _apart(values, theirs)
         return differs
 
 
@@ -129,7 +133,7 @@ class RowPool:
         runs = [*steps, suffixes.graph(cuts[-1]).forward]
         self._stops = [_Stop(golden[cut], held[cut], run) for cut, run in zip(cuts, runs, strict=True)]
         self._place = suffixes.place(before + 1)
-        self._bits = _bits(self._tensor.detach()).clone()
+        self._golden_tensor = self._tensor.detach().clone()
         self._layer = self._filters()
         self._outputs = faulty.golden[None]
 
@@ -282,7 +286,7 @@ class RowPool:
     def _put(self, number: int, flips: NDArray[np.int64], samples: NDArray[np.int64], live: list[Tensor]) -> None:
         """Pool rows at a stop; whenever there is a batch of them, it runs."""
         stop, taken = self._stops[number], 0
-        laid = all(values.stride() == held.stride() for values, held in zip(live, stop.held, strict=True))
+        laid = all(laid_alike(values, held) for values, held in zip(live, stop.held, strict=True))
         if laid and not stop.filled and len(flips) == self._batch:  # a batch already
             self._run(number, flips, samples, live)
             return
@@ -310,18 +314,21 @@ class RowPool:
             flips, samples, live = stop.flips.copy(), stop.samples.copy(), stop.held
             flips[stop.filled :] = -1  # rows of earlier batches fill the batch up, and nobody reads them
             stop.filled = 0
+        versions = _versions(part for i, part in enumerate(live) if i != self._place)
         found = _run(stop.run, live)
         real = flips >= 0
         if number + 1 == len(self._stops):
             rows = torch.from_numpy(np.flatnonzero(real))
             self._outputs[torch.from_numpy(flips[real]), torch.from_numpy(samples[real])] = self._picked(found)[rows]
             return
-        differs = self._stops[number + 1].differing(found, torch.from_numpy(samples)).cpu().numpy() & real
+        # behind the layer, only its own output differs: what is handed on as it is needs no second look
+        known = [i for i, part in enumerate(found) if not number and versions.get(id(part)) == part._version]
+        differs = self._stops[number + 1].differing(found, samples, known).numpy() & real
         if differs.all():
             self._put(number + 1, flips, samples, found)
         elif differs.any():
-            rows = torch.from_numpy(np.flatnonzero(differs)).to(found[0].device)
-            self._put(number + 1, flips[differs], samples[differs], [values.index_select(0, rows) for values in found])
+            rows = torch.from_numpy(np.flatnonzero(differs))
+            self._put(number + 1, flips[differs], samples[differs], [_taken(values, rows) for values in found])
 
     def _changed_rows(
         self, positions: Positions, equal: NDArray[np.bool_], words: list[WordOutcomes | None]
@@ -346,8 +353,7 @@ class RowPool:
 
     def _one_channel(self, flip: int) -> _Change | None:
         """The fault that is in place, if it changes one output channel."""
-        differs = _bits(self._tensor.detach()) != self._bits
-        channels = differs.reshape(differs.shape[0], -1).any(dim=1).nonzero()[:, 0]
+        channels = _apart(self._tensor.detach(), self._golden_tensor).nonzero()[:, 0]
         if channels.numel() != 1:
             return None
         channel = int(channels[0])
@@ -393,7 +399,7 @@ class RowPool:
             made = found.narrow(axis, 0, len(changes)).movedim(axis, 1)
             golden = self._golden_output(batch).index_select(axis, channels).movedim(axis, 1)
             size = made.shape[0]
-            differs = (_bits(made) != _bits(golden)).reshape(size, len(changes), -1).any(dim=2).cpu()
+            differs = (_bits(made) != _bits(golden)).reshape(size, len(changes), -1).any(dim=2)
             first = self._faulty.batches.part(batch).start
             for slot, change in enumerate(changes):
                 rows = differs[:, slot].nonzero()[:, 0]
@@ -403,7 +409,7 @@ class RowPool:
                     live = [values[first : first + size].clone() for values in self._stops[0].golden]
                     changed = made[:, slot]
                 else:
-                    live = [values.index_select(0, rows + first) for values in self._stops[0].golden]
+                    live = [_taken(values, rows + first) for values in self._stops[0].golden]
                     changed = made[:, slot].index_select(0, rows)
                 live[self._place].select(axis, change.channel).copy_(changed)
                 yield _Rows(change.flip, rows + first, live)
@@ -413,12 +419,19 @@ class RowPool:
         step = self._suffixes.step(self._before, self._before + 1).forward
         rows = []
         for batch, inputs in enumerate(self._inputs):
-            found = _run(step, copied(inputs))
-            first = self._faulty.batches.part(batch).start
-            samples = torch.arange(first, first + self._faulty.batches.sizes[batch])
-            differs = self._stops[0].differing(found, samples).cpu().nonzero()[:, 0]
-            if differs.numel():
-                rows.append(_Rows(flip, samples[differs], [values.index_select(0, differs) for values in found]))
+            given = copied(inputs)
+            versions = _versions(given)
+            found = _run(step, given)
+            if any(versions.get(id(part)) != part._version for i, part in enumerate(found) if i != self._place):
+                raise FaultyRunError("the layer changes what it is given")
+            size = self._faulty.batches.sizes[batch]
+            samples = torch.arange(size) + self._faulty.batches.part(batch).start
+            handed_on = [part for part in range(len(found)) if part != self._place]
+            differs = self._stops[0].differing(found, samples.numpy(), handed_on).nonzero()[:, 0]
+            if differs.numel() == size:
+                rows.append(_Rows(flip, samples, found))
+            elif differs.numel():
+                rows.append(_Rows(flip, samples[differs], [_taken(values, differs) for values in found]))
         return rows
 
 
@@ -455,6 +468,11 @@ def _run(function: Callable[..., Any], live: Sequence[Any]) -> Any:
         raise FaultyRunError(f"{type(error).__name__}: {error}") from error
 
 
+def _versions(live: Iterable[Tensor]) -> dict[int, int]:
+    """By the identity of a tensor: its version, which counts what is written to it."""
+    return {id(part): part._version for part in live}
+
+
 def _bits(values: Tensor) -> Tensor:
     """The bits of values as integers, where they lie."""
     return values.view(word_dtype(8 * values.element_size())) if values.is_floating_point() else values
@@ -465,7 +483,16 @@ def _apart(left: Tensor, right: Tensor) -> Tensor:
     if left.dtype != right.dtype or left.shape != right.shape:
         return torch.ones(right.shape[0], dtype=torch.bool, device=right.device)
     differs = _bits(left) != _bits(right)
+    if differs.dim() == 4 and differs.is_contiguous(memory_format=torch.channels_last):
+        differs = differs.permute(0, 2, 3, 1)  # as it lies in memory
     return differs.reshape(differs.shape[0], -1).any(dim=1)
+
+
+def _taken(values: Tensor, rows: Tensor) -> Tensor:
+    """Some rows, laid out as all of them are: channels last stay last."""
+    if values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last):
+        return values.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+    return values.index_select(0, rows)
 
 
 def _shuffled(generator: TrialGenerator, count: int) -> NDArray[np.int64]:
