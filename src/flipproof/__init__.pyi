@@ -14,8 +14,10 @@ from . import running as running
 from . import spaces as spaces
 from . import storage as storage
 from . import testing as testing
+from .analysis.bit_table import BitTable as BitTable
 from .analysis.deepvigor import DeepVigor as DeepVigor
 from .analysis.deepvigor import analyze as analyze
+from .analysis.exhaustive import inject_all as inject_all
 from .analysis.factors import estimate_factors as estimate_factors
 from .analysis.propagation import Propagation as Propagation
 from .analysis.propagation import propagation as propagation

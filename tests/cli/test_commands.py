@@ -355,3 +355,21 @@ def test_values_that_are_none(run, tmp_path, options, message):
     assert (code, out) == (2, "")
     assert message in " ".join(err.split())
     assert not (tmp_path / "flipproof-results").exists()
+
+
+def test_every_bit_shard_by_shard(run, tmp_path):
+    every = ("inject-all", "ours.py:Tagger", "--data", "ours.py:batches", "--output", "logits", "--out", "bits")
+    code, out, err = run(*every, "--where", "Parameters('head')", "--shard", "1/2")
+    assert (code, err) == (0, "")
+    assert "352 of 480 single flips (73.3 %) on 18 samples each" in out
+    assert {path.name for path in (tmp_path / "bits").iterdir()} >= {
+        *("journal.jsonl", "table.csv", "sites.csv", "bits.csv", "table.png", "inject_all.toml")
+    }
+    code, out, _ = run(*every, "--where", "Parameters('head')", "--shard", "2/2")
+    assert code == 0
+    found = fp.BitTable.load("bits/journal.jsonl")
+    assert (found.done, len(found.table)) == (1.0, 64)
+    assert found.total[["masked", "non_critical_sdc", "critical_sdc", "due"]].sum() == 480 * 18
+    code, _, err = run(*every)
+    assert code == 2
+    assert "holds another bit table" in err

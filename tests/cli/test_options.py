@@ -135,7 +135,7 @@ PYTHON_ONLY = {"explore": {"protect"}, "harden": {"given"}, "overhead": {"inputs
     "verb",
     [
         *(fp.assess, fp.analyze, fp.estimate_factors, fp.harden, fp.explore, fp.explore_mixed, fp.pack_, fp.scrub_),
-        *(fp.choose_clipping, fp.bit_profile, fp.overhead),
+        *(fp.inject_all, fp.choose_clipping, fp.bit_profile, fp.overhead),
     ],
 )
 def test_every_verb_can_be_called_from_text(verb):

@@ -11,7 +11,7 @@ from flipproof.formats.base import bit_pattern
 from flipproof.running import resume
 from flipproof.running.data import pick
 from flipproof.running.resume import Suffixes
-from flipproof.running.values import same
+from flipproof.running.values import Copies, copied, same
 
 PLENTY = 2**30
 X = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
@@ -384,3 +384,37 @@ def test_channels_that_are_not_what_the_whole_layer_gives_are_not_computed_apart
         suffixes.prepare(net, [inputs], [3], None, 2**22)
         assert suffixes._by_channels == {}
         assert suffixes._cuts
+
+
+def test_copies_are_laid_out_like_what_they_copy():
+    """Sums over memory laid out otherwise may be taken in another order: a slice is not closed up."""
+    whole = torch.arange(24.0).reshape(4, 6)
+    for given in (whole[:, :4], whole.t(), whole[::2, 1:], whole[:1].expand(3, 6)):
+        made = copied([given, given])
+        for one in made:
+            assert torch.equal(one, given)
+            assert one.stride() == given.stride() or 0 in given.stride()
+            assert one.data_ptr() != given.data_ptr()
+    known: Copies = {}
+    first, again = copied(whole[:, :4], known), copied(whole[:, :4], known)
+    assert first.stride() == again.stride() == (6, 1)
+
+
+class Sliced(Net):
+    def forward(self, x):
+        return self.c(torch.tanh(self.b(torch.cat([x, x], dim=1)[:, 2:6])))
+
+
+def test_a_cut_behind_a_slice_gives_the_whole_run_under_every_flip():
+    net, x = Sliced().eval(), torch.randn(6, 4, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        suffixes = Suffixes.trace(net, [x])
+        assert suffixes is not None
+        suffixes.prepare(net, [x], [6], None, PLENTY)
+        cut = suffixes.cut_of(["b.weight"])
+        assert cut > 0
+        space = fp.FaultSpace(net)
+        for value in range(16):
+            for bit in range(0, 32, 3):
+                with space.corrupted(space.faults([("b.weight", value, bit)])):
+                    assert torch.equal(bit_pattern(suffixes.resume(cut, 0)), bit_pattern(net(x))), (value, bit)

@@ -6,8 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from flipproof.campaigns.assessment import (
     campaign_journal,
     narrow,
 )
-from flipproof.campaigns.audit import Audit, audit_of
+from flipproof.campaigns.audit import audit_of, on_copies
 from flipproof.campaigns.header import header_of
 from flipproof.campaigns.merge import Shard
 from flipproof.campaigns.plan import Header, Plan
@@ -35,7 +34,7 @@ from flipproof.engine.jobs import Crew, crew
 from flipproof.engine.journal import Key, written
 from flipproof.errors import AuditError, ConfigError, FaultModelError, FlipproofWarning
 from flipproof.faults.base import FaultModel
-from flipproof.running.data import Data, Output, answered, call, check_labels, read_batches
+from flipproof.running.data import Data, Output, check_labels, read_batches
 from flipproof.running.decision import decide
 from flipproof.running.device import check_device, on_device
 from flipproof.running.evaluation import eval_mode, golden_run, one_thread
@@ -46,7 +45,6 @@ from flipproof.running.outcomes import DecisionChoice, check_choice
 from flipproof.running.resume import Suffixes
 from flipproof.running.snapshots import RandomState, Snapshot, as_it_came
 from flipproof.running.straight import refers_to_tensors
-from flipproof.running.values import same
 from flipproof.spaces.contract import Space, Where
 from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Neurons, Parameters
@@ -409,7 +407,7 @@ def _opened(
             check_labels(batches.targets, rule.classes)
             faulty = FaultyModel(model, space, batches, output, golden, state, randomness)
             runner = TrialRunner(faulty, points, chosen, rule, seed, target)
-            runner.audit = _audit_on_copies(faulty, auditing)
+            runner.audit = on_copies(faulty, auditing)
             header = header_of(runner, faults, where or Parameters(), plan)
             file = campaign_journal(journal) if journal is not None else None
             with written(file, header) as done:
@@ -420,24 +418,6 @@ def _opened(
                 if "repaired words" in off:
                     faulty.repaired = None
                 yield _Campaign(runner, header, records, ceilings, file, off)
-
-
-def _audit_on_copies(faulty: FaultyModel, audit: Audit | None) -> Audit | None:
-    """The audit, on the model itself if a fresh copy does not give the golden outputs bit by bit."""
-    if audit is None or audit.pristine is None:
-        return audit
-    try:
-        with faulty.on_copy(deepcopy(audit.pristine)) as twin:
-            twin.randomness.pin()
-            first = answered(call(twin.model, twin.batches.inputs[0]), twin.output)
-            twin.state.restore()
-    except Exception as error:  # the copy of a model may fail in any way
-        reason = f"a copy of the model fails ({type(error).__name__}: {error})"
-    else:
-        if same(first, faulty.golden[faulty.batches.part(0)]):
-            return audit
-        reason = "a copy of the model gives other outputs than the model"
-    return replace(audit, pristine=None, reason=reason)
 
 
 @contextmanager

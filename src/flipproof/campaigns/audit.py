@@ -18,7 +18,7 @@ from torch import nn
 
 from flipproof.errors import AuditError
 from flipproof.faults.sampling import TrialGenerator
-from flipproof.running.data import Output
+from flipproof.running.data import Output, answered, call
 from flipproof.running.evaluation import Answers, FaultyRunError
 from flipproof.running.faulty import FaultyModel, same_answers
 from flipproof.running.resume import sharing_memory
@@ -158,6 +158,24 @@ def audit_of(model: nn.Module, share: float, ceilings: Sequence[int], seed: int,
             for parameter in pristine.parameters():
                 parameter.grad = None
     return Audit(share, frozenset(_spread(ceilings)), seed, pristine, reason)
+
+
+def on_copies(faulty: FaultyModel, audit: Audit | None) -> Audit | None:
+    """The audit, on the model itself if a fresh copy does not give the golden outputs bit by bit."""
+    if audit is None or audit.pristine is None:
+        return audit
+    try:
+        with faulty.on_copy(deepcopy(audit.pristine)) as twin:
+            twin.randomness.pin()
+            first = answered(call(twin.model, twin.batches.inputs[0]), twin.output)
+            twin.state.restore()
+    except Exception as error:  # the copy of a model may fail in any way
+        reason = f"a copy of the model fails ({type(error).__name__}: {error})"
+    else:
+        if same(first, faulty.golden[faulty.batches.part(0)]):
+            return audit
+        reason = "a copy of the model gives other outputs than the model"
+    return replace(audit, pristine=None, reason=reason)
 
 
 def _spread(ceilings: Sequence[int]) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ from flipproof.errors import ConfigError
 
 PAPERS = {
     "deepvigor": "flipproof.reproduce.deepvigor",
+    "exhaustive": "flipproof.reproduce.exhaustive",
     "fortune": "flipproof.reproduce.fortune",
     "lstm-beyond": "flipproof.reproduce.lstm_beyond",
     "lstm-clipping": "flipproof.reproduce.lstm_clipping",

@@ -1,14 +1,16 @@
-"""Figures of stored bits."""
+"""Figures of stored bits, and of what each does when it flips."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from flipproof.analysis.bit_table import BitTable
 from flipproof.errors import ConfigError
-from flipproof.reports.figures import empty_figure
+from flipproof.reports.figures import empty_figure, literal
 from flipproof.reports.style import SERIES
 
 
@@ -36,4 +38,31 @@ def profile_figure(profiles: Mapping[str, pd.Series]) -> Figure:
     axes.set_ylabel("share of words with this bit set")
     axes.set_ylim(-0.03, 1.03)
     axes.legend(fontsize=6, frameon=False)
+    return figure
+
+
+def bit_table_figure(found: BitTable) -> Figure:
+    """Heat map of the answers that a single flip makes critical or a DUE: one row a tensor, bit 0 at the right.
+
+    What was not tried stays white. Biases and norms are left out where there are weights: their rows would be most.
+
+    Args:
+        found: of `inject_all`.
+    """
+    table = found.table
+    weights = table[table["kind"] == "weight"]
+    table = table if weights.empty else weights
+    harm = (table["critical_sdc_rate"] + table["due_rate"]).to_numpy()
+    names, width = list(dict.fromkeys(table["site"])), int(table["bit"].max()) + 1
+    grid = np.full((len(names), width), np.nan)
+    rows = {name: row for row, name in enumerate(names)}
+    grid[table["site"].map(rows), width - 1 - table["bit"]] = harm
+    figure = Figure(figsize=(5.5, 0.9 + 0.17 * len(names)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(100 * grid, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+    axes.set_yticks(range(len(names)), [literal(name) for name in names], fontsize=6)
+    places = range(0, width, 4)
+    axes.set_xticks([width - 1 - bit for bit in places], [str(bit) for bit in places], fontsize=7)
+    axes.set_xlabel("bit position (0: least significant)", fontsize=8)
+    figure.colorbar(image, ax=axes).set_label("answers that become wrong or NaN, %", fontsize=8)
     return figure

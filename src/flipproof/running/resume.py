@@ -131,6 +131,18 @@ class Suffixes:
         found = [i for i, node in enumerate(self._nodes) if node.op == "call_module" and str(node.target) == layer]
         return found[call] + 1 if len(found) == calls and self._nodes[found[call]].users else None
 
+    def only_use(self, names: Sequence[str]) -> int | None:
+        """The cut right before the one call of a module that reads these tensors (with all their names); None if more
+        than that reads them.
+        """
+        uses = {(self._first_use.get(name), self._last_use.get(name)) for name in names}
+        first, last = uses.pop() if len(uses) == 1 else (None, None)
+        return first if first is not None and first == last and self._nodes[first].op == "call_module" else None
+
+    def uses(self, names: Iterable[str]) -> list[int]:
+        """The cuts right before the first uses of these tensors, ascending."""
+        return sorted({self._first_use[name] for name in names if name in self._first_use})
+
     def last_node(self, cut: int) -> fx.Node:
         """The node right before this cut."""
         return self._nodes[cut - 1]
@@ -144,9 +156,9 @@ class Suffixes:
         """The modules of the graph by the names under which its nodes call them."""
         return dict(self._traced.named_modules())
 
-    def place(self, cut: int) -> int:
-        """Where among the live values at this cut the output of the node right before it is."""
-        return self._live(cut).index(self._nodes[cut - 1])
+    def place(self, cut: int, node: fx.Node | None = None) -> int:
+        """Where among the live values at this cut the output of a node is, by default of the one right before it."""
+        return self._live(cut).index(self._nodes[cut - 1] if node is None else node)
 
     def position_of(self, names: Sequence[str]) -> float:
         """How far into the graph the first use lies, 0 to 1: what a cut there would save, roughly."""
