@@ -134,7 +134,17 @@ PYTHON_ONLY = {"explore": {"protect"}, "harden": {"given"}, "overhead": {"inputs
 @pytest.mark.parametrize(
     "verb",
     [
-        *(fp.assess, fp.analyze, fp.estimate_factors, fp.harden, fp.explore, fp.explore_mixed, fp.pack_, fp.scrub_),
+        *(
+            fp.assess,
+            fp.analyze,
+            fp.estimate_factors,
+            fp.estimate_rates,
+            fp.harden,
+            fp.explore,
+            fp.explore_mixed,
+            fp.pack_,
+            fp.scrub_,
+        ),
         *(fp.choose_clipping, fp.bit_profile, fp.overhead),
     ],
 )
