@@ -28,6 +28,9 @@ SPLITS = (0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
 _PARTS = 1 / (1 + np.exp(-np.linspace(-11, 6, 26)))
 """Stakes that are compared, as parts of the largest one."""
 
+_SURPRISES = 0.1
+"""Draws at the far end of the range that nobody expects, among all: who stakes everything on none is ruined by one."""
+
 
 @dataclass
 class Belief:
@@ -149,14 +152,15 @@ def stakes(belief: Belief, q: FloatArray, margin: float, splits: Sequence[float]
     chance = np.concatenate([part * q for _, part in kinds])
     z, chance = z[chance > 0], chance[chance > 0]
     upper = np.asarray(splits)
-    up, less = _growth(z, chance, 2 * margin * upper, above, 1 - belief.mean)
-    down, more = _growth(-z, chance, 2 * margin * (1 - upper), below, belief.mean)
+    surprise = _SURPRISES / (float(belief.drawn.sum()) + 1)
+    up, less = _growth(z, chance, 2 * margin * upper, above, 1 - belief.mean, surprise)
+    down, more = _growth(-z, chance, 2 * margin * (1 - upper), below, belief.mean, surprise)
     best = int(np.minimum(up, down).argmax())
     return float(less[best]), float(more[best])
 
 
 def _growth(
-    z: FloatArray, chance: FloatArray, distances: FloatArray, reach: float, room: float
+    z: FloatArray, chance: FloatArray, distances: FloatArray, reach: float, room: float, surprise: float
 ) -> tuple[FloatArray, FloatArray]:
     """How fast capitals against means at these distances grow at best, and by which stakes.
 
@@ -166,12 +170,14 @@ def _growth(
         distances: from M to the means that are doubted, (D,).
         reach: how far z may lie on that side.
         room: how far the mean may lie on that side: what lies beyond is ruled out without bets.
+        surprise: chance of a draw at the far end, besides.
     """
     aims = np.minimum(distances, reach / 2)
     if reach <= 0:
         return np.full(aims.size, inf), np.zeros(aims.size)
     stake = _PARTS / (reach - aims)[:, None]
     grown = np.log(np.maximum(1 - stake[..., None] * (z - aims[:, None, None]), 1e-12)) @ chance
+    grown += surprise * np.log(np.maximum(1 - stake * (reach - aims[:, None]), 1e-12))
     best = grown.argmax(axis=1)
     rows = np.arange(aims.size)
     return np.where(distances >= room, inf, grown[rows, best]), stake[rows, best]

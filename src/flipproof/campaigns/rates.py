@@ -146,7 +146,7 @@ def estimate_rates(
         >>> row = found.table.iloc[0]
         >>> bool(row["critical_total_low"] <= row["critical_total"] <= row["critical_total_high"])
         True
-        >>> bool(row["trials"] < fp.sample_size(found.bits, 0.05))
+        >>> bool(row["trials"] < fp.sample_size(found.bits, margin=0.05))
         True
     """
     _check(faults, of, sampling, images, margin)
