@@ -18,6 +18,7 @@ from benchmarks import (
     million,
     neurons,
     protect,
+    rates,
     recurrent,
     storage,
     throughput,
@@ -38,6 +39,7 @@ BENCHMARKS = {
     "neurons": neurons,
     "deepvigor": deepvigor,
     "factors": factors,
+    "rates": rates,
 }
 README = Path(__file__).with_name("README.md")
 

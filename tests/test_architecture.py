@@ -54,7 +54,7 @@ def test_the_tree_is_the_real_one():
 def test_every_citation_has_its_entry():
     entries = (ROOT / "docs" / "references.md").read_text(encoding="utf-8")
     known = set(re.findall(r"^\| ([^|]+?) \|", entries, re.MULTILINE))
-    cited = re.compile(r"\b[A-Z][A-Za-z]+ (?:et al\.|and [A-Z][a-z]+) (?:19|20)\d\d\b")
+    cited = re.compile(r"\b[A-Z][A-Za-z-]+ (?:et al\.|and [A-Z][a-z]+) (?:19|20)\d\d\b")
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "docs").glob("*.md"), ROOT / "README.md"]:
         text = " ".join(path.read_text(encoding="utf-8").split())
         assert set(cited.findall(text)) <= known, path

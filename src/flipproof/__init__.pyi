@@ -25,6 +25,8 @@ from .analysis.vulnerability import VulnerabilityMap as VulnerabilityMap
 from .campaigns.assess import assess as assess
 from .campaigns.assessment import Assessment as Assessment
 from .campaigns.merge import merge as merge
+from .campaigns.rates import RateEstimate as RateEstimate
+from .campaigns.rates import estimate_rates as estimate_rates
 from .campaigns.statistics import sample_size as sample_size
 from .errors import FlipproofError as FlipproofError
 from .errors import FlipproofWarning as FlipproofWarning

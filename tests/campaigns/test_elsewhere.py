@@ -25,3 +25,12 @@ def test_models_that_write_into_themselves_do_so_elsewhere_too(make, where):
         there = fp.assess(make(), data, **asked, client=pool).trials
     here = fp.assess(make(), data, **asked).trials
     pd.testing.assert_frame_equal(there.drop(columns="seconds"), here.drop(columns="seconds"), check_exact=True)
+
+
+def test_rates_are_those_of_one_process():
+    torch.manual_seed(2)
+    data = [(torch.randn(12, zoo.FEATURES), torch.arange(12) % 3)]
+    asked = {"faults": fp.RandomBits(1), "margin": 0.2, "progress": False}
+    with ThreadPoolExecutor(2) as pool:
+        there = fp.estimate_rates(zoo.Net(), data, **asked, client=pool)
+    pd.testing.assert_frame_equal(there.table, fp.estimate_rates(zoo.Net(), data, **asked).table, check_exact=True)

@@ -134,8 +134,8 @@ PYTHON_ONLY = {"explore": {"protect"}, "harden": {"given"}, "overhead": {"inputs
 @pytest.mark.parametrize(
     "verb",
     [
-        *(fp.assess, fp.analyze, fp.estimate_factors, fp.harden, fp.explore, fp.explore_mixed, fp.pack_, fp.scrub_),
-        *(fp.inject_all, fp.choose_clipping, fp.bit_profile, fp.overhead),
+        *(fp.assess, fp.analyze, fp.estimate_factors, fp.estimate_rates, fp.inject_all, fp.harden, fp.explore),
+        *(fp.explore_mixed, fp.pack_, fp.scrub_, fp.choose_clipping, fp.bit_profile, fp.overhead),
     ],
 )
 def test_every_verb_can_be_called_from_text(verb):

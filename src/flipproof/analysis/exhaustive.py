@@ -21,6 +21,7 @@ from flipproof.analysis._module_jobs import check_run
 from flipproof.analysis._row_pool import RowPool, pool_of
 from flipproof.analysis.bit_table import BitTable, TableHeader, TableSite, WordFlips, table_journal
 from flipproof.analysis.opened_model import check_subject
+from flipproof.campaigns.assess import noting, switch_off
 from flipproof.campaigns.audit import Audit, audit_of, on_copies
 from flipproof.campaigns.fingerprint import fingerprint_of
 from flipproof.campaigns.merge import Shard
@@ -28,7 +29,7 @@ from flipproof.campaigns.trial import TrialRunner
 from flipproof.campaigns.trial import versions as computed_by
 from flipproof.engine.cluster import Client
 from flipproof.engine.jobs import crew
-from flipproof.engine.journal import Journal, Key, written
+from flipproof.engine.journal import Key, written
 from flipproof.errors import AuditError, ConfigError, FlipproofWarning
 from flipproof.faults import RandomBits
 from flipproof.faults.sampling import TrialGenerator
@@ -141,7 +142,7 @@ def inject_all(
     file = None if journal is None else table_journal(journal)
     with _opened(model, data, where, format, output, check_choice(decision), target, audit) as work:
         keys = work.keys(part)
-        with written(file, work.header) as known, _noting(file):
+        with written(file, work.header) as known, noting(file):
             off = frozenset() if file is None else file.switched_off
             found: dict[Key, WordFlips] = {record.key: record for record in known}
             missing = [key for key in keys if key not in found]
@@ -160,17 +161,6 @@ def inject_all(
                     for record in hands.run(missing):
                         found[record.key] = record
     return BitTable(work.header, [found[key] for key in keys])
-
-
-@contextmanager
-def _noting(journal: Journal[TableHeader, WordFlips] | None) -> Iterator[None]:
-    """A failed audit is written down before it ends the work."""
-    try:
-        yield
-    except AuditError as error:
-        if journal is not None:
-            journal.note_failed_audit(error)
-        raise
 
 
 @contextmanager
@@ -248,10 +238,7 @@ class _Flips:
     def take_shortcuts(self, off: frozenset[str], cache_bytes: int) -> None:
         """Use what can be proved for this model, and was not switched off by an audit."""
         faulty = self._runner.faulty
-        if "versions" in off:
-            faulty.state.watch_bits()
-        if "repaired words" in off:
-            faulty.repaired = None
+        switch_off(self._runner, off)
         if faulty.state.written or faulty.randomness.drawn:  # with state, a forward is more than its graph
             return
         self._pooling = POOLED not in off

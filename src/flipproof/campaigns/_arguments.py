@@ -1,4 +1,4 @@
-"""What `assess` is given, checked before anything is touched."""
+"""What `assess` and its like are given, checked before anything is touched."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def check_numbers(
     cache_bytes: object,
     journal: object,
     audit: object,
+    verb: str = "assess",
 ) -> None:
     """Refuse counts that are no whole numbers, shares outside (0, 1), and a `journal=` that is no path.
 
@@ -28,24 +29,24 @@ def check_numbers(
     counts = {"trials": trials, "workers": workers, "seed": seed}
     for name, value in (counts if cache_bytes is None else counts | {"cache_bytes": cache_bytes}).items():
         if not _is(value, Integral):
-            raise ConfigError(f"assess takes a whole number for {name}=, got {value!r}")
+            raise ConfigError(f"{verb} takes a whole number for {name}=, got {value!r}")
     shares = {"confidence": confidence} if margin is None else {"confidence": confidence, "margin": margin}
     for name, value in shares.items():
         if not _is(value, Real):
-            raise ConfigError(f"assess takes a number between 0 and 1 for {name}=, got {value!r}")
+            raise ConfigError(f"{verb} takes a number between 0 and 1 for {name}=, got {value!r}")
     least = {"trials": 1, "workers": 1, "seed": 0}
     enough = all(cast(int, value) >= least[name] for name, value in counts.items())
     if not enough or not all(0 < cast(float, value) < 1 for value in shares.values()):
         raise ConfigError(
-            f"assess needs workers ≥ 1, trials ≥ 1, seed ≥ 0, confidence and margin in (0, 1), got workers={workers}, "
+            f"{verb} needs workers ≥ 1, trials ≥ 1, seed ≥ 0, confidence and margin in (0, 1), got workers={workers}, "
             f"trials={trials}, seed={seed}, confidence={confidence}, margin={margin}"
         )
     if cache_bytes is not None and cast(int, cache_bytes) < 0:
-        raise ConfigError(f"assess takes 0 (no cache) or more bytes for cache_bytes=, got {cache_bytes}")
+        raise ConfigError(f"{verb} takes 0 (no cache) or more bytes for cache_bytes=, got {cache_bytes}")
     if not _is(audit, Real) or not 0 <= cast(float, audit) <= 1:
-        raise ConfigError(f"assess takes a share of the trials from 0 to 1 for audit=, got {audit!r}")
+        raise ConfigError(f"{verb} takes a share of the trials from 0 to 1 for audit=, got {audit!r}")
     if journal is not None and not isinstance(journal, (str, os.PathLike)):
-        raise ConfigError(f"assess takes the path of a journal for journal=, got {journal!r}")
+        raise ConfigError(f"{verb} takes the path of a journal for journal=, got {journal!r}")
 
 
 def _is(value: object, kind: type) -> bool:

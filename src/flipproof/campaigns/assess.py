@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,10 +32,10 @@ from flipproof.campaigns.records import Records
 from flipproof.campaigns.trial import TrialRunner
 from flipproof.engine.cluster import Client
 from flipproof.engine.jobs import Crew, crew
-from flipproof.engine.journal import Key, written
+from flipproof.engine.journal import Journal, Key, written
 from flipproof.errors import AuditError, ConfigError, FaultModelError, FlipproofWarning
 from flipproof.faults.base import FaultModel
-from flipproof.running.data import Data, Output, check_labels, read_batches
+from flipproof.running.data import Batches, Data, Output, check_labels, read_batches
 from flipproof.running.decision import decide
 from flipproof.running.device import check_device, on_device
 from flipproof.running.evaluation import eval_mode, golden_run, one_thread
@@ -162,10 +163,10 @@ def assess(
         audit=audit,
     ) as campaign:
         if campaign.left:
-            _take_shortcuts(campaign.runner, cache_bytes, campaign.off)
+            take_shortcuts(campaign.runner, cache_bytes, campaign.off)
         _fill(campaign, workers, client, progress)
         if audit and (last := campaign.last) is not None:
-            with _noting(campaign.file):
+            with noting(campaign.file):
                 campaign.runner.ask_without_faults(*last)
         return campaign.so_far()
 
@@ -348,10 +349,87 @@ def _opened(
         raise ConfigError(
             "margin= looks at all trials of a point to see when it is enough: it cannot be had with shard="
         )
+    with ready(
+        model,
+        data,
+        faults=faults,
+        format=format,
+        where=where,
+        plan=plan,
+        metrics=metrics,
+        seed=seed,
+        journal=journal,
+        workers=workers,
+        device=device,
+        output=output,
+        decision=decision,
+        cache_bytes=cache_bytes,
+        audit=audit,
+        depth=6,
+    ) as runner:
+        header = header_of(runner, faults, where or Parameters(), plan)
+        ceilings = [1 if runner.repeats(point) else plan.trials for point in runner.points]
+        file = campaign_journal(journal) if journal is not None else None
+        with written(file, header) as done:
+            off = file.switched_off if file is not None else frozenset()
+            records = done if isinstance(done, Records) else Records(header)
+            switch_off(runner, off)
+            yield _Campaign(runner, header, records, ceilings, file, off)
+
+
+@contextmanager
+def ready(
+    model: nn.Module,
+    data: Data,
+    *,
+    faults: FaultModel,
+    format: FormatChoice,
+    where: Parameters | Neurons | Where | None,
+    plan: Plan,
+    metrics: Metrics,
+    seed: int,
+    journal: str | os.PathLike[str] | None,
+    workers: int,
+    device: str | torch.device | None,
+    output: Output,
+    decision: DecisionChoice,
+    cache_bytes: int | None,
+    audit: float,
+    depth: int,
+    verb: str = "assess",
+    images: int | None = None,
+    parts: Callable[[Space, tuple[FaultModel, ...]], tuple[FaultModel, ...]] | None = None,
+) -> Iterator[TrialRunner]:
+    """Check the arguments, store the model and make the golden run; give the model back at the end.
+
+    Args:
+        model: as for `assess`, and so are all up to `audit`.
+        data: labelled batches.
+        faults: what goes wrong.
+        format: how values are stored.
+        where: what is hit.
+        plan: how much is done.
+        metrics: of a trial.
+        seed: of all draws.
+        journal: a path, to be checked.
+        workers: a number, to be checked.
+        device: to run on.
+        output: picks what is judged.
+        decision: how outputs become classes.
+        cache_bytes: a number, to be checked.
+        audit: share of the trials that run again.
+        depth: how far up the stack the line is that a warning is to name.
+        verb: who asks.
+        images: samples of a batch, at most; None for batches as they come.
+        parts: what is drawn instead of the points of `faults`, made of the stored space.
+
+    Yields:
+        What runs trials, without shortcuts yet.
+    """
     chosen = resolve(metrics)
     decision = check_choice(decision)
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"assess takes a torch.nn.Module first, got {model!r}")
+        raise ConfigError(f"{verb} takes a torch.nn.Module first, got {model!r}")
     check_numbers(
         trials=plan.trials,
         workers=workers,
@@ -361,6 +439,7 @@ def _opened(
         cache_bytes=cache_bytes,
         journal=journal,
         audit=audit,
+        verb=verb,
     )
     if not isinstance(faults, FaultModel):
         raise FaultModelError(f"faults= takes a fault model such as fp.BitErrorRate([1e-6, 1e-5]), got {faults!r}")
@@ -375,7 +454,7 @@ def _opened(
         points = faults.points()
         space: Space
         if isinstance(where, (Neurons, Where)):
-            batches = read_batches(data, target)
+            batches = _divided(read_batches(data, target), images)
             randomness = RandomState(seed, target)
             randomness.pin()
             space = (
@@ -390,10 +469,10 @@ def _opened(
             space = FaultSpace(model, where=where, format=format)
             for point in points:
                 point.check(space)
-            batches = read_batches(data, target)
+            batches = _divided(read_batches(data, target), images)
             randomness = RandomState(seed, target)
         if (missing := space.shortfall()) is not None:
-            warnings.warn(missing, FlipproofWarning, stacklevel=4)
+            warnings.warn(missing, FlipproofWarning, stacklevel=depth)
         ceilings = [1 if space.samples is None and point.repeats(space) else plan.trials for point in points]
         auditing = audit_of(model, audit, ceilings, seed, output)
         pristine = auditing.pristine if auditing is not None else None
@@ -406,22 +485,25 @@ def _opened(
             state.verify()
             check_labels(batches.targets, rule.classes)
             faulty = FaultyModel(model, space, batches, output, golden, state, randomness)
-            runner = TrialRunner(faulty, points, chosen, rule, seed, target)
+            runner = TrialRunner(faulty, parts(space, points) if parts else points, chosen, rule, seed, target)
             runner.audit = on_copies(faulty, auditing)
-            header = header_of(runner, faults, where or Parameters(), plan)
-            file = campaign_journal(journal) if journal is not None else None
-            with written(file, header) as done:
-                off = file.switched_off if file is not None else frozenset()
-                records = done if isinstance(done, Records) else Records(header)
-                if "versions" in off:
-                    state.watch_bits()
-                if "repaired words" in off:
-                    faulty.repaired = None
-                yield _Campaign(runner, header, records, ceilings, file, off)
+            yield runner
+
+
+def _divided(batches: Batches, images: int | None) -> Batches:
+    return batches if images is None else batches.divided(images)
+
+
+def switch_off(runner: TrialRunner, off: frozenset[str]) -> None:
+    """Do without what an audit found wrong."""
+    if "versions" in off:
+        runner.faulty.state.watch_bits()
+    if "repaired words" in off:
+        runner.faulty.repaired = None
 
 
 @contextmanager
-def _noting(journal: CampaignJournal | None) -> Iterator[None]:
+def noting(journal: Journal[Any, Any] | None) -> Iterator[None]:
     """A failed audit is written down before it ends the campaign."""
     try:
         yield
@@ -440,7 +522,7 @@ def _hands(campaign: _Campaign, workers: int, client: Client | None, progress: b
         return " ".join(f"{name} {value:g}" for name, value in points[int(key[0])].coordinates.items())
 
     with (
-        _noting(campaign.file),
+        noting(campaign.file),
         crew(
             campaign.runner,
             workers=workers,
@@ -473,7 +555,7 @@ def _fill(campaign: _Campaign, workers: int, client: Client | None, progress: bo
                     break
 
 
-def _take_shortcuts(runner: TrialRunner, cache_bytes: int | None, off: frozenset[str]) -> None:
+def take_shortcuts(runner: TrialRunner, cache_bytes: int | None, off: frozenset[str]) -> None:
     """Use what can be proved for this model and these faults, and was not switched off by an audit."""
     faulty = runner.faulty
     if faulty.space.samples is not None:

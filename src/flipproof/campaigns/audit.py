@@ -58,17 +58,19 @@ class Audit:
         digest = blake2b(f"audit {self.seed} {point} {trial}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") < self.share * 2**64
 
-    def difference(self, faulty: FaultyModel, draw: Draw, answers: Answers) -> str | None:
-        """What differs if the trial runs again, whole, on a fresh copy; None if nothing does."""
+    def difference(self, faulty: FaultyModel, draw: Draw, answers: Answers, batch: int | None = None) -> str | None:
+        """What differs if the trial, or one batch of it, runs again, whole, on a fresh copy; None if nothing does."""
         if self.pristine is None:
-            return self._differs(faulty, faulty.whole(), draw, answers)
+            return self._differs(faulty, faulty.whole(), draw, answers, batch)
         with faulty.on_copy(deepcopy(self.pristine)) as twin:
-            return self._differs(faulty, twin, draw, answers)
+            return self._differs(faulty, twin, draw, answers, batch)
 
-    def _differs(self, faulty: FaultyModel, twin: FaultyModel, draw: Draw, answers: Answers) -> str | None:
+    def _differs(
+        self, faulty: FaultyModel, twin: FaultyModel, draw: Draw, answers: Answers, batch: int | None
+    ) -> str | None:
         if faulty.space.samples is not None:
-            return self._upsets_differ(faulty, twin, draw, answers)
-        again = twin.answers(draw)
+            return self._upsets_differ(faulty, twin, draw, answers, batch)
+        again = twin.answers(draw, batch)
         if same_answers(again, answers):
             return None
         if again.outputs is None or answers.outputs is None:
@@ -77,23 +79,26 @@ class Audit:
             return f"{again.flips} bits changed instead of {answers.flips}"
         return "outputs differ"
 
-    def _upsets_differ(self, faulty: FaultyModel, twin: FaultyModel, draw: Draw, answers: Answers) -> str | None:
+    def _upsets_differ(
+        self, faulty: FaultyModel, twin: FaultyModel, draw: Draw, answers: Answers, only: int | None
+    ) -> str | None:
         """The same of some upsets, one by one, each in a forward of its own."""
         assert answers.outputs is not None
         batches = faulty.batches
         choice = TrialGenerator(self.seed, f"audit {draw.digest}", 0)
         borders = np.cumsum([0, *batches.sizes])
+        ran = slice(0, batches.samples) if only is None else batches.part(only)
         with twin.space.corrupted(draw):
-            for sample in np.unique(choice.below(batches.samples, AUDITED_UPSETS)).tolist():
+            for sample in np.unique(ran.start + choice.below(ran.stop - ran.start, AUDITED_UPSETS)).tolist():
                 batch = int(np.searchsorted(borders, sample, side="right")) - 1
                 row = sample - int(borders[batch])
                 try:
                     found = twin.alone_answer(batch, row, draw)
                 except FaultyRunError:
-                    if not bool(torch.isnan(answers.outputs[sample]).all()):
+                    if not bool(torch.isnan(answers.outputs[sample - ran.start]).all()):
                         return f"the model raised on sample {sample} with its upset alone"
                     continue
-                if not same(found[row], answers.outputs[sample]):
+                if not same(found[row], answers.outputs[sample - ran.start]):
                     return f"outputs of sample {sample} differ"
                 others = torch.arange(found.shape[0]) != row
                 if not faulty.alone and not same(found[others], faulty.golden[batches.part(batch)][others]):
@@ -101,11 +106,19 @@ class Audit:
         return None
 
     def error(
-        self, faulty: FaultyModel, draw: Draw, answers: Answers, difference: str, point: int, trial: int, name: str
+        self,
+        faulty: FaultyModel,
+        draw: Draw,
+        answers: Answers,
+        difference: str,
+        point: int,
+        trial: int,
+        name: str,
+        batch: int | None = None,
     ) -> AuditError:
         """What an audit that failed says, once it is known what caused the difference."""
         here = f"point {point} ({name}), trial {trial}"
-        shortcut = _blame(faulty, draw, answers)
+        shortcut = _blame(faulty, draw, answers, batch)
         if shortcut is None:
             return AuditError(
                 f"audit of {here}: {difference} on a fresh copy of the model, but the model itself repeats its answer. "
@@ -125,13 +138,13 @@ class Audit:
         )
 
 
-def _blame(faulty: FaultyModel, draw: Draw, answers: Answers) -> str | None:
+def _blame(faulty: FaultyModel, draw: Draw, answers: Answers, batch: int | None) -> str | None:
     """The shortcut without which the model itself answers otherwise; None if it is none of them."""
-    together = faulty.whole().answers(draw)
-    if faulty.repaired is not None and not same_answers(replace(faulty, suffixes=None).answers(draw), together):
+    together = faulty.whole().answers(draw, batch)
+    if faulty.repaired is not None and not same_answers(replace(faulty, suffixes=None).answers(draw, batch), together):
         return "repaired words"
     shared = faulty.space.samples is not None and not faulty.alone
-    if shared and not same_answers(together, faulty.whole(alone=True).answers(draw)):
+    if shared and not same_answers(together, faulty.whole(alone=True).answers(draw, batch)):
         return "shared batch"
     return "suffix" if faulty.suffixes is not None and not same_answers(together, answers) else None
 

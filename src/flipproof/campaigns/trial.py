@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from platform import python_version
 
 import torch
@@ -31,6 +32,9 @@ from flipproof.spaces.contract import Draw, Space
 
 _PROOFS = 4
 """Draws that a shortcut is held against before the first trial; audits go on with that."""
+
+_TYPICAL = 64
+"""Points of a sweep whose draws say where trials start, at most; they lie evenly over it."""
 
 _SMALLEST_CACHE = 16 * 2**20
 _SMALLEST_FOR_NEURONS = 2**28
@@ -93,26 +97,27 @@ class TrialRunner:
         """Whether one trial of this point says everything."""
         return self.space.samples is None and point.repeats(self.space)
 
-    def __call__(self, point: int, trial: int) -> Trial:
-        """Run one trial, and if it is chosen for that, audit it."""
+    def __call__(self, point: int, trial: int, batch: int | None = None) -> Trial:
+        """Run one trial, on all data or on one batch of them, and if it is chosen for that, audit it."""
         began = time.perf_counter()
         faulty, draw = self.faulty, self.draw(point, trial)
+        samples = slice(None) if batch is None else faulty.batches.part(batch)
+        golden, targets = faulty.golden[samples], faulty.batches.targets[samples]
         with eval_mode(faulty.model), one_thread(self.device):
-            answers = faulty.answers(draw)
+            answers = faulty.answers(draw, batch)
             self._look_for_silent_writes(point, trial)
             self._ask_sometimes(point, trial)
             audited = self.audit is not None and self.audit.chooses(point, trial)
             if self.audit is not None and audited:
-                self._check(self.audit, point, trial, draw, answers)
+                self._check(self.audit, point, trial, draw, answers, batch)
         outputs, error = answers.outputs, answers.error
         if outputs is None:
-            outputs = torch.full_like(faulty.golden, float("nan"))
-        elif outputs.shape != faulty.golden.shape:
-            error = f"outputs of shape {tuple(outputs.shape)} instead of {tuple(faulty.golden.shape)}"
-            outputs = torch.full_like(faulty.golden, float("nan"))
-        ended = classify(faulty.golden, outputs, self.decision)
+            outputs = torch.full_like(golden, float("nan"))
+        elif outputs.shape != golden.shape:
+            error = f"outputs of shape {tuple(outputs.shape)} instead of {tuple(golden.shape)}"
+            outputs = torch.full_like(golden, float("nan"))
+        ended = classify(golden, outputs, self.decision)
         counts = torch.bincount(ended, minlength=len(OUTCOMES)).tolist()
-        targets = faulty.batches.targets
         return Trial(
             point=point,
             trial=trial,
@@ -122,7 +127,7 @@ class TrialRunner:
             digest=draw.digest,
             metrics={metric.name: metric.measure(outputs, targets, self.decision) for metric in self.metrics},
             outcomes=dict(zip(OUTCOMES, counts, strict=True)),
-            samples=faulty.batches.samples,
+            samples=int(targets.numel()),
             seconds=seconds(time.perf_counter() - began),
             versions=versions(),
             where=self.space.places(draw) if len(draw) <= NAMED_FAULTS else [],
@@ -133,17 +138,19 @@ class TrialRunner:
             words=None if answers.words is None else answers.words._asdict(),
         )
 
-    def _check(self, audit: Audit, point: int, trial: int, draw: Draw, answers: Answers) -> None:
+    def _check(
+        self, audit: Audit, point: int, trial: int, draw: Draw, answers: Answers, batch: int | None = None
+    ) -> None:
         """Audit a trial, on a model that gives its fault-free answers before and after.
 
         Raises:
             AuditError: if anything differs.
         """
         self.ask_without_faults(point, trial)
-        difference = audit.difference(self.faulty, draw, answers)
+        difference = audit.difference(self.faulty, draw, answers, batch)
         if difference is not None:
             self.ask_without_faults(point, trial)
-            raise audit.error(self.faulty, draw, answers, difference, point, trial, self._names[point])
+            raise audit.error(self.faulty, draw, answers, difference, point, trial, self._names[point], batch)
 
     def ask_without_faults(self, point: int, trial: int) -> None:
         """Run one batch without faults, another one each time: it must answer as in the golden run.
@@ -210,12 +217,14 @@ class TrialRunner:
 
     def prepare(self, suffixes: Suffixes, budget: int) -> bool:
         """Let `suffixes` keep what trials start from; False if the first draws of all points gain too little."""
-        draws = [self.draw(p, t) for p in range(len(self.points)) for t in range(_PROOFS)]
+        some = range(0, len(self.points), -(-len(self.points) // _TYPICAL))
+        draws = [self.draw(p, t) for p in some for t in range(_PROOFS)]
         return self.faulty.prepare(suffixes, budget, draws)
 
     def faithful(self, suffixes: Suffixes) -> bool:
         """Whether trials from cached cuts are those of whole runs, bit by bit, for the first draws of every point."""
-        draws = [self.draw(p, t) for t in range(_PROOFS) for p in range(len(self.points))][:_PROOFS]
+        keys = ((p, t) for t in range(_PROOFS) for p in range(len(self.points)))
+        draws = [self.draw(p, t) for p, t in islice(keys, _PROOFS)]
         cut, whole = replace(self.faulty, suffixes=suffixes), self.faulty.whole()
         return all(same_answers(cut.answers(draw), whole.answers(draw)) for draw in draws)
 

@@ -22,6 +22,7 @@ VERBS = {
     "assess": "How a model behaves when the memory that holds it loses bits.",
     "analyze": "Which errors in which neurons, or in which weights, change the class, layer by layer.",
     "estimate-factors": "The vulnerability factor of each layer or parameter to ± margin.",
+    "estimate-rates": "How often faults do harm, to ± margin, with the trials that say most about it.",
     "inject-all": "What every single bit does when it alone flips: the ground truth, shard by shard.",
     "harden": "A copy of a model whose activations are bounded.",
     "protect": "Choose how a model is stored so that it survives a bit error rate, and prove it.",

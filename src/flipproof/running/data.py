@@ -5,8 +5,9 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from hashlib import blake2b
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from flipproof._interrupts import check
 from flipproof.errors import DataError
+from flipproof.running.values import rows_of
 
 Data = Iterable[Any]
 """Batches `(inputs, targets)`, e.g. a DataLoader or a list."""
@@ -39,8 +41,36 @@ class Batches:
 
     def part(self, batch: int) -> slice:
         """Which of all samples a batch holds."""
-        first = sum(self.sizes[:batch])
-        return slice(first, first + self.sizes[batch])
+        return slice(self.borders[batch], self.borders[batch + 1])
+
+    @cached_property
+    def borders(self) -> tuple[int, ...]:
+        """The first sample of each batch, and the number of all samples."""
+        return tuple(accumulate(self.sizes, initial=0))
+
+    def divided(self, size: int) -> Batches:
+        """The same samples in their order, in batches of at most `size`.
+
+        Raises:
+            DataError: if a tensor in a larger batch does not hold one row a sample, so that it cannot be told apart.
+        """
+        inputs: list[Any] = []
+        sizes: list[int] = []
+        for i, (batch, held) in enumerate(zip(self.inputs, self.sizes, strict=True)):
+            if held <= size:
+                inputs.append(batch)
+                sizes.append(held)
+                continue
+            for leaf in pytree.tree_leaves(batch):
+                if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != held:
+                    raise DataError(
+                        f"batch {i} of {held} samples cannot be divided into batches of {size}: it holds "
+                        f"{describe(leaf)}, where one row a sample is expected. Give smaller batches instead"
+                    )
+            for rows in torch.split(torch.arange(held), size):
+                inputs.append(rows_of(batch, rows, held))
+                sizes.append(int(rows.numel()))
+        return Batches(tuple(inputs), tuple(sizes), self.targets)
 
     def digest(self) -> str:
         """A hash of every input and target, batch borders included."""

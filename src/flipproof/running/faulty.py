@@ -59,16 +59,21 @@ class FaultyModel:
     alone: bool = False
     repaired: set[int] | None = field(default_factory=set)
 
-    def answers(self, draw: Draw) -> Answers:
+    def answers(self, draw: Draw, batch: int | None = None) -> Answers:
         """What the model answers with these faults, from cached cuts where there are some.
 
         A sample whose own upset makes the forward raise answers NaN; where all samples share the faults, the whole
         answer is then missing.
+
+        Args:
+            draw: the faults.
+            batch: the only one to run; None for all of them.
         """
         errors: list[str] = []
+        some = range(len(self.batches.inputs)) if batch is None else (batch,)
         found = run_faulty(
-            len(self.batches.inputs),
-            lambda batch: self._batch(batch, draw, errors),
+            len(some),
+            lambda i: self._batch(some[i], draw, errors),
             lambda: self.space.corrupted(draw),
             self.state,
             self.randomness,
