@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint bench coverage factor-coverage ranges interrupts survive clean
+.PHONY: demo test lint bench coverage exhaustive factor-coverage ranges interrupts survive clean
 
 demo: $(VENV)/.installed
 	$(BIN)/flipproof demo
@@ -28,6 +28,11 @@ bench: $(VENV)/.installed-dev
 # how often intervals hold the truth, by simulation: docs/results/coverage
 coverage: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.coverage
+
+# every single bit of ResNet-20 on 100 images: a day on two cores; interrupt it and run it again. DATA=folder with CIFAR-10
+# and the checkpoint
+exhaustive: $(VENV)/.installed-dev
+	$(BIN)/python -m flipproof.reproduce.exhaustive --data-root $(or $(DATA),data) --shards 1:1 --of 1 --workers 2 --by-hand 2000
 
 # a thousand trials of every stateful model against fresh copies
 survive: $(VENV)/.installed-dev

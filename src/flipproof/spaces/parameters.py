@@ -270,8 +270,9 @@ class FaultSpace(Space):
             changed = direct.apply(positions, operation, log) if direct is not None and positions.size else 0
             read.miscorrected += log.words
             in_memory = changed
+            near = self._near(positions) if coded else frozenset()
             for cell in coded:
-                if (mine := _of(cell, positions)).size:
+                if id(cell) in near and (mine := _of(cell, positions)).size:
                     bits = cell.corrupt(mine, operation, undo, read)
                     changed += bits
                     in_memory += 0 if cell.packed is None else bits
@@ -280,6 +281,13 @@ class FaultSpace(Space):
         finally:
             self._as_stored = False
             _to_the_end(lambda: _restore(log, undo))
+
+    def _near(self, positions: Positions) -> frozenset[int]:
+        """Identities of the cells from the first that is hit to the last: one fault is not sought in all of them."""
+        if not positions.size:
+            return frozenset()
+        first, last = np.searchsorted(self._borders, positions[[0, -1]], side="right") - 1
+        return frozenset(map(id, self.cells[first : last + 1]))
 
     def _paths(self) -> tuple[DirectMemory | None, list[Cell]]:
         """What is changed in memory, and what through its format; found anew if the tensors moved."""
