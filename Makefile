@@ -37,6 +37,11 @@ coverage: $(VENV)/.installed-dev
 cluster: $(VENV)/.installed-dev
 	CLUSTER=1 $(BIN)/pytest tests/engine/test_cluster.py
 
+# every single bit of ResNet-20 on 100 images: a day on two cores; interrupt it and run it again. DATA=folder with CIFAR-10
+# and the checkpoint
+exhaustive: $(VENV)/.installed-dev
+	$(BIN)/python -m flipproof.reproduce.exhaustive --data-root $(or $(DATA),data) --shards 1:1 --of 1 --workers 2 --by-hand 2000
+
 # a thousand trials of every stateful model against fresh copies
 survive: $(VENV)/.installed-dev
 	TRIALS=1000 $(BIN)/pytest tests/campaigns/test_nothing_survives.py -k thousand

@@ -96,6 +96,7 @@ CALLS: dict[str, Callable[[nn.Module, list[tuple[Tensor, Tensor]]], None]] = {
     "analyze, parameters": lambda m, d: _quiet(
         fp.analyze, m, d[:1], fp.DeepVigor(neurons=2), where=fp.Parameters(include="head*")
     ),
+    "inject_all": lambda m, d: _quiet(fp.inject_all, m, d, where=fp.Parameters("head.bias"), progress=False),
     "harden": lambda m, d: _quiet(fp.harden, m, fp.Guard(), data=d, progress=False),
     "harden, trained": lambda m, d: _quiet(
         fp.harden, m, fp.ProAct(epochs=1, epochs_last=1, held_out=0.5, batch_size=4), data=d, progress=False

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from flipproof.analysis.bit_table import BitTable
@@ -44,7 +46,8 @@ def profile_figure(profiles: Mapping[str, pd.Series]) -> Figure:
 def bit_table_figure(found: BitTable) -> Figure:
     """Heat map of the answers that a single flip makes critical or a DUE: one row a tensor, bit 0 at the right.
 
-    What was not tried stays white. Biases and norms are left out where there are weights: their rows would be most.
+    The scale is logarithmic; grey is none of the answers that were tried, and what was not tried stays white. Biases
+    and norms are left out where there are weights: their rows would be most.
 
     Args:
         found: of `inject_all`.
@@ -59,7 +62,11 @@ def bit_table_figure(found: BitTable) -> Figure:
     grid[table["site"].map(rows), width - 1 - table["bit"]] = harm
     figure = Figure(figsize=(5.5, 0.9 + 0.17 * len(names)), layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(100 * grid, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+    colours = colormaps["viridis"].with_extremes(under="#E5E5E5", bad="white")
+    least = 100 / (found.samples * max(1, int(table["tried"].max())))  # per cent: one answer of those tried
+    percent = np.where(grid == 0, least / 10, 100 * grid)
+    norm = LogNorm(min(least, 10.0), 100.0)
+    image = axes.imshow(percent, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
     axes.set_yticks(range(len(names)), [literal(name) for name in names], fontsize=6)
     places = range(0, width, 4)
     axes.set_xticks([width - 1 - bit for bit in places], [str(bit) for bit in places], fontsize=7)

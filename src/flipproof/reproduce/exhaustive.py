@@ -43,6 +43,7 @@ _FIRST = {"smoke": 1, "paper": SHARDS}
 _HAND = {"smoke": 64, "paper": 2000}
 """Flips that are done again by hand."""
 _COLUMNS = ("word", "bit", *OUTCOMES)
+_ENDS = ("rate", "low", "high")
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -179,8 +180,9 @@ def write_page(found: BitTable, out: Path, checked: int, differing: pd.DataFrame
         The numbers, in a few lines.
     """
     out.mkdir(parents=True, exist_ok=True)
-    found.table.to_csv(out / "table.csv", index=False, float_format="%.6g")
-    found.sites.to_csv(out / "sites.csv", index=False, float_format="%.6g")
+    kept = ["site", "bit", "flips", "tried", *OUTCOMES, *(f"{n}_{end}" for n in OUTCOMES[2:] for end in _ENDS)]
+    found.table[kept].to_csv(out / "table.csv", index=False, float_format="%.4g")
+    found.sites.to_csv(out / "sites.csv", index=False, float_format="%.4g")
     save(bit_table_figure(found), out / "table.png")
     shown = found.bits[["bit", "flips", "tried"]].copy()
     for name in OUTCOMES:

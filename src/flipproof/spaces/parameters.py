@@ -290,8 +290,9 @@ class FaultSpace(Space):
                 changed += bits
                 in_memory += bits
                 read.miscorrected += words
+            near = self._near(positions) if coded else frozenset()
             for cell in coded:
-                if (mine := _of(cell, positions)).size:
+                if id(cell) in near and (mine := _of(cell, positions)).size:
                     bits = cell.corrupt(mine, operation, undo, read)
                     changed += bits
                     in_memory += 0 if cell.packed is None else bits
@@ -305,6 +306,13 @@ class FaultSpace(Space):
             finally:
                 log.undo()
             self._spare.append(log)
+
+    def _near(self, positions: Positions) -> frozenset[int]:
+        """Identities of the cells from the first that is hit to the last: one fault is not sought in all of them."""
+        if not positions.size:
+            return frozenset()
+        first, last = np.searchsorted(self._borders, positions[[0, -1]], side="right") - 1
+        return frozenset(map(id, self.cells[first : last + 1]))
 
     def _paths(self) -> _Paths:
         """What is changed in memory here or on a device, and what through its format; anew if the tensors moved."""
