@@ -100,7 +100,7 @@ def _rows(name: str, net: nn.Module, images: Tensor, trials: int, ones: int, rou
 
 
 def _goal(rival: str) -> float | None:
-    return 10.0 if rival.startswith("pytorchfi") else None
+    return next((goal for tool, goal in (("pytorchfi", 10.0), ("MRFI", 3.0)) if rival.startswith(tool)), None)
 
 
 def _hooked(net: nn.Module, images: Tensor, space: NeuronSpace, fault: Fault) -> int:

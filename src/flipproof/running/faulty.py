@@ -167,7 +167,7 @@ class FaultyModel:
         behind = None if start.layer is None else suffixes.behind(start.layer)
         if behind is None or not suffixes.cached(behind):
             return None
-        return lambda batch: suffixes.resume_changed(behind, batch, change)
+        return lambda batch: suffixes.resume_changed(behind, batch, change, start.plain)
 
     def prepare(self, suffixes: Suffixes, budget: int, draws: list[Draw]) -> bool:
         """Let `suffixes` keep the golden activations that runs start from; False if that would save too little.

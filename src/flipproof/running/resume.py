@@ -9,7 +9,8 @@ A third of all single faults in weights is gone a layer or two later: rounded aw
 looks at the next cuts behind its last faulted layer, and where every live value is golden, bit by bit, so is the rest.
 
 A fault in one filter of a convolution changes one channel of its output. Where a block of channels computed by itself
-is, bit by bit, what the whole layer gives (its sums are taken in the same order), only that block is computed.
+is, bit by bit, what the whole layer gives (its sums are taken in the same order), only that block is computed. An upset
+in an image changes a window of what follows, which is computed by itself under the same condition (`windows`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from flipproof.running.evaluation import eval_mode, one_thread
 from flipproof.running.snapshots import Snapshot
 from flipproof.running.straight import global_hooks, refers_to_tensors, run_straight
 from flipproof.running.values import PLAIN, Copies, bytes_of, copied, same, separate
+from flipproof.running.windows import Windows, changed_window, put
 
 T = TypeVar("T")
 
@@ -60,6 +62,8 @@ class Suffixes:
         self._caches: dict[int, list[list[Any]]] = {}
         self._cuts: list[int] = []
         self._by_channels: dict[int, nn.Conv2d] = {}
+        self._windows: dict[int, Windows] = {}
+        self._images: list[dict[fx.Node, Tensor]] = []
         self._inputs: Sequence[Any] = ()
         self._prepared: tuple[Any, ...] | None = None
 
@@ -182,6 +186,7 @@ class Suffixes:
             self._prepare(model, inputs, sizes, output, budget, worth)
         except Exception:  # what was traced cannot run like the model, in whatever way that shows: run the model
             self._caches, self._graphs, self._cuts, self._by_channels = {}, {}, [], {}
+            self._windows, self._images = {}, []
 
     def _prepare(
         self,
@@ -221,6 +226,51 @@ class Suffixes:
         self._cuts = sorted(self._caches)
         if worth is None:
             self._by_channels = {cut: layer for cut in self._cuts if (layer := self._computed_by_channels(cut))}
+        else:
+            self._prepare_windows(inputs, sizes, output, whole, budget - sum(cost[cut] for cut in self._cuts))
+
+    def _prepare_windows(
+        self, inputs: Sequence[Any], sizes: Sequence[int], output: Output, whole: Mapping[int, Tensor], budget: float
+    ) -> None:
+        """Find where windows can be computed, and keep the golden images that they are part of, if there is room."""
+        modules = self.modules()
+        images = self._golden_images(inputs[0])
+        sides = {node: image.shape[-1] for node, image in images.items()}
+        found: dict[int, Windows] = {}
+        ends: dict[int, bool] = {}
+        for cut in self._cuts:
+            ways = Windows.behind(cut, self._nodes, self._live, sides, modules, _is_watched)
+            way = next((way for way in ways if self._is_faithful(way, images, ends, whole[0], output)), None)
+            if way is not None:
+                found[cut] = way
+        needed = {node for way in found.values() for node in way.needed}
+        if sum(images[node].nbytes for node in needed) * sum(sizes) / sizes[0] > budget:
+            return
+        kept = [{node: images[node] for node in needed}]
+        for i, batch in enumerate(inputs[1:], start=1):
+            images, ends = self._golden_images(batch), {}
+            found = {cut: way for cut, way in found.items() if self._is_faithful(way, images, ends, whole[i], output)}
+            kept.append({node: images[node] for node in needed if node in images})
+        self._windows, self._images = found, kept
+
+    def _is_faithful(
+        self, way: Windows, images: Mapping[fx.Node, Tensor], ends: dict[int, bool], whole: Tensor, output: Output
+    ) -> bool:
+        """Whether windows are what golden images hold, and the golden outputs follow from what they are put into.
+
+        `ends` remembers for which ends they do.
+        """
+        if not {way.first, *way.nodes} <= images.keys() or not way.faithful(images, images[way.first]):
+            return False
+        if way.end not in ends:
+            ends[way.end] = same(whole, pick(self.graph(way.end).forward(images[way.last].clone()), output))
+        return ends[way.end]
+
+    def _golden_images(self, inputs: Any) -> dict[fx.Node, Tensor]:
+        """What nodes give that are square images in float32, channels first, as they give it."""
+        recorder = _Images(self._traced)
+        recorder.run(*_arguments(self._model, own(inputs)).values())
+        return recorder.found
 
     def _computed_by_channels(self, cut: int) -> nn.Conv2d | None:
         """The convolution right behind a cut if its channels can be computed block by block; None if not.
@@ -296,10 +346,19 @@ class Suffixes:
         live[self.place(cut + 1)][:, first : first + _BLOCK] = _channels(layer, x, layer.weight, first)
         return live
 
-    def resume_changed(self, cut: int, batch: int, change: Callable[[Any], Any]) -> Any:
-        """What the model returns on a batch if the output of the layer right before a cut is changed."""
-        live = copied(self._caches[cut][batch])
+    def resume_changed(self, cut: int, batch: int, change: Callable[[Any], Any], plain: bool = False) -> Any:
+        """What the model returns on a batch if the output of the layer right before a cut is changed.
+
+        `plain` says that the layers behind it give what they compute: no format stores it, nothing else changes it.
+        """
         place = self.place(cut)
+        if plain and cut in self._windows:
+            way, golden = self._windows[cut], self._caches[cut][batch][place]
+            start = changed_window(change(golden), golden)
+            window = None if start is None else way.run(start, self._images[batch])
+            if window is not None:
+                return self.graph(way.end).forward(put(window, self._images[batch][way.last]))
+        live = copied(self._caches[cut][batch])
         live[place] = change(live[place])
         return self._graphs[cut].forward(*live)  # called as a module, it prints what a faulty forward raises
 
@@ -393,6 +452,27 @@ def _traced_again(
         if found is not None and prepared is not None:
             found.prepare(model, *prepared)
     return found
+
+
+class _Images(fx.Interpreter):
+    """Copies of all square images, each taken when it is computed: later nodes may work in place."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.found: dict[fx.Node, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        plain = type(value) is Tensor and value.dtype == torch.float32 and value.device.type == "cpu"
+        if plain and value.dim() == 4 and value.shape[2] == value.shape[3] > 1 and value.is_contiguous():
+            self.found[n] = value.clone()
+        return value
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a hook sees what a module computes, other than that of a space of neurons."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(not _module_of(hook).startswith("flipproof._hooks.") for hook in hooks)
 
 
 def _channels(layer: nn.Conv2d, x: Tensor, weight: Tensor, first: int) -> Tensor:

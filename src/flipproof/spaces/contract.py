@@ -227,12 +227,14 @@ class Start:
         rows: the first and the last slice of axis 0 that is hit, where it is known and one tensor is hit. Or
         layer: the module whose output is hit, and
         change: makes the faulty output of the golden one.
+        plain: whether layers behind it give what they compute: no format stores it, and nothing else is hit.
     """
 
     names: Sequence[str] = ()
     rows: tuple[int, int] | None = None
     layer: str | None = None
     change: Callable[[Any], Any] | None = None
+    plain: bool = False
 
 
 class Space(ABC):

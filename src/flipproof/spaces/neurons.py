@@ -158,7 +158,7 @@ class NeuronSpace(Space):
         def change(output: Any) -> Any:
             return (self.hit(site, output[0]), *output[1:]) if isinstance(output, tuple) else self.hit(site, output)
 
-        return Start(layer=site.layer, change=change)
+        return Start(layer=site.layer, change=change, plain=all(s.format.is_native(s.dtype) for s in self.sites))
 
     def starts(self) -> dict[str, int]:
         """Every layer whose output counts samples first; none where a layer is called again, since calls are counted

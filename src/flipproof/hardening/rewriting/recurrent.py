@@ -196,10 +196,8 @@ class _Layers(nn.RNNBase, Opened):
             bias = np.zeros(len(weight), np.float32) if b_hh is None else b_hh.detach().contiguous().numpy()
             self.sequence(inside, weight, bias, *memory[::-1], outside, *limits, order.step < 0)
             return out, state
-        kernel, memory = (
-            self.kernel,
-            memory[::-1],
-        )  # h is the last of an LSTM's arrays (c, h) and the only one of a GRU's
+        # h is the last of an LSTM's arrays (c, h) and the only one of a GRU's
+        kernel, memory = self.kernel, memory[::-1]
         if sizes[-1] == sizes[0]:
             times, h = repeated_product(w_hh, b_hh, sizes[0]), state[0]
             for t in order:
