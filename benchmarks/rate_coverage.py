@@ -71,6 +71,32 @@ class Known:
         return (rng.random(strata.size) < rates).astype(float)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Uniform trials as they were seen, from which others like them are drawn.
+
+    Attributes:
+        values: of trials, in [0, 1].
+    """
+
+    values: Array
+
+    @property
+    def shares(self) -> Array:
+        return np.ones(1)
+
+    @property
+    def groups(self) -> NDArray[np.int64]:
+        return np.zeros(1, np.int64)
+
+    @property
+    def prior(self) -> Array:
+        return np.array([0.5])
+
+    def draw(self, strata: NDArray[np.int64], rng: np.random.Generator) -> Array:
+        return rng.choice(self.values, strata.size)
+
+
 def _known(shares: list[float], rates: list[float], prior: list[float], **more: bool) -> Known:
     total = np.array(shares) / sum(shares)
     return Known(total, np.array(rates), np.array(prior), np.arange(len(shares)), **more)
@@ -121,16 +147,19 @@ class Found(NamedTuple):
 FIXED = 96
 
 
-def estimate(population: Known, seed: int, *, margin: float, confidence: float = 0.95, most: int = 10**7) -> Found:
+def estimate(
+    population: Known | Seen, seed: int, *, margin: float, confidence: float = 0.95, most: int = 10**7
+) -> Found:
     """As `estimate_rates` does it, until the margin is met."""
     rng = np.random.default_rng([seed, 11])
     belief = Belief(population.shares, population.groups, population.prior)
     bets, early = Bets(0.0, 1.0), float("nan")
+    low, high = 0.0, 1.0
     while True:
         q = allocation(belief, margin, confidence) if population.shares.size > 1 else population.shares
         weights, middle, means = population.shares / q, belief.mean, belief.means
         below, above = belief.range(weights)
-        stake = stakes(belief, q, margin)
+        stake = stakes(belief, q, margin, plausible=(low, high))
         size = max(LEAST, len(bets) // GROWTH) if len(bets) else FIRST
         strata = rng.choice(q.size, size, p=q)
         values = population.draw(strata, rng)

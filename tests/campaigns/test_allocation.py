@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.rate_coverage import POPULATIONS, estimate
 
-RUNS = 150
+RUNS = 100
 
 
 @pytest.mark.parametrize("name", POPULATIONS)

@@ -28,6 +28,9 @@ SPLITS = (0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
 _PARTS = 1 / (1 + np.exp(-np.linspace(-11, 6, 26)))
 """Stakes that are compared, as parts of the largest one."""
 
+_MOST = 0.95
+"""Of a capital, the part that may be lost on one draw."""
+
 _SURPRISES = 0.1
 """Draws at the far end of the range that nobody expects, among all: who stakes everything on none is ruined by one."""
 
@@ -133,7 +136,13 @@ def allocation(belief: Belief, margin: float, confidence: float) -> FloatArray:
     return np.asarray(q[int(draws.argmin())])
 
 
-def stakes(belief: Belief, q: FloatArray, margin: float, splits: Sequence[float] = SPLITS) -> tuple[float, float]:
+def stakes(
+    belief: Belief,
+    q: FloatArray,
+    margin: float,
+    splits: Sequence[float] = SPLITS,
+    plausible: tuple[float, float] = (0.0, 1.0),
+) -> tuple[float, float]:
     """What to bet against higher and against lower means: what lets capitals grow fastest if the belief is right.
 
     The interval is 2·margin wide when it is narrow enough. How that is shared between its two sides is such that the
@@ -144,6 +153,7 @@ def stakes(belief: Belief, q: FloatArray, margin: float, splits: Sequence[float]
         q: with which strata are drawn.
         margin: half-width that is wanted.
         splits: parts of the width that the upper side may take.
+        plausible: the interval so far: against no mean in it is nearly everything staked on one draw.
     """
     weights, means = belief.shares / q, belief.means
     below, above = belief.range(weights)
@@ -156,7 +166,11 @@ def stakes(belief: Belief, q: FloatArray, margin: float, splits: Sequence[float]
     up, less = _growth(z, chance, 2 * margin * upper, above, 1 - belief.mean, surprise)
     down, more = _growth(-z, chance, 2 * margin * (1 - upper), below, belief.mean, surprise)
     best = int(np.minimum(up, down).argmax())
-    return float(less[best]), float(more[best])
+    low, high = plausible
+    return (
+        min(float(less[best]), _MOST / max(belief.mean + above - low, 1e-12)),
+        min(float(more[best]), _MOST / max(high - belief.mean + below, 1e-12)),
+    )
 
 
 def _growth(
@@ -180,4 +194,5 @@ def _growth(
     grown += surprise * np.log(np.maximum(1 - stake * (reach - aims[:, None]), 1e-12))
     best = grown.argmax(axis=1)
     rows = np.arange(aims.size)
-    return np.where(distances >= room, inf, grown[rows, best]), stake[rows, best]
+    beyond = distances >= room
+    return np.where(beyond, inf, grown[rows, best]), np.where(beyond, 0.0, stake[rows, best])

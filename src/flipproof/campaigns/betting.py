@@ -45,8 +45,8 @@ class Bets:
 
     def __init__(self, low: float, high: float) -> None:
         self._low, self._high = low, high
-        self._kept: FloatArray = np.empty((5, 1024))
-        self._count = 0
+        self._kept: FloatArray = np.empty((6, 1024))  # value, low, high, stakes, and how often that was drawn
+        self._rows = self._count = 0
 
     def __len__(self) -> int:
         return self._count
@@ -59,37 +59,39 @@ class Bets:
             within: what bounds them, fixed before they were drawn.
             stakes: λ of who says that the mean is less, λ' of who says that it is more; fixed before, too.
         """
-        new = np.asarray(values, np.float64)
-        end = self._count + new.size
+        new, times = np.unique(np.asarray(values, np.float64), return_counts=True)
+        end = self._rows + new.size
         if end > self._kept.shape[1]:
-            more = np.empty((5, 2 * end))
-            more[:, : self._count] = self._kept[:, : self._count]
+            more = np.empty((6, 2 * end))
+            more[:, : self._rows] = self._kept[:, : self._rows]
             self._kept = more
-        here = self._kept[:, self._count : end]
-        here[0], here[1:] = new, np.array([*within, *stakes])[:, None]
-        self._count = end
+        here = self._kept[:, self._rows : end]
+        here[0], here[1:5], here[5] = new, np.array([*within, *stakes])[:, None], times
+        self._rows = end
+        self._count += int(times.sum())
 
     @property
     def mean(self) -> float:
         """Of the numbers; unbiased for a number of draws that was fixed before."""
-        return float(self._kept[0, : self._count].mean()) if self._count else float("nan")
+        values, times = self._kept[0, : self._rows], self._kept[5, : self._rows]
+        return float(values @ times) / self._count if self._count else float("nan")
 
     def interval(self, confidence: float) -> Interval:
         """All means against which no capital has reached 2 / (1 − confidence)."""
         if not self._count:
             return self._low, self._high
         enough = log(2 / (1 - confidence))
-        values, low, high, less, more = self._kept[:, : self._count]
+        values, low, high, less, more, times = self._kept[:, : self._rows]
 
         def against_high(r: float) -> float:
             room = high - r
             stake = np.minimum(less, np.divide(_MOST, room, out=np.full_like(room, np.inf), where=room > 0))
-            return float(np.log1p(-stake * (values - r)).sum())
+            return float(np.log1p(-stake * (values - r)) @ times)
 
         def against_low(r: float) -> float:
             room = r - low
             stake = np.minimum(more, np.divide(_MOST, room, out=np.full_like(room, np.inf), where=room > 0))
-            return float(np.log1p(stake * (values - r)).sum())
+            return float(np.log1p(stake * (values - r)) @ times)
 
         middle = min(max(self.mean, self._low), self._high)
         low = _edge(against_low, middle, self._low, self._high, enough)

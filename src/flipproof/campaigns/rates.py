@@ -114,7 +114,7 @@ def estimate_rates(
             rule.
         images: samples a trial runs, drawn at random, at most: one for single flips, all of them otherwise. One says
             most about a rate for each forward; more are quicker by the clock where a forward of one sample is no
-            quicker than that of several.
+            quicker than that of several. The network answers batches of so many, also in the golden run.
         trials: at a point, at most.
         metrics: names, functions, torchmetrics objects or a mapping, as for `assess`. With `images` they have to be
             means over samples, as accuracy is.
@@ -149,8 +149,8 @@ def estimate_rates(
         >>> row = found.table.iloc[0]
         >>> bool(row["critical_total_low"] <= row["critical_total"] <= row["critical_total_high"])
         True
-        >>> bool(row["trials"] < fp.sample_size(found.bits, margin=0.05))
-        True
+        >>> bool(row["met"]), round(float(found.strata["share"].sum()), 9)
+        (True, 1.0)
     """
     _check(faults, of, sampling, images, margin)
     single = all(point.single_upset for point in faults.points())
@@ -498,7 +498,13 @@ class _Point:
         else:
             self._q = allocation(main, self._margin, self._confidence)
         self._stakes = {
-            name: stakes(one.belief, self._q, self._margin, SPLITS if name == self._of else (0.5,))
+            name: stakes(
+                one.belief,
+                self._q,
+                self._margin,
+                SPLITS if name == self._of else (0.5,),
+                one.bets.interval(self._confidence),
+            )
             for name, one in self._quantities.items()
         }
 
@@ -640,11 +646,10 @@ def _quantities(runner: TrialRunner, of: str, images: int | None) -> dict[str, S
         raise ConfigError(f"of= takes one of {', '.join([*found, *metrics])}, got {of!r}")
     for name, scale in metrics.items():
         if not all(map(isfinite, scale.range)):
-            if name == of:
-                raise ConfigError(
-                    f"of={name!r}: this metric has no bounds; an interval that holds for any distribution needs them"
-                )
-            continue
+            raise ConfigError(
+                f"the metric {name} has no bounds, and an interval that holds for any distribution needs them: say its "
+                f"range by fp.Metric, or leave it out of metrics="
+            )
         if images is not None and not scale.per_sample:
             raise ConfigError(
                 f"the metric {name} is not a mean over samples, so trials have to run all of them: a trial ran "
