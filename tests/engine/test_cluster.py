@@ -180,12 +180,12 @@ class Counting:
         self._max_workers = workers
         self.sizes, self.open, self.most, self.chunks = [], 0, 0, []
 
-    def submit(self, function, token, needed, sent, chunk):
+    def submit(self, function, token, needed, asked, sent, chunk):
         self.sizes.append(0 if sent is None else len(sent))
         self.chunks.append(pickle.loads(chunk))
         self.open += 1
         self.most = max(self.most, self.open)
-        future = self.inner.submit(function, token, needed, sent, chunk)
+        future = self.inner.submit(function, token, needed, asked, sent, chunk)
         future.add_done_callback(self.ended)
         return future
 
@@ -202,6 +202,111 @@ def test_the_model_goes_once_jobs_in_chunks_and_two_ahead(monkeypatch):
     sizes = [len(chunk) for chunk in executor.chunks]
     assert sizes[0] == 1
     assert max(sizes) > 5
+
+
+class Losing:
+    """An executor that keeps the last record of some answers, or gives its first answer again and again."""
+
+    def __init__(self, kind):
+        self.inner, self.kind, self.first, self.count = ThreadPoolExecutor(1), kind, None, 0
+
+    def submit(self, function, *arguments):
+        def changed():
+            found = function(*arguments)
+            answer = pickle.loads(found)
+            if answer.kind != "done":
+                return found
+            self.count += 1
+            self.first = self.first or found
+            if self.kind == "again":
+                return self.first
+            if self.count == 3:
+                del answer.records[-1]
+            return pickle.dumps(answer)
+
+        return self.inner.submit(changed)
+
+
+@pytest.mark.parametrize("kind", ["less", "again"])
+def test_answers_that_are_short_or_of_other_jobs_are_refused(tmp_path, kind):
+    with pytest.raises(InfrastructureError, match=r"was given \d+ jobs, from point 0, trial \d+ on, and answers"):
+        fp.assess(Net(), samples(), **SETUP, client=Losing(kind), journal=tmp_path / "journal.jsonl")
+    found = fp.assess(Net(), samples(), **SETUP, journal=tmp_path / "journal.jsonl")
+    pd.testing.assert_frame_equal(rows(found), rows(fp.assess(Net(), samples(), **SETUP)), check_exact=True)
+
+
+class Dim(nn.Module):
+    """Two features that no weight reads: a fault there makes denormal numbers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.a = nn.Linear(6, 8, bias=False)
+        with torch.no_grad():
+            self.a.weight[:2] = 0
+
+    def forward(self, x):
+        return (self.a(x * 1e-20) * 1e20)[:, :3]
+
+
+def test_modes_of_the_driver_are_those_of_workers():
+    """In threads of their own, which begin with others."""
+    asked = SETUP | {"faults": fp.RandomBits(3), "trials": 60}
+    with ThreadPoolExecutor(1) as client:
+        client.submit(int).result()  # the thread is there before the mode is set
+        assert torch.set_flush_denormal(True)
+        try:
+            there, here = (rows(fp.assess(Dim(), samples(), **asked, client=c)) for c in (client, None))
+        finally:
+            torch.set_flush_denormal(False)
+        assert not client.submit(cluster.Modes.here).result().flush
+    pd.testing.assert_frame_equal(there, here, check_exact=True)
+    assert not here.equals(rows(fp.assess(Dim(), samples(), **asked)))
+
+
+def test_what_the_user_has_pickled_by_value_stays_so(pool):
+    cloudpickle = pytest.importorskip("cloudpickle")
+    me = sys.modules[__name__]
+    cloudpickle.register_pickle_by_value(me)
+    try:
+        fp.assess(Net(), samples(), **SETUP | {"trials": 2}, client=pool)
+        assert me.__name__ in cloudpickle.list_registry_pickle_by_value()
+    finally:
+        cloudpickle.unregister_pickle_by_value(me)
+
+
+class Beside(Net):
+    """NumPy over a parameter's memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.array = self.b.bias.detach().numpy()
+
+    def forward(self, x):
+        return super().forward(x) + torch.from_numpy(self.array)
+
+
+def test_an_array_over_a_parameters_memory_is_refused(pool):
+    with pytest.raises(ConfigError, match=r"a NumPy array of shape \(3,\) lies in the memory of 'bias'"):
+        fp.assess(Beside(), samples(), **SETUP, client=pool)
+
+
+def test_recurrent_layers_that_are_parametrised(pool):
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(2)
+            self.lstm, self.head = nn.LSTM(3, 8, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.lstm(x.reshape(len(x), 2, 3))[0][:, -1])
+
+    weighted = Tagger()
+    nn.utils.parametrizations.weight_norm(weighted.lstm, "weight_hh_l0")
+    for model in (fp.pack_(Tagger(), fp.Affine(6)), weighted):
+        asked = SETUP | {"trials": 6}
+        there = rows(fp.assess(model, samples(), **asked, client=pool))
+        pd.testing.assert_frame_equal(there, rows(fp.assess(model, samples(), **asked)), check_exact=True)
 
 
 # what goes wrong in a job

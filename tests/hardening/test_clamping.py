@@ -199,3 +199,12 @@ def test_no_more_memory_is_kept_than_is_said(monkeypatch):
         assert all(torch.equal(out[0], x.clamp(0, 1)) for out, x in zip(outs, xs, strict=True))
         clamping.bounded_relu(torch.randn(1, 2**19), bound, zero=False, overwrite=False)
         assert clamping._kept == []
+
+
+def test_memory_that_nobody_holds_is_used_again(monkeypatch):
+    monkeypatch.setattr(clamping, "_kept", [])
+    x, bound = torch.randn(4, 16, 32, 32), torch.tensor(1.0)
+    with torch.no_grad(), one_thread(torch.device("cpu")):
+        places = {clamping.bounded_relu(x, bound, zero=False, overwrite=False).data_ptr() for _ in range(20)}
+    assert len(places) == 1
+    assert len(clamping._kept) == 1

@@ -24,6 +24,7 @@ import time
 import traceback
 import uuid
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -89,6 +90,13 @@ HELD = 2
 """Works that a worker keeps at a time: two drivers may share a cluster."""
 
 _one_at_a_time = threading.Lock()
+if hasattr(os, "register_at_fork"):  # a thread that held it is not there in the child
+
+    def _free() -> None:
+        global _one_at_a_time
+        _one_at_a_time = threading.Lock()
+
+    os.register_at_fork(after_in_child=_free)
 _held: dict[str, Work[Any]] = {}
 
 
@@ -111,12 +119,60 @@ def _source() -> str:
     return state.hexdigest()
 
 
-def do_chunk(token: str, needed: dict[str, str], sent: bytes | None, chunk: bytes) -> bytes:
+@dataclass(frozen=True)
+class Modes:
+    """Settings of a process or thread that change what torch computes.
+
+    Attributes:
+        flush: whether denormal numbers are taken for 0.
+        dtype: of new tensors.
+        precision: of float32 products.
+        deterministic: whether only deterministic algorithms are used.
+        mkldnn: whether oneDNN is.
+        autocast: to which type products are cast on a CPU; None for none.
+    """
+
+    flush: bool
+    dtype: torch.dtype
+    precision: str
+    deterministic: bool
+    mkldnn: bool
+    autocast: torch.dtype | None
+
+    @classmethod
+    def here(cls) -> Modes:
+        """Of this thread."""
+        cast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        return cls(
+            flush=bool(torch.tensor(1e-40, dtype=torch.float32) * 1 == 0),
+            dtype=torch.get_default_dtype(),
+            precision=torch.get_float32_matmul_precision(),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            mkldnn=bool(torch.backends.mkldnn.enabled),
+            autocast=cast,
+        )
+
+    def set(self) -> None:
+        """Make them those of this thread."""
+        torch.set_flush_denormal(self.flush)
+        torch.set_default_dtype(self.dtype)
+        if torch.get_float32_matmul_precision() != self.precision:
+            torch.set_float32_matmul_precision(self.precision)
+        if torch.are_deterministic_algorithms_enabled() != self.deterministic:
+            torch.use_deterministic_algorithms(self.deterministic)
+        torch.backends.mkldnn.set_flags(self.mkldnn)  # type: ignore[no-untyped-call]
+        torch.set_autocast_enabled("cpu", self.autocast is not None)
+        if self.autocast is not None:
+            torch.set_autocast_dtype("cpu", self.autocast)
+
+
+def do_chunk(token: str, needed: dict[str, str], asked: Modes, sent: bytes | None, chunk: bytes) -> bytes:
     """In a worker: do a chunk of jobs, one after the other.
 
     Args:
         token: of the work.
         needed: the driver's `software`.
+        asked: the driver's modes.
         sent: the work; None if this worker may have it already.
         chunk: pickled keys.
 
@@ -125,8 +181,9 @@ def do_chunk(token: str, needed: dict[str, str], sent: bytes | None, chunk: byte
     """
     answer = Answer(_name())
     with _one_at_a_time:
-        threads = torch.get_num_threads()
+        threads, modes = torch.get_num_threads(), Modes.here()
         torch.set_num_threads(1)
+        asked.set()
         try:
             work = _held.get(token)
             if work is None:
@@ -145,6 +202,7 @@ def do_chunk(token: str, needed: dict[str, str], sent: bytes | None, chunk: byte
             answer.kind, answer.error = "failed", _portable(error)
         finally:
             torch.set_num_threads(threads)
+            modes.set()
     return pickle.dumps(answer)
 
 
@@ -268,11 +326,9 @@ class Cluster(Generic[T]):
     def __init__(self, work: Work[T], client: Client) -> None:
         self._work = work
         self._hands: _Hands
-        token, needed, sent = uuid.uuid4().hex, software(), packed(work)
-        if _is_dask(client):
-            self._hands = _Dask(client, token, needed, sent)
-        else:
-            self._hands = _Futures(client, token, needed, sent)
+        about = (uuid.uuid4().hex, software(), Modes.here())
+        kind = _Dask if _is_dask(client) else _Futures
+        self._hands = kind(client, about, packed(work))
         self._ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._under_way: dict[Any, _Chunk] = {}
         self._again: deque[_Chunk] = deque()
@@ -340,6 +396,13 @@ class Cluster(Generic[T]):
             self._lost(chunk, error)
             return
         self._seen.add(answer.worker)
+        done = [record.key for record in answer.records]
+        if done != chunk.keys[: len(done)] or (answer.kind == "done" and len(done) < len(chunk.keys)):
+            raise InfrastructureError(
+                f"{answer.worker} was given {len(chunk.keys)} jobs, from {self._work.describe(chunk.keys[0])} on, and "
+                f"answers {len(done)}{f', from {done[0]} on' if done else ''}: client= mixes up or shortens answers. "
+                f"Nothing of this one was kept; finished jobs are"
+            )
         if answer.kind == "missing":
             self._lacking += 1
             self._again.append(chunk)
@@ -435,12 +498,12 @@ def _said(record: Any) -> dict[str, str]:
 class _Futures:
     """An executor as in `concurrent.futures`. Whose worker takes a task is not known before it answers."""
 
-    def __init__(self, client: Any, token: str, needed: dict[str, str], sent: bytes) -> None:
-        self._client, self._token, self._needed, self._sent = client, token, needed, sent
+    def __init__(self, client: Any, about: tuple[str, dict[str, str], Modes], sent: bytes) -> None:
+        self._client, self._about, self._sent = client, about, sent
 
     def give(self, chunk: bytes, *, whole: bool) -> Any:
         try:
-            return self._client.submit(do_chunk, self._token, self._needed, self._sent if whole else None, chunk)
+            return self._client.submit(do_chunk, *self._about, self._sent if whole else None, chunk)
         except RuntimeError as error:  # broken, or shut down
             raise self._gone(error) from error
 
@@ -449,11 +512,11 @@ class _Futures:
         return given if isinstance(given, int) else seen + 1
 
     def excuse(self, error: BaseException, jobs: str) -> bool:
-        if isinstance(error, Exception):
+        if not isinstance(error, KeyboardInterrupt):
             raise self._gone(error) from error
         return False
 
-    def _gone(self, error: Exception) -> InfrastructureError:
+    def _gone(self, error: BaseException) -> InfrastructureError:
         return InfrastructureError(
             f"the executor given as client= can do no more ({type(error).__name__}: {error}). Finished jobs are kept: "
             f"run again with a new one to resume"
@@ -464,14 +527,14 @@ class _Futures:
 
     def close(self) -> None:
         """Processes hold their copy until they get other work, or end."""
-        _held.pop(self._token, None)  # threads of this process
+        _held.pop(self._about[0], None)  # threads of this process
 
 
 class _Dask:
     """A `dask.distributed.Client`."""
 
-    def __init__(self, client: Any, token: str, needed: dict[str, str], sent: bytes) -> None:
-        self._client, self._token, self._needed, self._sent = client, token, needed, sent
+    def __init__(self, client: Any, about: tuple[str, dict[str, str], Modes], sent: bytes) -> None:
+        self._client, self._about, self._sent = client, about, sent
         if client.asynchronous:
             raise ConfigError("client= takes a distributed.Client(…) that is not asynchronous")
         self._suspects: set[str] = set()
@@ -550,8 +613,7 @@ class _Dask:
         if self._suspects and (others := [one for one in self._client.nthreads() if one not in self._suspects]):
             restricted = {"workers": others, "allow_other_workers": True}
         name = f"flipproof-{uuid.uuid4().hex}"
-        sent = (self._token, self._needed, self._there, chunk)
-        return self._client.submit(do_chunk, *sent, pure=False, key=name, **restricted)
+        return self._client.submit(do_chunk, *self._about, self._there, chunk, pure=False, key=name, **restricted)
 
     def workers(self, seen: int) -> int:
         if time.monotonic() - self._looked > 2 and self._client.status == "running":
@@ -590,7 +652,7 @@ class _Dask:
         if self._client.status == "running":
             self._there.release()
             there = [worker for worker in self._client.nthreads() if worker not in self._suspects]
-            self._client.run(forget, self._token, workers=there, wait=False, on_error="ignore")
+            self._client.run(forget, self._about[0], workers=there, wait=False, on_error="ignore")
 
 
 def _versions(facts: Any) -> dict[str, str | None]:
@@ -629,21 +691,29 @@ def packed(work: Work[Any]) -> bytes:
         cloudpickle, own = None, []
     else:
         own = [module for module in [*sys.modules.values()] if _not_installed(module)]
-    file = io.BytesIO()
+    file, pickling = io.BytesIO(), _Pickling(cloudpickle or pickle)
     try:
-        for module in own:
-            cloudpickle.register_pickle_by_value(module)
-        torch.save(work, file, pickle_module=_Pickling(cloudpickle or pickle), pickle_protocol=5)
+        with _packing:
+            own = [module for module in own if module.__name__ not in cloudpickle.list_registry_pickle_by_value()]
+            try:
+                for module in own:
+                    cloudpickle.register_pickle_by_value(module)
+                torch.save(work, file, pickle_module=pickling, pickle_protocol=5)
+            finally:
+                for module in own:
+                    cloudpickle.unregister_pickle_by_value(module)
+        pickling.check_arrays()
     except (pickle.PicklingError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         hint = "" if cloudpickle else ". With the package cloudpickle, functions written in place can be sent too"
         raise ConfigError(
             f"client= sends model, data, metrics and output to other processes, and something in them cannot be sent: "
             f"{type(error).__name__}: {error}{hint}"
         ) from error
-    finally:
-        for module in own:
-            cloudpickle.unregister_pickle_by_value(module)
     return file.getvalue()
+
+
+_packing = threading.Lock()
+"""What is pickled by value is the whole process's affair."""
 
 
 class _Pickling:
@@ -654,18 +724,45 @@ class _Pickling:
     """
 
     def __init__(self, module: Any) -> None:
+        self._arrays: list[np.ndarray[Any, Any]] = []
+        self._tensors: list[tuple[str, torch.Tensor]] = []
+        outer = self
+
         class Pickler(module.Pickler):  # type: ignore[misc]
             def reducer_override(self, obj: Any) -> Any:
+                if isinstance(obj, np.ndarray) and obj.size:
+                    outer._arrays.append(obj)
+                if isinstance(obj, nn.Module):
+                    held = [*obj._parameters.items(), *obj._buffers.items()]
+                    outer._tensors += [(name, tensor) for name, tensor in held if tensor is not None]
                 if isinstance(obj, fx.GraphModule):
                     _check_traced(obj)
                 if isinstance(obj, nn.Module) and parametrize.is_parametrized(obj):
                     plain = parametrize.type_before_parametrizations(obj)
-                    return _bare, (plain,), vars(obj), None, None, _parametrised
+                    state = {name: value for name, value in vars(obj).items() if name != "_flat_weight_refs"}
+                    return _bare, (plain,), state, None, None, _parametrised
                 found = getattr(super(), "reducer_override", None)
                 return NotImplemented if found is None else found(obj)
 
         self.Pickler = Pickler
         self.__name__ = module.__name__
+
+    def check_arrays(self) -> None:
+        """Refuse NumPy arrays over the memory of a parameter or buffer: they would no longer share it.
+
+        Raises:
+            PicklingError: naming the tensor.
+        """
+        for name, tensor in self._tensors:
+            if tensor.device.type != "cpu" or tensor.layout is not torch.strided or not tensor.numel():
+                continue
+            memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+            for array in self._arrays:
+                if np.may_share_memory(array, memory):
+                    raise pickle.PicklingError(
+                        f"a NumPy array of shape {array.shape} lies in the memory of {name!r}, and would no longer do "
+                        f"so where it arrives: faults would not reach it. Read the tensor instead"
+                    )
 
 
 def _bare(kind: type[nn.Module]) -> nn.Module:
@@ -675,6 +772,9 @@ def _bare(kind: type[nn.Module]) -> nn.Module:
 def _parametrised(module: nn.Module, attributes: dict[str, Any]) -> None:
     """Make of a bare module the parametrised one that had these attributes."""
     vars(module).update(attributes)
+    if isinstance(module, nn.RNNBase):  # which keeps weak references to its weights, and those cannot be sent
+        held = module._flat_weights
+        module._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in held]
     parametrize._inject_new_class(module)
     for name in module.parametrizations:  # type: ignore[union-attr]
         parametrize._inject_property(module, name)

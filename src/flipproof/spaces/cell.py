@@ -293,7 +293,16 @@ def _reading_of(format: Format, coding: Coding, words: Tensor, decoded: Tensor) 
         return None
     table, lost = _table_of(format) if not coding else _table(format, coding)
     flat = words.contiguous().reshape(-1).numpy()
-    return Lookup(flat.view(f"u{flat.itemsize}"), table, lost)
+    found = Lookup(flat.view(f"u{flat.itemsize}"), table, lost)
+    return found if _reads_alike(found, decoded, format.width) else None
+
+
+def _reads_alike(lookup: Lookup, decoded: Tensor, width: int) -> bool:
+    """Whether the table reads all words as they were read: torch keeps the payload of a NaN or not, as it comes."""
+    rows = len(lookup.table)
+    words = lookup.words.reshape(rows, -1) & np.array(2**width - 1, lookup.words.dtype)
+    read = np.take_along_axis(lookup.table.view(np.uint32), words.astype(np.int64), axis=1)
+    return np.array_equal(read.reshape(-1), decoded.contiguous().reshape(-1).numpy().view(np.uint32))
 
 
 @lru_cache(maxsize=16)

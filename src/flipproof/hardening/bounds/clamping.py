@@ -111,10 +111,10 @@ def _room_for(x: Tensor) -> Tensor:
     if x.nbytes < _SMALLEST or not _lock.acquire(blocking=False):  # a child may be forked while it is taken
         return torch.empty_like(x)
     try:
-        for i, buffer in enumerate(_kept):
-            if buffer.size == x.numel() and sys.getrefcount(buffer) == _FREE:
+        for i in range(len(_kept)):
+            if _kept[i].size == x.numel() and _references(_kept, i) == _FREE:
                 _kept.append(_kept.pop(i))  # the one that is longest unused comes first
-                return torch.from_numpy(buffer).view(x.shape)
+                return torch.from_numpy(_kept[-1]).view(x.shape)
         buffer = _aligned(x.numel())
         _kept.append(buffer)
         while sum(kept.nbytes for kept in _kept) > _MOST:
@@ -124,8 +124,8 @@ def _room_for(x: Tensor) -> Tensor:
         _lock.release()
 
 
-_FREE = 3
-"""References to a kept array that no tensor holds: the list's, the loop's, and that of asking."""
+def _references(kept: list[Any], i: int) -> int:
+    return sys.getrefcount(kept[i])
 
 
 def _aligned(size: int) -> Any:
@@ -134,6 +134,9 @@ def _aligned(size: int) -> Any:
     first = -raw.ctypes.data % 64 // 4
     return raw[first : first + size]
 
+
+_FREE = _references([_aligned(1)], 0)
+"""References to a kept array that nobody else holds, as this interpreter counts them."""
 
 _LARGEST = float(np.finfo(np.float32).max)
 
