@@ -43,7 +43,7 @@ def test_ctrl_c_leaves_nothing_behind(call):
 @pytest.mark.parametrize(
     ("call", "place"),
     [
-        *(("corrupted", place) for place in ("parameters.py:_to_the_end", "parameters.py:_restore", "words.py:undo")),
+        *(("corrupted", place) for place in ("words.py:make_room", "words.py:undo")),
         *(("corrupted", place) for place in ("_interrupts.py:__exit__", "_interrupts.py:__enter__", "words.py:apply")),
         *(
             ("stored", place)

@@ -649,6 +649,7 @@ def warnings_of():
         found += [str(one.message) for one in caught]
 
 
+@LONG
 def test_a_scheduler_that_is_restarted(programs, ours, tmp_path):
     programs.start_worker()
     journal = tmp_path / "journal.jsonl"

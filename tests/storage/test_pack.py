@@ -264,7 +264,7 @@ def test_packed_words_outside_the_reach_of_compiled_code_are_hit_alike(stuck, mo
     found = []
     for reach in (True, False):  # on a CUDA device: words that a kernel for the CPU cannot see
         if not reach:
-            monkeypatch.setattr(fp.FaultSpace, "_paths", lambda self: (None, list(self.cells)))
+            monkeypatch.setattr(fp.FaultSpace, "_paths", lambda self: (None, None, list(self.cells)))
         with space.corrupted(space.faults(hits, stuck=stuck)) as changed:
             found.append((changed, packed.clone()))
         assert torch.equal(packed, before)

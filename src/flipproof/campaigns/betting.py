@@ -40,7 +40,7 @@ class Bets:
         >>> bets = Bets(0.0, 1.0)
         >>> bets.add([0.0] * 200, within=(0.0, 1.0), stakes=(1.0, 1.0))
         >>> [round(end, 4) for end in bets.interval(0.95)]
-        [0.0, 0.0188]
+        [0.0, 0.0186]
     """
 
     def __init__(self, low: float, high: float) -> None:
