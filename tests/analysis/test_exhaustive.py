@@ -86,6 +86,19 @@ class Attention(nn.Module):
         return self.last(x.mean(dim=1))
 
 
+class EarlyExit(nn.Module):
+    """The whole batch leaves early if half of its rows are sure enough."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        early = self.first(x.flatten(1)[:, :6])
+        sure = torch.softmax(early, 1).amax(1).median() > 0.9
+        return torch.where(sure, early, self.last(torch.relu(early)))
+
+
 class Mixing(nn.Module):
     """What a row answers depends on the largest value of its batch."""
 
@@ -162,6 +175,7 @@ CASES = {
     "affine": (Convolutional, images(6), fp.Affine(4)),
     "a code over blocks": (Convolutional, images(6), fp.SECDED(fp.FixedPoint(8), block=32)),
     "rows that mix": (Mixing, images(6), None),
+    "early exit": (EarlyExit, images(15), None),
     "rows that know their place": (Placed, images(6), None),
     "state": (Stateful, images(5, 4), None),
     "raising": (Raising, images(5), None),
@@ -170,8 +184,9 @@ POOLED = {
     "convolutional": {"conv.weight", "conv.bias", "norm.weight", "norm.bias", "last.weight", "last.bias"},
     "residual": {"stem.weight", "one.weight", "one.bias", "two.weight", "last.weight", "last.bias"},
     "shared": {"tied_again.bias", "last.weight", "last.bias"},
-    "attention": {"embed.weight", "norm.weight", "norm.bias", "mix.weight", "mix.bias", "last.weight", "last.bias"},
+    "attention": {"last.weight", "last.bias"},  # .chunk gives a tuple, which is not looked into
     "rows that mix": {"last.weight", "last.bias"},
+    "early exit": set(),
     "rows that know their place": {"last.weight", "last.bias"},
     "state": set(),
     "raising": set(),
@@ -388,6 +403,15 @@ def test_rows_that_mix_only_under_faults_are_not_pooled():
     found = fp.inject_all(Rarely(), images(6))
     assert {record.site for record in found if record.shared} == {"last.weight", "last.bias"}
     assert found.tried == found.of
+
+
+def test_a_part_that_there_cannot_be_is_refused(mlp, blobs, tmp_path):
+    path = tmp_path / "journal.jsonl"
+    fp.inject_all(mlp, blobs, journal=path, shard="1/50")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:-1], lines[-1].replace('"chunk":0', '"chunk":1000')]) + "\n")
+    with pytest.raises(JournalError, match=r"part 1000 of .* that has \d+ parts"):
+        fp.BitTable.load(path)
 
 
 def test_a_wrong_shortcut_stops_the_work_and_is_off_when_it_is_resumed(mlp, blobs, whole, tmp_path, monkeypatch):

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flipproof.campaigns.allocation import Belief, allocation, stakes
+from flipproof.campaigns.allocation import Belief, _two_values, allocation, stakes
 from flipproof.campaigns.betting import Bets
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.rate_coverage import POPULATIONS, estimate
+from benchmarks.rate_coverage import POPULATIONS, Seen, estimate
 
 RUNS = 100
 
@@ -93,3 +93,21 @@ def test_bets_take_what_was_there():
         bets.add(np.full(100, k / 30), within=(0.0, 1.0), stakes=(0.1, 0.1))
     assert len(bets) == 3000
     assert bets.mean == pytest.approx(29 / 60)
+
+
+def test_two_values_have_the_mean_and_the_spread():
+    rng = np.random.default_rng(0)
+    mean = np.concatenate([[0.0, 1.0, 0.5, 0.5], rng.random(10_000)])
+    spread = np.concatenate([[0.0, 0.0, 0.0, 0.5], np.sqrt(mean[4:] * (1 - mean[4:])) * rng.random(10_000)])
+    up, down, part = _two_values(mean, spread)
+    assert down.min() >= 0
+    assert up.max() <= 1 + 1e-12
+    assert part * up + (1 - part) * down == pytest.approx(mean)
+    assert part * (up - mean) ** 2 + (1 - part) * (down - mean) ** 2 == pytest.approx(spread**2)
+
+
+def test_both_ends_close_where_rare_draws_are_far_below_the_others():
+    """Accuracy at a low rate: nearly always that without faults, now and then that of guessing."""
+    accuracies = Seen(np.concatenate([np.full(290, 0.95), np.full(10, 0.1)]))
+    found = estimate(accuracies, 0, margin=0.02, most=20_000)
+    assert found.draws < 3000

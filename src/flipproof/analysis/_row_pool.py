@@ -31,7 +31,6 @@ from flipproof.running.data import answered
 from flipproof.running.evaluation import FaultyRunError, is_infrastructure
 from flipproof.running.faulty import FaultyModel
 from flipproof.running.resume import Suffixes
-from flipproof.running.straight import refers_to_tensors
 from flipproof.running.values import copied, laid_alike, same
 from flipproof.spaces.contract import Faults, Positions, WordOutcomes
 from flipproof.spaces.parameters import FaultSpace
@@ -123,6 +122,8 @@ class RowPool:
         self._tensor = next(cell.tensor for cell in self._space.cells if cell.site is site)
         if self._tensor.device.type != "cpu":
             raise LookupError("rows are pooled on a CPU only")
+        if not suffixes.row_wise_from(before + 1):
+            raise LookupError(f"a step behind {site.name} may look at more than one sample")
         self._before = before
         self._batch = faulty.batches.sizes[0]
         many = [name for name, held in faulty.model.named_parameters(remove_duplicate=False) if held.dim() > 1]
@@ -443,7 +444,7 @@ def pool_of(faulty: FaultyModel, suffixes: Suffixes | None, site: Site) -> RowPo
         suffixes: of the model; None if it could not be traced.
         site: the tensor.
     """
-    if suffixes is None or (callable(faulty.output) and refers_to_tensors(faulty.output)):
+    if suffixes is None or callable(faulty.output):  # which may look at all rows, and only under faults
         return None
     try:
         pool = RowPool(faulty, suffixes, site)

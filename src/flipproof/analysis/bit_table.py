@@ -19,7 +19,7 @@ from flipproof._fields import Fields, wrong
 from flipproof.campaigns.statistics import mean_intervals
 from flipproof.engine.arrays import array_from_json, array_to_json
 from flipproof.engine.journal import Journal, differences
-from flipproof.errors import ConfigError, JournalMismatch
+from flipproof.errors import ConfigError, JournalError, JournalMismatch
 from flipproof.running.scales import OUTCOMES
 
 KIND = "bit table"
@@ -236,7 +236,13 @@ class BitTable:
                         f"{path} is of another table than {journals[0]}. What differs ({journals[0]} → {path}):\n  "
                         + "\n  ".join(apart)
                     )
+            parts = {site.name: -(-site.words // header.chunk) for site in header.sites}
             for record in found:
+                if record.chunk >= parts.get(record.site, record.chunk + 1):
+                    raise JournalError(
+                        f"{path} holds part {record.chunk} of {record.site}, a tensor that has {parts[record.site]} "
+                        f"parts: the file was edited or damaged"
+                    )
                 if record.key in seen:
                     raise ConfigError(
                         f"{seen[record.key]} and {path} both hold part {record.chunk} of {record.site}: pass each "

@@ -105,14 +105,25 @@ class Belief:
         mean = self.sums / seen
         spread = np.sqrt(np.maximum(self.squares / seen - mean**2, 0))
         whole = bool((self.squares >= self.sums - 1e-9).all())  # nothing but 0 and 1 was seen
-        up, down = (np.ones_like(mean), np.zeros_like(mean)) if whole else (mean + spread, mean - spread)
-        part = mean if whole else np.full_like(mean, 0.5)
+        up, down, part = (np.ones_like(mean), np.zeros_like(mean), mean) if whole else _two_values(mean, spread)
         return [
             (np.clip(up, 0, 1), part * self.drawn / total),
             (np.clip(down, 0, 1), (1 - part) * self.drawn / total),
             (np.ones_like(mean), expected / total),
             (np.zeros_like(mean), (1 - expected) / total),
         ]
+
+
+def _two_values(mean: FloatArray, spread: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Two values in [0, 1] of this mean and spread, and the probability of the upper one."""
+    variance = np.minimum(spread**2, mean * (1 - mean))
+    above = np.minimum(np.sqrt(variance), 1 - mean)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        below = np.where(above > 0, variance / above, 0.0)
+        above = np.where(below > mean, variance / mean, above)
+        below = np.minimum(below, mean)
+        part = np.where(above + below > 0, below / (above + below), 0.5)
+    return mean + above, mean - below, part
 
 
 def allocation(belief: Belief, margin: float, confidence: float) -> FloatArray:

@@ -650,11 +650,11 @@ def _quantities(runner: TrialRunner, of: str, images: int | None) -> dict[str, S
                 f"the metric {name} has no bounds, and an interval that holds for any distribution needs them: say its "
                 f"range by fp.Metric, or leave it out of metrics="
             )
-        if images is not None and not scale.per_sample:
+        if images is not None and not scale.per_sample and len(runner.faulty.batches.sizes) > 1:
             raise ConfigError(
-                f"the metric {name} is not a mean over samples, so trials have to run all of them: a trial ran "
-                f"{images} here. Pass batches of all samples with images={runner.faulty.batches.samples}, or leave it "
-                f"out of metrics="
+                f"a trial runs {images} of {runner.faulty.batches.samples} samples here, and {name} is not known to be "
+                f"a mean over samples, as accuracy is. Pass one batch of all samples and images= as many, or leave "
+                f"{name} out of metrics="
             )
         found[name] = scale
     return {of: found[of], **{name: scale for name, scale in found.items() if name != of}}

@@ -23,6 +23,8 @@ def check_device(model: nn.Module, device: object) -> torch.device:
         return device_of(model)
     try:
         found: torch.device = torch.device(device)  # type: ignore[call-overload]
+        if found.type == "meta" and device_of(model).type != "meta":
+            raise RuntimeError("a meta device holds no values")
         if found.type != "meta":
             torch.empty(1, device=found)
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from flipproof.running.data import Output, call, own, pick
 from flipproof.running.device import device_of
 from flipproof.running.evaluation import eval_mode, one_thread
+from flipproof.running.row_wise import row_wise
 from flipproof.running.snapshots import Snapshot
 from flipproof.running.straight import global_hooks, refers_to_tensors, run_straight
 from flipproof.running.values import PLAIN, Copies, bytes_of, copied, same, separate
@@ -65,6 +66,7 @@ class Suffixes:
         self._windows: dict[int, Windows] = {}
         self._images: list[dict[fx.Node, Tensor]] = []
         self._inputs: Sequence[Any] = ()
+        self._row_wise: frozenset[fx.Node] | None = None
         self._prepared: tuple[Any, ...] | None = None
 
     def __reduce__(self) -> tuple[Callable[..., Suffixes | None], tuple[Any, ...]]:
@@ -142,6 +144,14 @@ class Suffixes:
         uses = {(self._first_use.get(name), self._last_use.get(name)) for name in names}
         first, last = uses.pop() if len(uses) == 1 else (None, None)
         return first if first is not None and first == last and self._nodes[first].op == "call_module" else None
+
+    def row_wise_from(self, cut: int) -> bool:
+        """Whether every step from a cut on gives each sample of the first batch what it alone makes of it."""
+        if self._row_wise is None:
+            arguments = list(_arguments(self._model, own(self._inputs[0])).values())
+            sizes = {len(leaf) for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim()}
+            self._row_wise = row_wise(self._traced, arguments, sizes.pop()) if len(sizes) == 1 else frozenset()
+        return all(node in self._row_wise for node in self._nodes[cut:])
 
     def uses(self, names: Iterable[str]) -> list[int]:
         """The cuts right before the first uses of these tensors, ascending."""
