@@ -609,7 +609,8 @@ def test_the_only_worker_that_has_the_model_is_killed(programs, ours, tmp_path):
     pd.testing.assert_frame_equal(rows(found), expected_of(ours, programs, 150), check_exact=True)
 
 
-@pytest.mark.parametrize("kind", ["hang", pytest.param("stop", marks=LONG)])
+@LONG
+@pytest.mark.parametrize("kind", ["hang", "stop"])
 def test_a_worker_that_hangs(programs, ours, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(cluster, "STALLED", 1.0)
     monkeypatch.setattr(cluster, "SLOWER", 0.1)
