@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from flipproof._fields import Fields
 from flipproof.analysis.probes import ProbedSite, Prober
 from flipproof.campaigns.fingerprint import attributes_digest, code_digest, digest_of
+from flipproof.campaigns.plan import Identity
 from flipproof.engine.journal import Journal, Key
 from flipproof.errors import ConfigError, JournalError
 from flipproof.running.device import release_memory
@@ -18,15 +17,8 @@ from flipproof.running.evaluation import unlike
 R = TypeVar("R")
 
 
-@dataclass(frozen=True)
-class AnalysisHeader:
-    """What is analysed and how: the first line of an analysis' journal.
-
-    Attributes:
-        fingerprint: everything that changes what is found, by name.
-    """
-
-    fingerprint: Mapping[str, Any]
+class AnalysisHeader(Identity):
+    """What is analysed and how: the first line of an analysis' journal."""
 
     @classmethod
     def of(cls, prober: Prober, **settings: Any) -> AnalysisHeader:
@@ -56,27 +48,6 @@ class AnalysisHeader:
                 "device": prober.device.type,
             }
         )
-
-    @property
-    def identity(self) -> tuple[Mapping[str, Any], ...]:
-        """What must be the same to resume."""
-        return (self.fingerprint,)
-
-    @property
-    def plan(self) -> None:
-        """How much is to be done follows from what is analysed."""
-
-    def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
-        return {"fingerprint": dict(self.fingerprint)}
-
-    @classmethod
-    def from_json(cls, header: dict[str, Any]) -> AnalysisHeader:
-        """The inverse of `to_json`."""
-        about = Fields(header, "the header")
-        found = cls(about.mapping("fingerprint"))
-        about.end()
-        return found
 
 
 class ModuleJobs(Generic[R]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import nan
-from typing import Any
+from typing import Any, Self
 
 from flipproof._fields import Fields, wrong
 from flipproof.running.scales import Scale
@@ -208,6 +208,38 @@ class Header:
             versions={name: versions.text(name) for name in about.mapping("versions")},
             **given,
         )
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What is asked and of what: the first line of a journal whose work follows from that alone.
+
+    Attributes:
+        fingerprint: everything that changes what is found, by name.
+    """
+
+    fingerprint: Mapping[str, Any]
+
+    @property
+    def identity(self) -> tuple[Mapping[str, Any], ...]:
+        """What must be the same to resume."""
+        return (self.fingerprint,)
+
+    @property
+    def plan(self) -> None:
+        """How much is to be done follows from what is asked."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {"fingerprint": dict(self.fingerprint)}
+
+    @classmethod
+    def from_json(cls, header: dict[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        about = Fields(header, PLACE)
+        found = cls(about.mapping("fingerprint"))
+        about.end()
+        return found
 
 
 def _fingerprint(about: Fields) -> Fingerprint:

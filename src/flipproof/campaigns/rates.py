@@ -20,7 +20,7 @@ from flipproof.campaigns.allocation import SPLITS, Belief, FloatArray, allocatio
 from flipproof.campaigns.assess import noting, ready, switch_off, take_shortcuts
 from flipproof.campaigns.betting import Bets
 from flipproof.campaigns.fingerprint import fingerprint_of
-from flipproof.campaigns.plan import Plan
+from flipproof.campaigns.plan import Identity, Plan
 from flipproof.campaigns.populations import (
     Everything,
     FlipCounts,
@@ -258,36 +258,8 @@ class RateEstimate:
     left_out: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class RateHeader:
-    """What is estimated and how: the first line of the journal of `estimate_rates`.
-
-    Attributes:
-        fingerprint: everything that changes what is found, by name.
-    """
-
-    fingerprint: Mapping[str, Any]
-
-    @property
-    def identity(self) -> tuple[Mapping[str, Any], ...]:
-        """What must be the same to resume."""
-        return (self.fingerprint,)
-
-    @property
-    def plan(self) -> None:
-        """How much is to be done follows from what is estimated."""
-
-    def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
-        return {"fingerprint": dict(self.fingerprint)}
-
-    @classmethod
-    def from_json(cls, header: dict[str, Any]) -> RateHeader:
-        """The inverse of `to_json`."""
-        about = Fields(header, "the header")
-        found = cls(about.mapping("fingerprint"))
-        about.end()
-        return found
+class RateHeader(Identity):
+    """What is estimated and how: the first line of the journal of `estimate_rates`."""
 
 
 @dataclass(frozen=True)

@@ -321,7 +321,7 @@ class FaultSpace(Space):
             stretches = [(cell, cell.stretch) for cell in self.cells]
             compiled = [stretch for _, stretch in stretches if stretch is not None]
             rest = [cell for cell, stretch in stretches if stretch is None]
-            there, coded = on_device(rest)
+            there, coded = _on_device(rest)
             moved = [cell.site.name for cell in coded if not cell.packed and cell.tensor.dtype != cell.site.dtype]
             if moved:
                 raise FaultSpaceError(f"{moved[0]} changed its dtype since the fault space was made; make a new space")
@@ -355,7 +355,7 @@ class FaultSpace(Space):
         """None: it depends on the draw."""
 
 
-def on_device(cells: list[Cell]) -> tuple[DeviceMemory | None, list[Cell]]:
+def _on_device(cells: list[Cell]) -> tuple[DeviceMemory | None, list[Cell]]:
     """Cells that are changed where they lie on an accelerator, and the others."""
     mine = [cell for cell in cells if cell.addressed]
     mine = [cell for cell in mine if cell.tensor.device == mine[0].tensor.device]
