@@ -213,7 +213,7 @@ def test_saved_words_come_back(safe, tmp_path):
         ({"workers": None}, "workers= a whole number from 1"),
         ({"journal": ""}, "path of a folder as journal="),
         ({"line": 8}, "line= a whole number from 64"),
-        ({"device": "meta"}, "nothing runs on device='meta'"),
+        ({"device": "meta"}, "got 'meta': a meta device holds no values"),
         ({"ber": 0.49}, "are needed, and then some code words are lost: none of 512 bits"),
     ],
 )

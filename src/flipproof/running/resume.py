@@ -31,6 +31,7 @@ from flipproof.running.evaluation import eval_mode, one_thread
 from flipproof.running.row_wise import row_wise
 from flipproof.running.snapshots import Snapshot
 from flipproof.running.straight import global_hooks, refers_to_tensors, run_straight
+from flipproof.running.tracing import Tracer
 from flipproof.running.values import PLAIN, Copies, bytes_of, copied, same, separate
 from flipproof.running.windows import Windows, changed_window, put
 
@@ -76,7 +77,7 @@ class Suffixes:
     @classmethod
     def trace(cls, model: nn.Module, inputs: Sequence[Any]) -> Suffixes | None:
         """Trace a model in eval mode for these batches; None where that would not be faithful."""
-        tracer = _Tracer()
+        tracer = Tracer()
         if any(global_hooks()):
             return None
         if any(_is_opaque(m, m is model or not tracer.is_leaf_module(m, "")) for m in model.modules()):
@@ -539,12 +540,6 @@ def sharing_memory(model: nn.Module, names: Iterable[str]) -> list[set[str]]:
             groups.append({name})
             place, end = device, stop
     return [group for group in groups if len(group) > 1]
-
-
-class _Tracer(fx.Tracer):
-    """Keeps buffers symbolic, so that what a forward computes from one is computed again under faults."""
-
-    proxy_buffer_attributes = True
 
 
 def _arguments(model: nn.Module, inputs: Any) -> dict[str, Any]:

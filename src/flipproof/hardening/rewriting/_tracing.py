@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from flipproof.errors import ModelError
 from flipproof.hardening.bounds.activations import CALLABLES, METHODS, Activation, function_of
 from flipproof.hardening.rewriting._calls import TENSOR, Call, Pattern
+from flipproof.running.tracing import Tracer
 
 
 class Untraceable(Exception):
@@ -187,9 +188,7 @@ def _compile(module: nn.Module) -> None:
 # --- tracing -------------------------------------------------------------------------------------------------------
 
 
-class _Tracer(fx.Tracer):
-    proxy_buffer_attributes = True
-
+class _Tracer(Tracer):
     def __init__(self, pattern: Pattern) -> None:
         super().__init__()
         self._pattern = pattern
