@@ -120,7 +120,7 @@ def assess(
             16 MiB, and 256 MiB for neurons. Records do not depend on it.
         progress: show a progress bar; None shows it on a terminal.
         audit: share of the trials that run again whole, uncached, on a fresh copy of the model, at least five; of a
-            trial over neurons up to eight upsets, each in a forward of its own. One difference stops the campaign,
+            trial over neurons also two of its upsets, each in a forward of its own. One difference stops the campaign,
             and what caused it is switched off when it is resumed. 0 audits nothing.
         shard: "3/100" runs the third of a hundred parts of the trials, for array jobs; `merge` puts the journals
             together.
