@@ -30,6 +30,18 @@ def same_weights_every_time() -> Iterator[None]:
 
 
 @pytest.fixture
+def gated() -> None:
+    """For tests of what `harden`, `protect` and `pack_` end with."""
+
+
+@pytest.fixture(autouse=True)
+def no_gate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other test goes without: an export takes longer than most of them."""
+    if "gated" not in request.fixturenames:
+        monkeypatch.setattr("flipproof.running.ways.Few._ways", lambda *_: iter(()))
+
+
+@pytest.fixture
 def mlp() -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))

@@ -37,11 +37,14 @@ from .faults import StuckAt as StuckAt
 from .formats import BCH as BCH
 from .formats import CEP as CEP
 from .formats import MSET as MSET
+from .formats import MX as MX
 from .formats import SECDED as SECDED
 from .formats import Affine as Affine
 from .formats import BFloat16 as BFloat16
 from .formats import BitClipped as BitClipped
+from .formats import BlockFloat as BlockFloat
 from .formats import FixedPoint as FixedPoint
+from .formats import Float as Float
 from .formats import Float8E4M3 as Float8E4M3
 from .formats import Float8E5M2 as Float8E5M2
 from .formats import Float16 as Float16
@@ -69,6 +72,7 @@ from .hardening.report import HardeningReport as HardeningReport
 from .hardening.report import hardening_report as hardening_report
 from .reports.html import report as report
 from .reports.tables import compare as compare
+from .running.deployment import Deployment as Deployment
 from .running.metrics import Metric as Metric
 from .running.tasks import Classification as Classification
 from .running.tasks import Custom as Custom
@@ -80,6 +84,7 @@ from .running.tasks import Regression as Regression
 from .running.tasks import Segmentation as Segmentation
 from .running.tasks import Task as Task
 from .running.tasks import Tokens as Tokens
+from .running.ways import check_deployment as check_deployment
 from .spaces.parameters import FaultSpace as FaultSpace
 from .spaces.sites import Neurons as Neurons
 from .spaces.sites import Parameters as Parameters

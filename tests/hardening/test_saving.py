@@ -226,7 +226,7 @@ class TestHostileFiles:
     @pytest.mark.parametrize(
         ("field", "value", "message"),
         [
-            ("version", 1, "expected version 3 of the format, got 1; save the model again"),
+            ("version", 1, "expected version 4 of the format, got 1; save the model again"),
             ("method", 3, "method: expected a text, got 3"),
             ("sites", {"0": 1}, "sites: expected a list, got a?.*'0'"),
             ("sites", ["x"], r"sites\[0\]: expected an object with named fields, got 'x'"),

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import flipproof as fp
+from flipproof.formats._split import Split
 from flipproof.spaces.contract import Faults
 
 FORMATS = [
@@ -18,6 +19,7 @@ FORMATS = [
     fp.Rounded(fp.BFloat16(), 12),
     fp.RangeChecked(fp.SECDED(fp.FixedPoint(3, 9))),
     fp.TripleMSB(fp.Affine(bits=3)),
+    fp.SECDED(fp.Float(4, 3)),
 ]
 OTHERS = [
     fp.formats.Float64(),
@@ -25,6 +27,10 @@ OTHERS = [
     fp.Float8E5M2(),
     fp.BitClipped(fp.Float16(), zeros=(14,)),
     fp.Parity(fp.Float32()),
+    fp.Float(6, 9, "none"),
+    fp.Float(8, 12),
+    fp.BlockFloat(8, 3, 16),
+    *map(fp.MX, ("MXFP8E5M2", "MXFP6E3M2", "MXFP4", "MXINT8")),
 ]
 
 
@@ -109,15 +115,17 @@ def test_every_other_format_is_traced_bit_by_bit(format):
         assert same(module(x), other(x))
 
 
-@pytest.mark.parametrize("format", [fp.formats.Float32(), fp.formats.Float16(), fp.formats.BFloat16()], ids=repr)
-def test_floats_by_arithmetic_are_the_bit_patterns(format):
-    from flipproof.formats.floating import _by_arithmetic
-
+@pytest.mark.parametrize(
+    ("format", "split"),
+    [(fp.Float32(), Split(8, 23)), (fp.Float16(), Split(5, 10)), (fp.BFloat16(), Split(8, 7))],
+    ids=repr,
+)
+def test_floats_by_arithmetic_are_the_bit_patterns(format, split):
     if format.width == 16:
         words = torch.arange(-(2**15), 2**15).to(torch.int16)
     else:
         words = torch.cat([torch.randint(-(2**31), 2**31, (100000,)), torch.arange(-70000, 70000)]).to(torch.int32)
-    assert same(_by_arithmetic(words, format.storage).float(), format.decode_words(words, (), torch.float32))
+    assert same(split.decode(words, torch.float32), format.decode_words(words, (), torch.float32))
 
 
 def test_decoded_weights_travel_as_floats():

@@ -25,11 +25,12 @@ from flipproof.running.decision import Decision
 from flipproof.running.snapshots import LIBRARIES, RECORDS, of_library, slots_of
 from flipproof.running.straight import global_hooks, names_in
 from flipproof.running.tasks.base import Rows
+from flipproof.running.ways import DEPLOYMENT
 from flipproof.spaces.contract import Space
 
 _LIBRARIES = LIBRARIES | {"torchmetrics", "torchvision"}
 """Packages whose code is known by the name of what it defines."""
-_OWN_WORDS = frozenset({"_parameters", "_buffers", "_modules", "training", "_non_persistent_buffers_set"})
+_OWN_WORDS = frozenset({"_parameters", "_buffers", "_modules", "training", "_non_persistent_buffers_set", DEPLOYMENT})
 
 
 def fingerprint_of(runner: TrialRunner, faults: FaultModel, where: object) -> Fingerprint:

@@ -259,6 +259,8 @@ def blocks(index: Tensor, together: int, total: int) -> Tensor:
     """
     if together == 1:
         return index
+    if total <= together:  # one block, maybe a shorter one
+        return torch.arange(total if index.numel() else 0, device=index.device)
     last = max(total // together - 1, 0)
     first = torch.unique((index // together).clamp(max=last))
     every: Tensor = (first[:, None] * together + torch.arange(together, device=index.device)).reshape(-1)

@@ -48,7 +48,9 @@ class BitClipped(Format):
         if not isinstance(self.inner, Format):
             raise FormatError(f"BitClipped clips the words of a Format, got {self.inner!r}")
         if self.inner.together > 1 or self.inner.stored_constants:
-            raise FormatError(f"BitClipped clips words that stand alone; put it inside {type(self.inner).__name__}")
+            raise FormatError(
+                f"BitClipped clips words that stand alone; {self.inner!r} has others: put it inside, if it can"
+            )
         for name in ("zeros", "ones"):
             given = getattr(self, name)
             bits = [given] if isinstance(given, int) else list(given)

@@ -26,9 +26,10 @@ class Protected(Format):
         if not isinstance(self.inner, Format):
             raise FormatError(f"{type(self).__name__} protects the words of a Format, got {self.inner!r}")
         if self.inner.together > 1:
-            raise FormatError(
-                f"{self.inner!r} codes blocks of words; {type(self).__name__} can be inside it, not around"
+            inside = (
+                "can be inside it, not around" if hasattr(self.inner, "inner") else "goes around words that stand alone"
             )
+            raise FormatError(f"{self.inner!r} reads blocks of words together; {type(self).__name__} {inside}")
         if self.inner.stored_constants:
             raise FormatError(
                 f"{self.inner!r} stores constants of the tensor; {type(self).__name__} can be inside it, not around"

@@ -43,6 +43,8 @@ class Rounded(Format):
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Format):
             raise FormatError(f"Rounded shortens the words of a Format, got {self.inner!r}")
+        if self.inner.together > 1 and not hasattr(self.inner, "inner"):
+            raise FormatError(f"Rounded shortens words that stand alone; {self.inner!r} reads blocks of words together")
         if self.inner.together > 1 or self.inner.stored_constants or hasattr(self.inner, "checks"):
             raise FormatError(
                 f"Rounded drops low bits of words that stand for values; {self.inner!r} holds check bits. Put Rounded "

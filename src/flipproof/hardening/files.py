@@ -28,10 +28,12 @@ from flipproof.hardening.rewriting.layers import Fenced, channel_axis
 from flipproof.hardening.rewriting.recurrent import Opened
 from flipproof.hardening.rewriting.sites import ActivationSite, Rewritten, Unreachable, rewrite
 from flipproof.running.data import call
+from flipproof.running.deployment import Deployment
 from flipproof.running.device import device_of
 from flipproof.running.evaluation import eval_mode
+from flipproof.running.ways import DEPLOYMENT
 
-VERSION = 3
+VERSION = 4
 """Of the format: counts up whenever what is written changes. A file of another version is refused."""
 
 KINDS: dict[str, type[Bounded]] = {name: getattr(bounds, name) for name in bounds.__all__ if name != "Bounded"}
@@ -79,6 +81,7 @@ def save_hardened(hardened: nn.Module, path: str | os.PathLike[str]) -> Path:
         "clean_drop": report.clean_drop,
         "judged": None if report.judged is None else vars(report.judged),
         "slack": report.slack,
+        "deployment": None if report.deployment is None else report.deployment.to_json(),
         "seconds": report.seconds,
         "forwards": report.forwards,
         "opened": any(isinstance(module, Opened) for module in hardened.modules()),
@@ -133,8 +136,11 @@ def load_hardened(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         example=about.example,
         judged=about.judged,
         slack=about.slack,
+        deployment=about.deployment,
     )
     vars(rewritten.model)[REPORT] = report
+    if about.deployment is not None:
+        vars(rewritten.model)[DEPLOYMENT] = about.deployment
     return rewritten.model
 
 
@@ -160,6 +166,7 @@ class _About:
     example: Any
     judged: Acceptance | None
     slack: float | None
+    deployment: Deployment | None
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[_About, dict[str, Tensor]]:
@@ -196,6 +203,7 @@ def _about(fields: Fields) -> _About:
         example=from_plain(fields.take("example"), fields.at("example")),
         judged=None if fields.take("judged") is None else _judged(fields.inside("judged")),
         slack=None if fields.take("slack") is None else fields.number("slack"),
+        deployment=None if fields.take("deployment") is None else Deployment.from_json(fields.inside("deployment")),
     )
 
 

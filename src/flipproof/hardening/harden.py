@@ -25,9 +25,11 @@ from flipproof.hardening.report import REPORT, HardeningReport
 from flipproof.hardening.rewriting.sites import Rewritten, refuse_what_hides_its_values, rewrite
 from flipproof.running.data import Data, Output, tensor_bytes
 from flipproof.running.decision import DecisionChoice
+from flipproof.running.deployment import Deployment
 from flipproof.running.device import device_of
-from flipproof.running.tasks.base import Task
+from flipproof.running.tasks.base import Rows, Task
 from flipproof.running.tasks.classification import task_of
+from flipproof.running.ways import DEPLOYMENT, OPERATIONS, SAMPLES, Few
 
 MEMORISED, MANY = 0.99, 50
 """From this accuracy on so many samples, the report reminds that the model may have been trained on them."""
@@ -49,6 +51,7 @@ def harden(
     journal: str | os.PathLike[str] | None = None,
     workers: int = 1,
     progress: bool | None = None,
+    gate: bool = True,
 ) -> nn.Module:
     """A copy of a model whose activations are bounded, so that faulty values are cut off where they arise.
 
@@ -72,6 +75,9 @@ def harden(
             interruption and it resumes there, to the same thresholds. None keeps nothing.
         workers: processes for the campaigns that a method runs (`FTClipAct`); thresholds do not depend on it.
         progress: show a bar; None shows it on a terminal.
+        gate: end with `check_deployment` on a few held-out samples: one at a time against all together, `torch.export`,
+            and onnxruntime where it is installed, each beside what the model itself differs by. What came of it is in
+            the report, and a warning if answers differ by more than rounding. False leaves it out.
 
     Raises:
         ConfigError: if the method or the data is missing or given twice.
@@ -120,6 +126,8 @@ def harden(
             f"the model is right on {whole.accuracy:.1%} of the calibration data: if it was trained on them, a drop of "
             f"accuracy shows late there; the number of disturbed samples says more"
         )
+    vars(rewritten.model).pop(DEPLOYMENT, None)  # of the model that this was made of
+    deployment = deployed(rewritten.model, model, held) if gate else None
     parameters, with_thresholds = (sum(p.numel() for p in each.parameters()) for each in (model, rewritten.model))
     report = HardeningReport(
         method=repr(method),
@@ -135,6 +143,7 @@ def harden(
         example=shapes_of(whole.batches.inputs[0]),
         judged=judged,
         slack=work.slack,
+        deployment=deployment,
     )
     vars(rewritten.model)[REPORT] = report
     if report.unreachable:
@@ -150,6 +159,10 @@ def harden(
             f"room: slack=1.25, or None to have it found",
             FlipproofWarning,
             stacklevel=3,
+        )
+    if deployment is not None and not deployment.agrees:
+        warnings.warn(
+            f"the hardened copy answers otherwise where it is deployed. {deployment}", FlipproofWarning, stacklevel=3
         )
     if judged.costs:
         warnings.warn(
@@ -205,6 +218,17 @@ def _steady(model: nn.Module, method: Hardening, work: Work, held: Calibration) 
                             end.add_(sign * 0.01 * end.abs().clamp_min(float(end.abs().mean())))
         work.notes.append(f"bounds of {', '.join(unsteady)} were widened by 1 %: rounding alone carried values across")
     return unsteady_layers(model, work.rewritten, held)
+
+
+def deployed(model: nn.Module, plain: nn.Module, held: Calibration, decoded: nn.Module | None = None) -> Deployment:
+    """Whether a model answers a few samples alike one by one and exported, as far as the plain one; kept with it."""
+    count = min(SAMPLES, held.samples)
+    some, reading = held.some(torch.arange(count), count), held.output
+    rows = reading if isinstance(reading, Rows) else None
+    output = reading if rows is None else rows.output
+    few = Few(some.batches.inputs[0], held.cut, count, output, held.judge, some.batches.targets, rows)
+    found = vars(model)[DEPLOYMENT] = few.compared(model, plain, operations=OPERATIONS, decoded=decoded)
+    return found
 
 
 def _check(rewritten: Rewritten) -> None:

@@ -12,6 +12,7 @@ from flipproof.errors import ModelError
 from flipproof.hardening.bounds.activations import FUNCTIONS
 from flipproof.hardening.fitting.acceptance import Acceptance
 from flipproof.hardening.rewriting.sites import ActivationSite, Unreachable
+from flipproof.running.deployment import Deployment
 
 REPORT = "_flipproof_hardening"
 """Attribute of a hardened model that holds its report."""
@@ -36,6 +37,8 @@ class HardeningReport:
         judged: the held-out samples before and after, pair by pair; None for files of older versions.
         slack: bounds lie (or the search for them began) at so many times the largest values seen; None for methods
             that do not say.
+        deployment: whether it answers alike one sample at a time and exported (`check_deployment`); None if that was
+            not asked for (``gate=False``).
         example: (shape, dtype) of the inputs of one batch, to time the model with; None if they are not all tensors.
     """
 
@@ -52,6 +55,7 @@ class HardeningReport:
     example: Any = field(repr=False, compare=False, default=None)
     judged: Acceptance | None = None
     slack: float | None = None
+    deployment: Deployment | None = None
 
     def table(self) -> pd.DataFrame:
         """One row an activation: `name`, `module`, `function`, `calls`, `bounded`, `reason`."""
@@ -79,6 +83,8 @@ class HardeningReport:
         lines += [f"  not bounded: {entry.name}: {entry.reason}" for entry in self.unreachable]
         if self.judged is not None:
             lines.append(f"  {self.judged}")
+        if self.deployment is not None:
+            lines += [f"  {line}" for line in str(self.deployment).splitlines()]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 

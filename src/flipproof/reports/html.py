@@ -19,6 +19,7 @@ from flipproof.campaigns.assessment import Assessment
 from flipproof.errors import ConfigError
 from flipproof.reports.style import OUTCOME_STYLE, SERIES, SWEEPS, sweep_of
 from flipproof.reports.tables import between, compare, coverage_text, findings, number
+from flipproof.running.deployment import Deployment
 from flipproof.running.scales import OUTCOMES, Scale
 
 STYLE = """
@@ -52,12 +53,14 @@ bit by bit.</p>
 """
 
 
-def report(path: str | os.PathLike[str], /, **assessments: Assessment) -> Path:
+def report(path: str | os.PathLike[str], /, **found: Assessment | Deployment) -> Path:
     """Write one HTML page that needs nothing else: no network, no other file.
 
     Args:
         path: of the page; its folder is made.
-        assessments: at least one, by name; the first is the baseline, as in `compare`.
+        found: assessments, at least one, by name; the first is the baseline, as in `compare`. What `check_deployment`
+            found of a model (``fp.hardening_report(safe).deployment``, ``fp.protect(…).deployment``) is shown beside
+            them.
 
     Returns:
         The path.
@@ -73,6 +76,8 @@ def report(path: str | os.PathLike[str], /, **assessments: Assessment) -> Path:
         ...     fp.report(f"{folder}/report.html", base=base).read_text(encoding="utf-8")[:15]
         '<!doctype html>'
     """
+    assessments = {name: each for name, each in found.items() if not isinstance(each, Deployment)}
+    deployments = {name: each for name, each in found.items() if isinstance(each, Deployment)}
     if not assessments:
         raise ConfigError("report takes at least one assessment by name: fp.report('report.html', base=…)")
     table = compare(**assessments)
@@ -85,6 +90,7 @@ def report(path: str | os.PathLike[str], /, **assessments: Assessment) -> Path:
         body.append("<h2>Gains over the first campaign</h2>" + _gains(table, first))
     for name, assessment in assessments.items():
         body.append(f"<h2>{escape(name)}</h2>" + _one(assessment))
+    body += [f"<h2>{escape(name)}: where it is deployed</h2>" + _deployment(each) for name, each in deployments.items()]
     body.append("<h2>How to read this</h2>" + _READING)
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>flipproof report</title>'
@@ -93,6 +99,22 @@ def report(path: str | os.PathLike[str], /, **assessments: Assessment) -> Path:
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return Path(path)
+
+
+def _deployment(found: Deployment) -> str:
+    rows = [
+        {
+            "way": way.name,
+            "answers": way.result,
+            "largest difference": "–" if way.difference is None else f"{way.difference:.3g}",
+            "put down to rounding": "–" if way.room is None else f"up to {way.room:.3g}",
+            "decisions that change": "–" if way.changed is None else str(way.changed),
+            "why": way.reason,
+        }
+        for way in found.ways
+    ]
+    said = f"Without faults, {found.samples} samples, each way held against the model as it is."
+    return f"<p>{said}</p>{html_table(pd.DataFrame(rows), text=('way', 'answers', 'why'))}"
 
 
 def _campaigns(assessments: Mapping[str, Assessment]) -> str:

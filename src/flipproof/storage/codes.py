@@ -308,6 +308,6 @@ def shannon_ratio(format: Format, ber: float) -> float:
     >>> round(shannon_ratio(fp.BCH(fp.Affine(bits=5, axis=0), t=14, block=385), 1e-2), 3)
     1.222
     """
-    data = format.inner.width if isinstance(format, Blocks) else format.width
     layout = format.layout(format.together)
+    data = format.inner.width if isinstance(format, Blocks) else layout.bits / layout.values
     return float(np.divide(layout.bits / layout.values * capacity(ber), data))

@@ -224,7 +224,7 @@ def explore(
         tried = [BASELINE, *(stored(width) for width in feasible), *formats]
         for name, method in (hardenings or {}).items():
             assert calibration is not None
-            safe = harden(model, method, data=calibration, output=output, task=asked, progress=progress)
+            safe = harden(model, method, data=calibration, output=output, task=asked, progress=progress, gate=False)
             for format in tried:
                 exploring.judge(safe, format, hardening=name, full=True)
     narrowest = min((width for width, good in feasible.items() if good), default=None)

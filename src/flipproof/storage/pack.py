@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import warnings
+from copy import deepcopy
+
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from flipproof._interrupts import held
-from flipproof.errors import FormatError
+from flipproof.errors import FlipproofWarning, FormatError
 from flipproof.formats.base import Format
 from flipproof.formats.packing import Packed
+from flipproof.running.data import Data, Output
+from flipproof.running.ways import DEPLOYMENT, OPERATIONS, SAMPLES, Few
 from flipproof.spaces.sites import Parameters, check_where
 from flipproof.spaces.tensors import FormatChoice, asked_format, check_format, check_hit, inventory
 
 
-def pack_(model: nn.Module, format: FormatChoice, *, where: Parameters | None = None) -> nn.Module:
+def pack_(
+    model: nn.Module,
+    format: FormatChoice,
+    *,
+    where: Parameters | None = None,
+    check: Data | None = None,
+    output: Output = None,
+) -> nn.Module:
     """Turn a model, in place, into one whose parameters are bit-packed words in memory, decoded at every use.
 
     A parameter of n values becomes a uint8 buffer of ⌈n · width / 8⌉ bytes, ``{name}`` →
@@ -29,6 +41,10 @@ def pack_(model: nn.Module, format: FormatChoice, *, where: Parameters | None = 
         format: as in `assess`: one Format (quantising ones store the weights of layers) or a mapping {pattern: Format}
             of names. A parameter that it does not name stays as it is, in its own type.
         where: which parameters, all by default; buffers are never packed.
+        check: batches `(inputs, targets)` to end with `check_deployment` on, beside the model as it was before, of
+            which a copy is kept meanwhile. It warns if answers differ by more than rounding;
+            ``fp.check_deployment(model)`` gives what was found.
+        output: picks the tensor to compare then, as for `assess`.
 
     Returns:
         The model itself.
@@ -71,10 +87,20 @@ def pack_(model: nn.Module, format: FormatChoice, *, where: Parameters | None = 
         chosen.append((candidate.name, found))
     if not chosen:
         raise FormatError(f"pack_: no parameter of this {type(model).__name__} is stored by {format!r}")
+    few = None if check is None else Few.of(model, check, SAMPLES, output, None)
+    plain = None if check is None else deepcopy(model)
     with held():
         for name, found in chosen:
             owner, _, attribute = name.rpartition(".")
             _store(model.get_submodule(owner), attribute, found)
+        vars(model).pop(DEPLOYMENT, None)  # it is another model now
+    if few is None:
+        return model
+    deployment = vars(model)[DEPLOYMENT] = few.compared(model, plain, operations=OPERATIONS)
+    if not deployment.agrees:
+        warnings.warn(
+            f"the packed model answers otherwise where it is deployed. {deployment}", FlipproofWarning, stacklevel=2
+        )
     return model
 
 
@@ -119,6 +145,7 @@ def unpack_(model: nn.Module) -> nn.Module:
         for (module, name, packed), values in zip(found, decoded, strict=True):
             # a looked-up table or a view of the words is no memory for a parameter to keep
             _restore(module, name, nn.Parameter(values.clone(), requires_grad=packed.trained))
+        vars(model).pop(DEPLOYMENT, None)
     return model
 
 

@@ -49,12 +49,13 @@ from flipproof.formats import (
 )
 from flipproof.hardening.files import save_hardened
 from flipproof.hardening.fitting.calibration import Calibration
-from flipproof.hardening.harden import harden
+from flipproof.hardening.harden import deployed, harden
 from flipproof.hardening.methods.base import Hardening
 from flipproof.hardening.methods.guard import Guard
 from flipproof.hardening.overhead import time_ratio
 from flipproof.running.data import Data, Output
 from flipproof.running.decision import DecisionChoice
+from flipproof.running.deployment import Deployment
 from flipproof.running.device import check_device, device_of
 from flipproof.running.evaluation import one_thread
 from flipproof.running.tasks.base import Task
@@ -76,7 +77,7 @@ from flipproof.storage.budget import (
 from flipproof.storage.codes import LINE, ideal_rate, untouched
 from flipproof.storage.explore import Question, file_name
 from flipproof.storage.files import save_packed
-from flipproof.storage.pack import pack_
+from flipproof.storage.pack import pack_, unpack_
 from flipproof.storage.survival import AT, FRONT, LADDER, Form, Tried, Trying, bisected, inject, least_on
 
 PROTECTED = "protected"
@@ -159,6 +160,8 @@ class Protection:
             there, `limit` (what its memory could survive at best, if its data bits were coded ideally).
         assessments: the campaigns of `evidence` by name, for `compare` and `report`.
         metric: the task's main metric, by which all this is judged: what is called accuracy here, and its column.
+        deployment: whether the protected model answers alike one sample at a time and exported (`check_deployment`);
+            None if that was not asked for (``gate=False``).
     """
 
     model: nn.Module
@@ -176,6 +179,7 @@ class Protection:
     assessments: dict[str, Assessment]
     hardened: nn.Module | None = field(default=None, repr=False)
     metric: str = "accuracy"
+    deployment: Deployment | None = None
 
     @property
     def kept(self) -> float:
@@ -206,7 +210,7 @@ class Protection:
                 f"faults are kept (none: not even without faults, or at no rate that was tried):\n"
                 f"{front.to_string(index=False)}"
             )
-        return text
+        return text if self.deployment is None else f"{text}\n\n{self.deployment}"
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the words, the tables and the verdict to a folder.
@@ -256,6 +260,7 @@ def protect(
     decision: DecisionChoice = None,
     device: str | torch.device | None = None,
     progress: bool | None = None,
+    gate: bool = True,
 ) -> Protection:
     """Choose how a model is stored so that it survives a bit error rate within budgets, and prove it.
 
@@ -299,6 +304,8 @@ def protect(
         decision: see `assess`.
         device: see `assess`.
         progress: see `assess`.
+        gate: end with `check_deployment` of the protected model on a few samples to verify on, beside the model as it
+            came. What is exported there is the model that `unpack_` makes: its decoders may be long. See `harden`.
 
     Raises:
         ConfigError: on rates or shares that are none, or if nothing fits the memory: it says how much is needed.
@@ -443,6 +450,7 @@ def protect(
         assessments=making.found,
         hardened=hardened,
         metric=making.metric,
+        deployment=deployed(safe, work, verifying, unpack_(deepcopy(safe))) if gate else None,
     )
 
 
@@ -689,6 +697,7 @@ def _bounded(
             output=choosing.output,
             task=choosing.task,
             progress=False,
+            gate=False,
         )
         extra = sum(p.numel() * p.element_size() * 8 for n, p in safe.named_parameters() if n not in own)
         takes = (plan.bits + extra) / making.planner.now - 1
