@@ -47,6 +47,7 @@ from .formats import Float8E5M2 as Float8E5M2
 from .formats import Float16 as Float16
 from .formats import Float32 as Float32
 from .formats import InPlaceECC as InPlaceECC
+from .formats import Integer as Integer
 from .formats import LSBParity as LSBParity
 from .formats import Parity as Parity
 from .formats import RangeChecked as RangeChecked
@@ -70,6 +71,7 @@ from .hardening.report import hardening_report as hardening_report
 from .reports.html import report as report
 from .reports.tables import compare as compare
 from .running.metrics import Metric as Metric
+from .spaces.onnx_model import OnnxModel as OnnxModel
 from .spaces.parameters import FaultSpace as FaultSpace
 from .spaces.sites import Neurons as Neurons
 from .spaces.sites import Parameters as Parameters

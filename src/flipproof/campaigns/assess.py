@@ -49,7 +49,7 @@ from flipproof.running.straight import refers_to_tensors
 from flipproof.spaces.contract import Space, Where
 from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Neurons, Parameters
-from flipproof.spaces.tensors import FormatChoice
+from flipproof.spaces.tensors import FormatChoice, program_hint
 
 
 def assess(
@@ -429,7 +429,7 @@ def ready(
     chosen = resolve(metrics)
     decision = check_choice(decision)
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"{verb} takes a torch.nn.Module first, got {model!r}")
+        raise ConfigError(f"{verb} takes a torch.nn.Module first, got {model!r}{program_hint(model)}")
     check_numbers(
         trials=plan.trials,
         workers=workers,

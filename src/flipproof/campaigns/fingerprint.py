@@ -24,6 +24,8 @@ from flipproof.running.data import Output, tensor_bytes
 from flipproof.running.snapshots import LIBRARIES, RECORDS, of_library, slots_of
 from flipproof.running.straight import global_hooks, names_in
 from flipproof.spaces.contract import Space
+from flipproof.spaces.quantised import parts
+from flipproof.spaces.tensors import elsewhere
 
 _LIBRARIES = LIBRARIES | {"torchmetrics", "torchvision"}
 """Packages whose code is known by the name of what it defines."""
@@ -67,7 +69,9 @@ def _weights_digest(model: nn.Module, space: Space) -> str:
     """A hash of every parameter and buffer, as the user gave them (not as a format decodes them)."""
     state = blake2b(digest_size=16)
     originals = space.originals()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    registered = [*model.named_parameters(), *model.named_buffers()]
+    named = [part for name, tensor in registered for part in parts(name, tensor)]
+    for name, tensor in [*named, *elsewhere(model)]:
         state.update(name.encode())
         state.update(tensor_bytes(originals.get(name, tensor)))
     return state.hexdigest()
