@@ -394,3 +394,24 @@ class TestEightBit(Contract):
         net = super().network()
         net(inputs())  # its first forward moves things, which a campaign would put back
         return net
+
+
+@pytest.mark.parametrize("layout", LAYERS)
+def test_every_bit_of_a_layout_flipped_alone(layout):
+    """`inject_all` shares forwards between flips, where that is proved; by hand, each flip has its own."""
+    net, x = network(layout), inputs()
+    with torch.no_grad():
+        golden = net(x)
+        where = fp.Parameters(include="2", kinds=("scale", "zero_point", "bias"), exclude="2.qzeros")
+        table = fp.inject_all(net, [(x, golden.argmax(dim=1))], where=where, progress=False)
+        space = FaultSpace(net, where=where)
+        masked = critical = due = 0
+        for bit in range(space.bits):
+            with space.corrupted(Faults(np.array([bit]))):
+                found = net(x)
+            lost = found.isnan().any(dim=1)
+            due += int(lost.sum())
+            critical += int((~lost & (found.argmax(dim=1) != golden.argmax(dim=1))).sum())
+            masked += int((found.view(torch.int32) == golden.view(torch.int32)).all(dim=1).sum())
+    assert table.bits[["masked", "critical_sdc", "due"]].sum().tolist() == [masked, critical, due]
+    assert table.bits["tried"].sum() == space.bits
