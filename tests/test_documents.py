@@ -23,6 +23,7 @@ PAGES = (
     "docs/honest-numbers.md",
     "docs/cluster.md",
     "docs/recurrent.md",
+    "docs/quantised.md",
     "docs/architecture.md",
     "docs/references.md",
 )
@@ -52,6 +53,15 @@ def test_the_readmes_example_runs_and_resumes(tmp_path):
     assert (tmp_path / "report.html").exists()
     assert in_a_fresh_process(tmp_path, "-W", "error", "example.py") == first
     assert {path: path.read_bytes() for path in journals} == journals  # every trial was there already
+
+
+def test_the_page_on_quantised_models_runs(tmp_path):
+    pytest.importorskip("torchao", reason="torchao is not installed (flipproof[quant])")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (flipproof[onnx])")
+    (tmp_path / "example.py").write_text("".join(python_in("docs/quantised.md")))
+    said = in_a_fresh_process(tmp_path, "example.py")
+    for word in ("0.weight.qdata", "zero_point", "Float32()", "coverage", "coded"):
+        assert word in said
 
 
 def write_contributings_files(folder: Path) -> None:

@@ -50,6 +50,7 @@ from .formats import Float8E5M2 as Float8E5M2
 from .formats import Float16 as Float16
 from .formats import Float32 as Float32
 from .formats import InPlaceECC as InPlaceECC
+from .formats import Integer as Integer
 from .formats import LSBParity as LSBParity
 from .formats import Parity as Parity
 from .formats import RangeChecked as RangeChecked
@@ -85,6 +86,7 @@ from .running.tasks import Segmentation as Segmentation
 from .running.tasks import Task as Task
 from .running.tasks import Tokens as Tokens
 from .running.ways import check_deployment as check_deployment
+from .spaces.onnx_model import OnnxModel as OnnxModel
 from .spaces.parameters import FaultSpace as FaultSpace
 from .spaces.sites import Neurons as Neurons
 from .spaces.sites import Parameters as Parameters

@@ -295,22 +295,29 @@ def test_integer_buffers_of_another_layout_take_the_coded_path():
     assert torch.equal(net.weight, before)
 
 
-def test_an_int8_model_is_not_measured_on_its_norms_alone_without_a_word():
+def test_an_int8_model_is_measured_on_its_words_without_being_asked():
     torch.manual_seed(0)
     net = Quantised().eval()
+    kinds = {site.name: site.kind for site in FaultSpace(net).sites}
+    assert kinds == {
+        "weight": "weight",
+        "weight_int8": "weight",
+        "zero_point": "zero_point",
+        "scale": "scale",
+        "norm.weight": "norm",
+        "norm.bias": "norm",
+    }
     x = torch.randn(10, 8)
     with torch.no_grad():
         data = [(x, net(x).argmax(dim=1))]
     setup = {"data": data, "faults": fp.BitErrorRate(1e-2), "trials": 4}
-    message = (
-        r"only .* % of the model's stored bits.*weight, weight_int8, zero_point and .*fp\.Parameters\(buffers=True\)"
-    )
+    message = r"only .* % of the model's stored bits.*index, norm.running_mean.*fp\.Parameters\(buffers=True\)"
     with pytest.warns(FlipproofWarning, match=message):
         found = fp.assess(net, **setup)
-    assert found.coverage < 0.5
+    assert found.coverage < 0.7
     assert found.summary.columns[-1] == "coverage"
     assert found.summary["coverage"].tolist() == [found.coverage]
-    assert found.left_out["weight"] == "a buffer: fp.Parameters(buffers=True) takes it"
+    assert found.left_out["index"] == "a buffer: fp.Parameters(buffers=True) takes it"
     with pytest.warns(FlipproofWarning, match="mask"):  # 48 bits of some 1,900
         whole = fp.assess(net, **setup, where=fp.Parameters(buffers=True))
     assert whole.coverage > 0.97
@@ -360,28 +367,18 @@ def test_pruned_weights_count_their_mask():
     assert space.coverage == (12 + 3) / (12 + 3 + 12)
 
 
-def test_packed_objects_of_torch_ao_are_left_out_by_name_with_their_bits():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own
-        part = torch.ao.nn.quantized.dynamic.Linear(4, 3)
-    net = nn.Sequential(nn.Linear(4, 4), part)
-    space = FaultSpace(net)
-    assert space.left_out.keys() == {"1._packed_params._packed_params"}
-    assert "packed by torch.ao as LinearPackedParamsBase" in space.left_out["1._packed_params._packed_params"]
-    assert space.left_out_bits == 12 * 8 + 3 * 32  # int8 weights and a float32 bias
-    assert space.coverage == 20 * 32 / (20 * 32 + space.left_out_bits)
-    assert "1._packed_params._packed_params (192 bits" in str(space.shortfall())
-    with pytest.raises(FaultSpaceError, match=r"packed by torch\.ao.*assess the floating-point model with format="):
-        FaultSpace(part)
-
-
-def test_subclasses_that_keep_their_words_to_themselves_are_refused_by_name():
+def test_the_words_of_a_wrapper_are_hit_where_they_lie():
     net = nn.Linear(3, 2)
     net.weight = nn.Parameter(Wrapped(net.weight.detach()), requires_grad=False)
-    with pytest.raises(FaultSpaceError, match=r"weight: is a Wrapped, .*torchao.*format=fp\.Affine\(8\)"):
-        FaultSpace(net)
-    space = FaultSpace(net, where=fp.Parameters(exclude="weight"))
-    assert (space.bits, space.left_out_bits) == (64, 48)
+    space = FaultSpace(net)
+    assert [(site.name, site.kind, site.format) for site in space.sites] == [
+        ("weight.words", "weight", Integer(8)),
+        ("bias", "bias", fp.Float32()),
+    ]
+    assert space.coverage == 1
+    with space.corrupted(space.faults([("weight.words", 4, 7)])):
+        assert net.weight.words.tolist() == [[0, 0, 0], [0, -128, 0]]
+    assert not net.weight.words.any()
 
 
 class Wrapped(Tensor):
@@ -404,6 +401,41 @@ class Wrapped(Tensor):
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         return args[0] if function is torch.ops.aten.detach.default else NotImplemented
+
+
+class Made(Tensor):
+    """A wrapper that makes its words whenever it is asked for them."""
+
+    @staticmethod
+    def __new__(cls, x: Tensor) -> Made:
+        return Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype)
+
+    def __init__(self, x: Tensor) -> None:
+        self.float = x
+
+    @property
+    def words(self) -> Tensor:
+        return self.float.to(torch.int8)
+
+    def __tensor_flatten__(self):
+        return ["words"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, context, size, stride):
+        return Made(inner["words"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return args[0] if function is torch.ops.aten.detach.default else NotImplemented
+
+
+def test_wrappers_that_make_their_words_anew_are_refused_by_name():
+    net = nn.Linear(3, 2)
+    net.weight = nn.Parameter(Made(net.weight.detach()), requires_grad=False)
+    with pytest.raises(FaultSpaceError, match=r"weight: is a Made, which makes its words anew"):
+        FaultSpace(net)
+    space = FaultSpace(net, where=fp.Parameters(exclude="weight"))
+    assert (space.bits, space.left_out_bits) == (64, 48)
 
 
 def test_float64_and_eight_bit_floats_have_a_format_of_their_own():

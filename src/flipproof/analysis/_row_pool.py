@@ -34,6 +34,7 @@ from flipproof.running.resume import Suffixes
 from flipproof.running.values import copied, laid_alike, same
 from flipproof.spaces.contract import Faults, Positions, WordOutcomes
 from flipproof.spaces.parameters import FaultSpace
+from flipproof.spaces.quantised import is_wrapper
 from flipproof.spaces.sites import Site
 
 _LOOKS = 1
@@ -169,6 +170,8 @@ class RowPool:
         if not plain or len(node.args) != 1 or node.kwargs or getattr(layer, "groups", 1) != 1:
             return None
         held: Any = layer
+        if is_wrapper(held.weight):  # whose words are no rows that a filter could be made of
+            return None
         return layer if self._tensor is held.weight or self._tensor is held.bias else None
 
     def answers(self, positions: Positions) -> Pooled:

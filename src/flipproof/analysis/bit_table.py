@@ -36,7 +36,7 @@ class TableSite:
     Attributes:
         name: qualified name.
         layer: qualified name of the module that holds it.
-        kind: "weight", "bias", "norm", "buffer" or "other".
+        kind: "weight", "bias", "norm", "buffer" or "other"; "scale" or "zero_point" of a quantised layer.
         format: how it is stored.
         words: how many words it has.
         flips: how many words have each bit, bit 0 first.

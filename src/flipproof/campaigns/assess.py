@@ -51,7 +51,7 @@ from flipproof.running.tasks.recognise import read
 from flipproof.spaces.contract import Space, Where
 from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Neurons, Parameters
-from flipproof.spaces.tensors import FormatChoice
+from flipproof.spaces.tensors import FormatChoice, program_hint
 
 
 def assess(
@@ -437,7 +437,7 @@ def ready(
     chosen = resolve(metrics)
     check_task(task)
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"{verb} takes a torch.nn.Module first, got {model!r}")
+        raise ConfigError(f"{verb} takes a torch.nn.Module first, got {model!r}{program_hint(model)}")
     check_numbers(
         trials=plan.trials,
         workers=workers,

@@ -27,6 +27,8 @@ from flipproof.running.straight import global_hooks, names_in
 from flipproof.running.tasks.base import Rows
 from flipproof.running.ways import DEPLOYMENT
 from flipproof.spaces.contract import Space
+from flipproof.spaces.quantised import parts
+from flipproof.spaces.tensors import elsewhere
 
 _LIBRARIES = LIBRARIES | {"torchmetrics", "torchvision"}
 """Packages whose code is known by the name of what it defines."""
@@ -71,7 +73,9 @@ def _weights_digest(model: nn.Module, space: Space) -> str:
     """A hash of every parameter and buffer, as the user gave them (not as a format decodes them)."""
     state = blake2b(digest_size=16)
     originals = space.originals()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    registered = [*model.named_parameters(), *model.named_buffers()]
+    named = [part for name, tensor in registered for part in parts(name, tensor)]
+    for name, tensor in [*named, *elsewhere(model)]:
         state.update(name.encode())
         state.update(tensor_bytes(originals.get(name, tensor)))
     return state.hexdigest()

@@ -28,13 +28,13 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from hashlib import blake2b
 from importlib.machinery import PathFinder
 from itertools import islice
 from math import ceil, inf
 from pathlib import Path
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -737,6 +737,10 @@ class _Pickling:
                     outer._tensors += [(name, tensor) for name, tensor in held if tensor is not None]
                 if isinstance(obj, fx.GraphModule):
                     _check_traced(obj)
+                elif isinstance(obj, nn.Module) and any(isinstance(v, torch.ScriptObject) for v in vars(obj).values()):
+                    return _bare, (type(obj),), dict(vars(obj)), None, None, _filled  # what torch.ao's own way forgets
+                if isinstance(obj, MethodType) and isinstance(obj.__func__, partial):  # as torchao prints its layers
+                    return MethodType, (obj.__func__, obj.__self__)
                 if isinstance(obj, nn.Module) and parametrize.is_parametrized(obj):
                     plain = parametrize.type_before_parametrizations(obj)
                     state = {name: value for name, value in vars(obj).items() if name != "_flat_weight_refs"}
@@ -767,6 +771,10 @@ class _Pickling:
 
 def _bare(kind: type[nn.Module]) -> nn.Module:
     return kind.__new__(kind)
+
+
+def _filled(module: nn.Module, attributes: dict[str, Any]) -> None:
+    vars(module).update(attributes)
 
 
 def _parametrised(module: nn.Module, attributes: dict[str, Any]) -> None:

@@ -188,8 +188,18 @@ class Format(ABC):
         """True if a tensor of `dtype` already holds exactly these words in its memory."""
         return False
 
+    def stores(self, dtype: torch.dtype) -> bool:
+        """Whether tensors of this type are stored in it: floating-point ones; codes store what their `inner` does.
+
+        >>> import flipproof as fp, torch
+        >>> code = fp.BCH(fp.formats.Integer(8), t=1)
+        >>> fp.Float16().stores(torch.float32), code.stores(torch.int8), code.stores(torch.float32)
+        (True, True, False)
+        """
+        return dtype.is_floating_point
+
     def encode(self, x: Tensor) -> Stored:
-        """Store a floating-point tensor.
+        """Store a tensor: a floating-point one, or what `stores` says.
 
         Args:
             x: values, any shape, also empty.
@@ -198,7 +208,7 @@ class Format(ABC):
             The stored tensor: `.words` has the shape of `x` and one integer element a value.
 
         Raises:
-            FormatError: if `x` is not floating point or holds values the format has no word for.
+            FormatError: if `x` is of a type that the format does not store, or holds values it has no word for.
 
         Example:
             >>> import flipproof as fp, torch
@@ -208,8 +218,9 @@ class Format(ABC):
             >>> stored.decode()
             tensor([ 1., -2.])
         """
-        if not x.is_floating_point():
-            raise FormatError(f"{self!r} stores floating-point values, got a tensor of {x.dtype}")
+        if not self.stores(x.dtype):
+            what = "floating-point values" if self.stores(torch.float32) else "integers of its own type alone"
+            raise FormatError(f"{self!r} stores {what}, got a tensor of {x.dtype}")
         x = x.detach()
         coding = self.fit(x)
         return Stored(self, self.encode_values(x, dense(coding, x.shape)), coding, x.dtype)

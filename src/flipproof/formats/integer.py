@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flipproof.errors import FormatError
-from flipproof.formats.base import Coding, Format, Stored, word_dtype
+from flipproof.formats.base import Coding, Format, word_dtype
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,8 @@ class Integer(Format):
     def is_native(self, dtype: torch.dtype) -> bool:
         return _TYPES.get(dtype) == (self.bits, self.signed)
 
-    def encode(self, x: Tensor) -> Stored:
-        if not self.is_native(x.dtype):
-            raise FormatError(f"{self!r} stores integers of its own type alone, got a tensor of {x.dtype}")
-        return Stored(self, self.encode_values(x.detach(), ()), (), x.dtype)
+    def stores(self, dtype: torch.dtype) -> bool:
+        return self.is_native(dtype)
 
     def encode_values(self, x: Tensor, coding: Coding) -> Tensor:
         return x.clone(memory_format=torch.contiguous_format).view(word_dtype(self.bits))

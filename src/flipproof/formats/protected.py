@@ -58,6 +58,9 @@ class Protected(Format):
     def width(self) -> int:
         return self.inner.width + self.checks
 
+    def stores(self, dtype: torch.dtype) -> bool:
+        return self.inner.stores(dtype)
+
     def fit(self, x: Tensor) -> Coding:
         return self.inner.fit(x)
 

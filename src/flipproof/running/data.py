@@ -11,13 +11,14 @@ from itertools import accumulate
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from flipproof._interrupts import check
 from flipproof.errors import DataError, FlipproofError
 from flipproof.running.values import rows_of
+from flipproof.spaces.quantised import is_wrapper, parts
 
 Data = Iterable[Any]
 """Batches `(inputs, targets)`, e.g. a DataLoader or a list."""
@@ -93,7 +94,9 @@ class Batches:
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
-    """Type, shape and every bit of a tensor, for hashing."""
+    """Type, shape and every bit of a tensor, for hashing; of one that wraps others, theirs."""
+    if is_wrapper(tensor):
+        return b"".join(name.encode() + tensor_bytes(part) for name, part in parts(type(tensor).__name__, tensor))
     plain = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
     flat = plain.cpu().contiguous().reshape(-1)
     return f"{tensor.dtype}{tuple(tensor.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes()
@@ -215,11 +218,12 @@ def call(model: nn.Module, inputs: Any) -> Any:
     """Run the model: a tuple or list is its arguments, a mapping its keyword arguments, anything else its input."""
     check()
     inputs = own(inputs)
+    run = partial(nn.Module.__call__, model) if isinstance(model, fx.GraphModule) else model  # which prints what raises
     if isinstance(inputs, Mapping):
-        return model(**inputs)
+        return run(**inputs)
     if isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence):
-        return model(*inputs)
-    return model(inputs)
+        return run(*inputs)
+    return run(inputs)
 
 
 def answered(raw: Any, output: Output) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
@@ -36,13 +36,29 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         )
     training = [module for module in model.modules() if module.training]
     if training:  # every trial comes by here, and nearly always finds the campaign's own eval mode
-        model.eval()
+        _evaluate(model)
     try:
         with torch.inference_mode(False), torch.no_grad():  # inference tensors would not count in-place changes
             yield
     finally:
         for module in training:
             module.training = True
+
+
+def _evaluate(model: nn.Module) -> None:
+    """`model.eval()`, where what torch.export made keeps the mode that it was exported in and refuses to be asked."""
+    graphs = [module for module in model.modules() if isinstance(module, fx.GraphModule)]
+    refusing = [(vars(module), dict(vars(module))) for module in graphs]
+    for attributes, _ in refusing:
+        attributes.pop("train", None)
+        attributes.pop("eval", None)
+    try:
+        model.eval()
+    finally:
+        for attributes, before in refusing:
+            now = {**attributes}
+            attributes.clear()
+            attributes.update({key: now.get(key, value) for key, value in before.items()})
 
 
 @contextmanager

@@ -34,6 +34,8 @@ from flipproof.running.straight import global_hooks, refers_to_tensors, run_stra
 from flipproof.running.tracing import Tracer
 from flipproof.running.values import PLAIN, Copies, bytes_of, copied, same, separate
 from flipproof.running.windows import Windows, changed_window, put
+from flipproof.spaces.packed_params import set_aside
+from flipproof.spaces.quantised import parts
 
 T = TypeVar("T")
 
@@ -105,10 +107,11 @@ class Suffixes:
             elif node.op == "call_module":
                 held = modules[str(node.target)]
                 inside = [
-                    *held.named_parameters(remove_duplicate=False),
-                    *held.named_buffers(remove_duplicate=False),
+                    *(name for name, _ in held.named_parameters(remove_duplicate=False)),
+                    *(name for name, _ in held.named_buffers(remove_duplicate=False)),
+                    *(f"{part}.{key}".lstrip(".") for part, m in held.named_modules() for key in set_aside(m)),
                 ]
-                names = [f"{node.target}.{name}" for name, _ in inside]
+                names = [f"{node.target}.{name}" for name in inside]
             for name in names:
                 first_use.setdefault(name, index)
                 last_use[name] = index
@@ -526,10 +529,11 @@ def sharing_memory(model: nn.Module, names: Iterable[str]) -> list[set[str]]:
     spans = []
     for name in names:
         tensor = attrgetter(name)(model)
-        if isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.numel():
-            reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            start = tensor.data_ptr()
-            spans.append((str(tensor.device), start, start + reach * tensor.element_size(), name))
+        for _, part in parts(name, tensor) if isinstance(tensor, Tensor) else ():
+            if part.layout == torch.strided and part.numel():
+                reach = 1 + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
+                start = part.data_ptr()
+                spans.append((str(part.device), start, start + reach * part.element_size(), name))
     groups: list[set[str]] = []
     place, end = "", 0
     for device, start, stop, name in sorted(spans):

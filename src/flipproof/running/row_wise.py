@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from flipproof.spaces.quantised import is_wrapper
+
 _MODULES: frozenset[type[nn.Module]] = frozenset(
     {
         *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear),
@@ -161,6 +163,8 @@ def _is_row_wise(
 
 def _module_is(module: nn.Module, rank: int) -> bool:
     kind = type(module)
+    if any(is_wrapper(parameter) for parameter in module.parameters()):
+        return False  # a library's tensors may quantise what they are given by a scale of the whole batch
     if isinstance(module, nn.modules.conv._ConvNd) and rank != module.weight.dim():
         return False  # one image without a batch
     if kind is nn.LayerNorm:

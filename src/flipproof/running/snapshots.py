@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from flipproof.errors import ModelError
+from flipproof.spaces.packed_params import set_aside
+from flipproof.spaces.quantised import every_tensor, is_wrapper
 
 _GONE = object()
 _version = attrgetter("_version")
@@ -74,8 +76,8 @@ class Snapshot:
         self.written: set[str] = set()
         """Names of everything that had to be put back so far."""
         self._seen: dict[int, Any] = {}
-        self._names = {id(tensor): name for name, tensor in _tensors_of(model).items()}
-        self._copies = {} if like is None else _tensors_of(like)
+        self._names = {id(tensor): name for name, tensor in every_tensor(model).items()}
+        self._copies = {} if like is None else every_tensor(like)
         pending: deque[tuple[str, Any]] = deque([("", model)])
         for kind in {type(module) for module in model.modules()}:
             pending.extend(self._keep_classes(kind))
@@ -174,7 +176,7 @@ class Snapshot:
 
     def share(self, like: nn.Module) -> None:
         """Let the tensors of a copy of the model serve where they hold the bits that were recorded: less memory."""
-        copies = _tensors_of(like)
+        copies = every_tensor(like)
         for kept in self._tensors:
             kept.share(copies.get(kept.name))
 
@@ -184,11 +186,17 @@ class Snapshot:
             return ()
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
+            held = getattr(value, "__dict__", None)
+            if held:  # a wrapper's tensors, the quantisation state of a weight
+                self._maps.append((path, held, dict(held)))
+            inside = [(_join(path, key), part) for key, part in held.items()] if held else []
+            if is_wrapper(value):
+                return inside
             if not value.is_meta and value.layout == torch.strided:
                 kept = _Kept(self._names.get(id(value), path), value)
                 kept.share(self._copies.get(kept.name))
                 self._tensors.append(kept)
-            return ()
+            return inside
         if isinstance(value, dict):
             self._maps.append((path, value, dict(value)))
             return [(_join(path, key), held) for key, held in value.items()]
@@ -214,7 +222,11 @@ class Snapshot:
         held: list[tuple[str, Any]] = []
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict):
-            self._maps.append((path, attributes, dict(attributes)))
+            elsewhere = set_aside(value) if isinstance(value, nn.Module) else frozenset()
+            if elsewhere:  # faults are put there by setting them, and taken out again by who does so
+                self._others.append(_of_attributes(path, attributes, elsewhere))
+            else:
+                self._maps.append((path, attributes, dict(attributes)))
             for key, inside in attributes.items():
                 inner = isinstance(value, nn.Module) and key in ("_parameters", "_buffers", "_modules")
                 name = path if inner else _join(path, key)
@@ -346,6 +358,20 @@ def _of_generator(name: str, value: Any) -> _Other | None:
     return None
 
 
+def _of_attributes(name: str, attributes: dict[str, Any], elsewhere: frozenset[str]) -> _Other:
+    """Attributes but for some."""
+
+    def read() -> dict[str, Any]:
+        return {key: value for key, value in attributes.items() if key not in elsewhere}
+
+    def write(before: dict[str, Any]) -> None:
+        for key in read().keys() - before.keys():
+            del attributes[key]
+        attributes.update(before)
+
+    return _Other(name, read, write, _same_values)
+
+
 def _of_slots(name: str, value: Any, slots: list[str]) -> _Other:
     def read() -> list[Any]:
         return [getattr(value, slot, _GONE) for slot in slots]
@@ -374,10 +400,11 @@ def _of_class(owner: type) -> _Other:
         for key, value in before.items():
             setattr(owner, key, value)
 
-    def same(now: dict[str, Any], before: dict[str, Any]) -> bool:
-        return now.keys() == before.keys() and all(now[key] is before[key] for key in now)
+    return _Other(owner.__qualname__, read, write, _same_values)
 
-    return _Other(owner.__qualname__, read, write, same)
+
+def _same_values(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    return now.keys() == before.keys() and all(now[key] is before[key] for key in now)
 
 
 def _ignore(_: object) -> None:
@@ -435,10 +462,6 @@ def of_library(thing: Any, libraries: frozenset[str] = LIBRARIES) -> bool:
 
 def _join(path: str, key: Any) -> str:
     return f"{path}.{key}" if path else str(key)
-
-
-def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    return dict([*model.named_buffers(remove_duplicate=False), *model.named_parameters(remove_duplicate=False)])
 
 
 class RandomState:

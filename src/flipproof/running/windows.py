@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from flipproof._kernels import kernel
 from flipproof.running.values import same
+from flipproof.spaces.quantised import is_wrapper
 
 _LARGEST = 0.7
 """Share of an image's side up to which computing a window takes less time than computing all of it."""
@@ -190,6 +191,7 @@ def _side(
         if type(layer) is nn.Conv2d:
             size, stride, padding = layer.kernel_size, layer.stride, layer.padding
             odd = len({*size}) > 1 or len({*stride}) > 1 or isinstance(padding, str) or len({*padding}) > 1
+            odd |= is_wrapper(layer.weight)  # what it makes of a window may depend on all of it
             if odd or layer.padding_mode != "zeros" or {*layer.dilation} != {1}:
                 return None
             return min((widest + size[0] - 2) // stride[0] + 1, sides[node])

@@ -158,7 +158,8 @@ class Sized:
     Attributes:
         name: what it is called in records.
         layer: qualified name of the module that it belongs to.
-        kind: "weight", "bias", "norm", "buffer" or "other"; "neuron" for computed values.
+        kind: "weight", "bias", "norm", "buffer" or "other"; "scale" or "zero_point" of a quantised layer; "neuron" for
+            computed values.
         shape: of its values.
         format: how they are stored.
         offset: number of its first bit in the space. Bit b of value v is `offset + v · width + b`; where words of a

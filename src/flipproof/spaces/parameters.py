@@ -14,6 +14,7 @@ from flipproof.errors import FaultSpaceError, FlipproofWarning
 from flipproof.spaces.cell import Cell, WordCount
 from flipproof.spaces.contract import Draw, Faults, Positions, Space, Start, WordOutcomes
 from flipproof.spaces.device_words import DeviceMemory
+from flipproof.spaces.packed_params import Packing
 from flipproof.spaces.sites import Parameters, Site, check_where
 from flipproof.spaces.tensors import (
     Candidate,
@@ -40,11 +41,12 @@ class FaultSpace(Space):
 
     coverage = bits that can be hit / (bits that can be hit + `left_out_bits`)
 
-    Stored are parameters, buffers (non-persistent ones too) and packed objects of torch.ao. What is in the space counts
-    in the format it is stored in, what is not in its own type; memory that several tensors share counts once. Not
-    counted are what inference never reads (`num_batches_tracked`) and the constants of formats (scale and zero point),
-    which are taken to lie in protected memory. Plain attributes of modules that are neither parameter nor buffer are
-    not seen.
+    Stored are parameters, buffers (non-persistent ones too), packed objects of torch.ao, and what hangs on quantised
+    layers (the absmax of bitsandbytes). What is in the space counts in the format it is stored in, what is not in its
+    own type; memory that several tensors share counts once. Not counted are what inference never reads
+    (`num_batches_tracked`) and the constants of formats (scale and zero point), which are taken to lie in protected
+    memory; those of a checkpoint that is quantised already are stored numbers like any other. Other plain attributes of
+    modules that are neither parameter nor buffer are not seen.
 
     Args:
         model: any eager module.
@@ -80,11 +82,13 @@ class FaultSpace(Space):
         check_format(format)
         self._asked = (where, format)
         cells: list[Cell] = []
+        packings: dict[int, tuple[Packing, list[str]]] = {}
         self.left_out: dict[str, str] = {}
         """What the model stores and is not in the space, and why."""
         self.left_out_bits = 0
         """Stored bits of all that, each in its own type."""
         self._unasked: list[Candidate] = []
+        self._held: dict[str, str] = {}
         offset = 0
         found = inventory(model)
         why = {candidate.name: where.leaves_out(candidate) for candidate in found}
@@ -100,6 +104,10 @@ class FaultSpace(Space):
             site = Site(names[0], names[1:], candidate.owner, candidate.kind, shape, like.dtype, chosen, offset)
             offset += site.bits
             cells.append(Cell(site, t, packed=candidate.packed, constants=candidate.constants))
+            if candidate.held:
+                self._held[candidate.name] = candidate.held
+            if (packing := candidate.packing) is not None:
+                packings.setdefault(id(packing), (packing, []))[1].append(candidate.name)
         if not cells:
             known = "\n  ".join(f"{c.name} ({c.kind}){f': {c.problem}' if c.problem else ''}" for c in found[:20])
             raise FaultSpaceError(
@@ -116,6 +124,8 @@ class FaultSpace(Space):
         self.cells = tuple(cells)
         """What is stored, tensor by tensor."""
         self._packed = [cell for cell in cells if cell.packed is not None]
+        self._packings = [packing for packing, _ in packings.values()]
+        self._packing_of = {name: packing for packing, names in packings.values() for name in names}
         self._hit = WordCount()
         self._as_stored = False
         self.sites: tuple[Site, ...] = tuple(cell.site for cell in cells)
@@ -161,7 +171,10 @@ class FaultSpace(Space):
     def again(self, model: nn.Module) -> FaultSpace:
         """The same space of a copy of the model."""
         where, format = self._asked
-        return FaultSpace(model, where=where, format=format)
+        found = FaultSpace(model, where=where, format=format)
+        if [(s.name, s.bits) for s in found.sites] != [(s.name, s.bits) for s in self.sites]:
+            raise FaultSpaceError("the copy of the model does not store what the model stores, so no fault is the same")
+        return found
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -229,6 +242,8 @@ class FaultSpace(Space):
             for cell in self.cells:
                 if not cell.held:
                     cell.store()
+            for packing in self._packings:
+                packing.settle()
             self._is_stored = True
             self._paths_at = None  # how words are read is known only now
             yield
@@ -236,6 +251,8 @@ class FaultSpace(Space):
             _to_the_end(self._take_back)
 
     def _take_back(self) -> None:
+        for packing in self._packings:
+            packing.put_back()
         for cell in self.cells:
             cell.take_back()
         for cell in self.cells:
@@ -264,7 +281,7 @@ class FaultSpace(Space):
             raise FaultSpaceError(
                 f"faults lie outside the space of {self.bits:,} bits: {positions[0]} … {positions[-1]}"
             )
-        if not self._is_stored and not all(cell.held for cell in self.cells):
+        if not self._is_stored and (self._packings or not all(cell.held for cell in self.cells)):
             with self.stored(), self.corrupted(draw) as changed:
                 yield changed
             return
@@ -272,6 +289,7 @@ class FaultSpace(Space):
         compiled, there, coded = self._paths()
         log = self._spare.pop() if self._spare else UndoLog()
         undo: Undo = []
+        anew = self._packed_anew(draw)
         self._hit = read = WordCount()
         try:
             for cell in self._packed:
@@ -297,15 +315,27 @@ class FaultSpace(Space):
                     changed += bits
                     in_memory += 0 if cell.packed is None else bits
             self._as_stored = in_memory == 0 and not read.differs
+            for packing in anew:
+                packing.install()
             yield changed
         finally:
             self._as_stored = False
+            for packing in anew:
+                packing.take_out()
             try:
                 if undo:
                     _to_the_end(lambda: _restore(undo))
             finally:
                 log.undo()
             self._spare.append(log)
+
+    def _packed_anew(self, draw: Draw) -> list[Packing]:
+        """What a draw makes torch.ao pack anew: one object a layer that is hit."""
+        if not self._packings or not len(draw):
+            return []
+        hit = {self.sites[i].name for i in self._touched(draw)}
+        found = {id(packing): packing for name, packing in self._packing_of.items() if name in hit}
+        return list(found.values())
 
     def _near(self, positions: Positions) -> frozenset[int]:
         """Identities of the cells from the first that is hit to the last: one fault is not sought in all of them."""
@@ -340,8 +370,10 @@ class FaultSpace(Space):
     def start(self, draw: Draw) -> Start:
         """Nothing changes before the first use of a tensor that is hit."""
         touched = [self.sites[i] for i in self._touched(draw)]
-        names = [name for site in touched for name in (site.name, *site.aliases)]
-        return Start(names, self._rows(touched[0], draw) if len(touched) == 1 else None)
+        held = self._held
+        names = [held.get(name, name) for site in touched for name in (site.name, *site.aliases)]
+        alone = len(touched) == 1 and touched[0].name not in held
+        return Start(names, self._rows(touched[0], draw) if alone else None)
 
     def _rows(self, site: Site, draw: Draw) -> tuple[int, int] | None:
         """The slices of axis 0 between which all faults of a draw lie, which are in this site."""

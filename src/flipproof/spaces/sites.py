@@ -19,14 +19,18 @@ from flipproof.spaces.tensors import KINDS, Candidate, FormatChoice, Kind, match
 class Parameters:
     """Fault space over a model's parameters: weights, biases, normalisation, thresholds, whatever it registers.
 
+    Of quantised layers it takes words, scales and zero points wherever their library keeps them.
+
     Args:
         include: glob patterns over qualified names; a module's name takes all it holds. "*" is everything.
         exclude: the same; it wins over `include`.
-        buffers: also hit buffers: BatchNorm's running statistics, integer weights of a quantised checkpoint, tables of
-            indices (whose faults raise on a CPU, which is a DUE, but can stop a CUDA device for good: exclude them
-            there). Counters that inference never reads (`num_batches_tracked`) stay out, and so do Boolean ones.
-        kinds: keep only these of "weight", "bias", "norm", "buffer", "other"; () keeps all. ``kinds=("weight",)`` is
-            FORTUNE's view: whatever a module calls a weight, normalisation left aside, and nothing else.
+        buffers: also hit buffers: BatchNorm's running statistics, tables of indices (whose faults raise on a CPU, which
+            is a DUE, but can stop a CUDA device for good: exclude them there). Counters that inference never reads
+            (`num_batches_tracked`) stay out, and so do Boolean ones. Buffers that hold the words of a quantised layer,
+            its scales or zero points are no buffers here, but what they are for.
+        kinds: keep only these of "weight", "bias", "norm", "buffer", "other" and, of quantised layers, "scale" and
+            "zero_point"; () keeps all. ``kinds=("weight",)`` is FORTUNE's view: whatever a module calls a weight,
+            normalisation left aside, and nothing else; of a quantised layer, its words.
 
     Example:
         >>> import flipproof as fp, torch
@@ -123,7 +127,7 @@ class Site(Sized):
     Attributes:
         name: qualified name; `aliases` are its other names if it is tied.
         layer: qualified name of the module that owns it.
-        kind: "weight", "bias", "norm", "buffer" or "other".
+        kind: "weight", "bias", "norm", "buffer" or "other"; "scale" or "zero_point" of a quantised layer.
         offset: number of its first bit in the space. Bit b of value v is `offset + v · width + b`; where words of a
             block differ in width, they lie one behind the other just so (`layout`).
     """

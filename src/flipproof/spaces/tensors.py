@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import fnmatch
-import warnings
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import ParametrizationList
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from flipproof.errors import FaultSpaceError, FormatError
 from flipproof.formats import BFloat16, Float8E4M3, Float8E5M2, Float16, Float32, Float64, Format, Integer
 from flipproof.formats.integer import INTEGERS
 from flipproof.formats.packing import Packed
+from flipproof.spaces.onnx_model import Initialisers
+from flipproof.spaces.packed_params import Opaque, Packing, packings
+from flipproof.spaces.quantised import attached, holds_words, is_words, is_wrapper, keeps_parts, parts, role_of
 
 FormatChoice = Format | Mapping[str, Format] | None
 """One format, `{pattern: format}` (the first match wins), or None. What it does not store keeps its own type."""
 
-Kind = Literal["weight", "bias", "norm", "buffer", "other"]
-KINDS: tuple[Kind, ...] = ("weight", "bias", "norm", "buffer", "other")
+Kind = Literal["weight", "bias", "norm", "buffer", "other", "scale", "zero_point"]
+KINDS: tuple[Kind, ...] = ("weight", "bias", "norm", "buffer", "other", "scale", "zero_point")
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _NATIVE: dict[torch.dtype, Format] = {
@@ -57,6 +59,10 @@ class Candidate:
     """Why its bits cannot be hit, if they cannot."""
     unread: bool = False
     """Not part of what inference stores: a counter, or constants that are taken to lie in protected memory."""
+    held: str = ""
+    """The parameter, buffer or attribute that it is a part of; "" where it is one itself."""
+    packing: Packing | None = None
+    """How the model comes to use it, if it is our own copy of what an object of C++ holds."""
 
     @property
     def name(self) -> str:
@@ -71,15 +77,17 @@ class Candidate:
     @property
     def refused(self) -> bool:
         """Whether it has to be excluded by name: a parameter whose bits cannot be hit."""
-        return bool(self.problem) and not self.is_buffer and self.tensor.numel() > 0
+        return bool(self.problem) and not self.is_buffer and not self.unread and self.tensor.numel() > 0
 
     @property
     def quantisable(self) -> bool:
         """Whether a format that quantises, given alone, stores it: the weight of a layer, of whatever class that is.
 
-        A weight is a floating-point parameter that one of its modules calls so, with two dimensions or more.
+        A weight is a floating-point parameter that one of its modules calls so, with two dimensions or more. One that
+        is quantised already is not quantised again.
         """
-        return self.kind == "weight" and self.tensor.is_floating_point() and self.tensor.dim() >= 2
+        own = self.tensor
+        return self.kind == "weight" and not self.held and own.is_floating_point() and own.dim() >= 2
 
     def matches(self, patterns: tuple[str, ...]) -> bool:
         """True if a pattern fits one of its names, or a module that holds it.
@@ -107,8 +115,19 @@ def inventory(model: nn.Module) -> list[Candidate]:
     """
     check_model(model)
     memory = _Memory()
-    found = [*_tensors(model, memory), *_packed_objects(model, memory)]
+    found = [*_tensors(model, memory), *_taken_apart(model, memory)]
     return sorted(found, key=_order(model))
+
+
+def elsewhere(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """What a model stores outside parameters and buffers: in objects of C++, and in what hangs on quantised weights."""
+    found: list[tuple[str, Tensor]] = []
+    for packing in packings(model):
+        if isinstance(packing, Opaque):
+            found += [(f"{packing.name}.{i}", tensor) for i, tensor in enumerate(packing.tensors)]
+        else:
+            found += [(f"{packing.prefix}.{part.name}", part.tensor) for part in packing.parts]
+    return found + [(one.name, one.tensor) for one in _listing(model)[0] if one.source == "attribute"]
 
 
 def check_hit(hit: Sequence[Candidate]) -> None:
@@ -135,26 +154,112 @@ def check_hit(hit: Sequence[Candidate]) -> None:
 def check_model(model: object) -> None:
     """Raise FaultSpaceError unless this is an eager `torch.nn.Module`."""
     if not isinstance(model, nn.Module):
-        raise FaultSpaceError(f"a fault space is made of a torch.nn.Module, got {type(model).__name__}")
+        kind = type(model).__name__
+        raise FaultSpaceError(f"a fault space is made of a torch.nn.Module, got {kind}{program_hint(model)}")
     scripted = next((name for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
     if scripted is not None:
         raise FaultSpaceError(
             f"{f'{scripted} of this model' if scripted else 'this model'} is a TorchScript module, whose compiled code "
             f"may hold copies of its weights; pass the eager module that was given to torch.jit.script or trace"
         )
+    compiled = next((name for name, m in model.named_modules() if _is_compiled(m)), None)
+    if compiled is not None and _is_freezing():
+        raise FaultSpaceError(
+            f"{f'{compiled} of this model' if compiled else 'this model'} is compiled with torch._inductor.config."
+            f"freezing, whose code holds copies of the weights; pass the module that was given to torch.compile"
+        )
+
+
+def program_hint(model: object) -> str:
+    """What to do with a program of torch.export, which is no module; "" for anything else."""
+    return "; pass its .module()" if type(model).__name__ == "ExportedProgram" else ""
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _is_freezing() -> bool:
+    inductor = sys.modules.get("torch._inductor.config")
+    return bool(getattr(inductor, "freezing", False))
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A tensor under one of its names.
+
+    Attributes:
+        name: qualified.
+        held: the parameter, buffer or attribute that it is, or is a part of.
+        tensor: itself.
+        source: where it is registered.
+    """
+
+    name: str
+    held: str
+    tensor: Tensor
+    source: Literal["parameter", "buffer", "attribute"]
 
 
 def _tensors(model: nn.Module, memory: _Memory) -> list[Candidate]:
     """Parameters and buffers, non-persistent ones too; tensors over the same memory are one."""
-    listing: list[tuple[str, Tensor, bool]] = [(n, t, False) for n, t in model.named_parameters(remove_duplicate=False)]
-    listing += [(n, t, True) for n, t in model.named_buffers(remove_duplicate=False)]
-    if empty := [f"{name}: {problem}" for name, t, _ in listing if (problem := _without_bits(t))]:
+    registered = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    if empty := [f"{name}: {problem}" for name, t in registered if (problem := _without_bits(t))]:
         raise FaultSpaceError("these tensors hold no bits yet:\n  " + "\n  ".join(empty))
-    named: dict[object, tuple[Tensor, list[tuple[str, bool]]]] = {}
-    for name, tensor, is_buffer in listing:
-        if tensor.numel():
-            named.setdefault(_place(tensor), (tensor, []))[1].append((name, is_buffer))
-    return [_describe(model, tensor, names, memory) for tensor, names in named.values()]
+    listing, quantised = _listing(model)
+    unread = _unread(model, [one.held for one in listing])
+    named: dict[object, list[_Named]] = {}
+    for one in listing:
+        if one.tensor.numel():
+            named.setdefault(_place(one.tensor), []).append(one)
+    never = "a graph was traced of the model, and no step of it reads this"
+    found = []
+    for together in named.values():
+        candidate = _describe(model, together, memory, quantised)
+        if all(one.held in unread for one in together):
+            candidate = replace(candidate, problem=never, unread=True)
+        found.append(candidate)
+    return found
+
+
+def _unread(model: nn.Module, names: Sequence[str]) -> set[str]:
+    """Tensors that a traced module keeps and that none of its steps reads, such as what PT2E quantised."""
+    unread: set[str] = set()
+    for place, module in model.named_modules():
+        if not isinstance(module, fx.GraphModule):
+            continue
+        prefix = f"{place}." if place else ""
+        used = [node for node in module.graph.nodes if node.users or node.op == "call_module"]
+        steps = [(node.op, prefix + str(node.target)) for node in used]
+        read = {target for op, target in steps if op == "get_attr"}
+        called = tuple(f"{target}." for op, target in steps if op in ("call_module", "get_attr"))
+        inside = [name for name in names if name.startswith(prefix)]
+        unread |= {name for name in inside if name not in read and not name.startswith(called)}
+    return unread
+
+
+def _listing(model: nn.Module) -> tuple[list[_Named], frozenset[str] | None]:
+    """Every tensor of a model under every name, wrappers taken apart; and which layers hold words.
+
+    None for a model of which no layer is quantised.
+    """
+    listing: list[_Named] = []
+    layers: dict[str, None] = {}
+    for source in ("parameter", "buffer"):
+        named = model.named_parameters if source == "parameter" else model.named_buffers
+        for held, tensor in named(remove_duplicate=False):
+            apart = parts(held, tensor) if keeps_parts(tensor) else [(held, tensor)]
+            listing += [_Named(name, held, part, source) for name, part in apart]
+            quantised = holds_words(held, tensor) if source == "parameter" else is_words(held, tensor)
+            if quantised and tensor.numel():
+                layers[held.rpartition(".")[0]] = None
+    for layer in layers:
+        for own, tensor in attached(model.get_submodule(layer)):
+            name = f"{layer}.{own}".lstrip(".")
+            held = f"{layer}.{own.partition('.')[0]}".lstrip(".")
+            listing.append(_Named(name, held, tensor, "attribute"))
+    packed = any(isinstance(v, torch.ScriptObject) for module in model.modules() for v in vars(module).values())
+    return listing, frozenset(layers) if layers or packed else None
 
 
 def _without_bits(tensor: Tensor) -> str | None:
@@ -178,8 +283,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _is_one(tensor: Tensor) -> bool:
     """Whether it is one tensor with memory of its own, and no wrapper around others."""
-    wrapper: bool = is_traceable_wrapper_subclass(tensor)
-    if wrapper:
+    if is_wrapper(tensor):
         return False
     try:
         return tensor.layout != torch.strided or tensor.data_ptr() >= 0
@@ -187,33 +291,51 @@ def _is_one(tensor: Tensor) -> bool:
         return False
 
 
-def _describe(model: nn.Module, tensor: Tensor, names: list[tuple[str, bool]], memory: _Memory) -> Candidate:
-    owner_name, attribute, owner = _owner(model, names[0][0])
-    is_buffer = names[0][1]
-    own = tuple(name for name, _ in names)
+def _describe(model: nn.Module, named: list[_Named], memory: _Memory, quantised: frozenset[str] | None) -> Candidate:
+    first = named[0]
+    tensor = first.tensor
+    owner_name, attribute, owner = _owner(model, first.held)
+    own = tuple(dict.fromkeys(one.name for one in named))
     if isinstance(owner, ParametrizationList):  # of words that `pack_` packed: `_owner` goes up from any other
         place = model.get_submodule(owner_name)
         decoder = cast(Packed, owner[0])
         full = f"{owner_name}.{attribute}".lstrip(".")
-        if names[0][0].endswith(".original0"):
-            kind = _kind(attribute, place, is_buffer=False)
+        if first.held.endswith(".original0"):
+            kind = _kind(attribute, place)
             bits = decoder.format.stored_bits(decoder.shape)
             rest = tuple(constant for label, constant in owner.named_buffers() if label != "original0")
             return Candidate((full,), owner_name, kind, tensor, bits, decoder, rest)
         why = f"constants of {decoder.format!r}, which are taken to lie in protected memory"
         return Candidate(own, owner_name, "buffer", tensor, memory.fresh(tensor), problem=why, unread=True)
-    if is_buffer and attribute == "num_batches_tracked" and not tensor.is_floating_point():
+    if first.source == "buffer" and attribute == "num_batches_tracked" and not tensor.is_floating_point():
         why = "a counter that inference never reads"
         return Candidate(own, owner_name, "buffer", tensor, memory.fresh(tensor), problem=why, unread=True)
+    problem = _unsupported(tensor)
+    kinds = [_kind_of(model, one, None if problem else quantised) for one in named]
     # an embedding that is tied to a Linear layer is that layer's weight too, whatever its own module calls it
-    kinds = [_kind(_owner(model, name)[1], _owner(model, name)[2], is_buffer=buffer) for name, buffer in names]
-    kind = kinds[0] if is_buffer or "weight" not in kinds else "weight"
-    return Candidate(own, owner_name, kind, tensor, memory.fresh(tensor), problem=_unsupported(tensor))
+    kind = kinds[0] if kinds[0] == "buffer" or "weight" not in kinds else "weight"
+    held = "" if first.name == first.held and first.source == "parameter" else first.held
+    return Candidate(own, owner_name, kind, tensor, memory.fresh(tensor), problem=problem, held=held)
 
 
-def _kind(attribute: str, owner: nn.Module, *, is_buffer: bool) -> Kind:
-    if is_buffer:
-        return "buffer"
+def _kind_of(model: nn.Module, one: _Named, quantised: frozenset[str] | None) -> Kind:
+    layer, attribute, owner = _owner(model, one.held)
+    if isinstance(owner, Initialisers):  # the graph says it
+        return cast(Kind, owner.kinds.get(attribute, "buffer"))
+    if quantised is None or isinstance(owner, _NORMS):
+        return "buffer" if one.source == "buffer" else _kind(attribute, owner)
+    if (role := role_of(one.name)) is not None:
+        return role
+    if one.source == "buffer":
+        if one.name != one.held or is_words(one.name, one.tensor):
+            return "weight"
+        return "bias" if layer in quantised and "bias" in attribute else "buffer"
+    if one.source == "attribute" and one.name != one.held:
+        return "weight" if is_words(one.name, one.tensor) else "other"
+    return _kind(attribute, owner)
+
+
+def _kind(attribute: str, owner: nn.Module) -> Kind:
     if isinstance(owner, _NORMS):
         return "norm"
     if "bias" in attribute:
@@ -237,8 +359,8 @@ def _unsupported(tensor: Tensor) -> str:
     """Why the bits of this tensor cannot be hit, and what to do; "" if they can."""
     if not _is_one(tensor):
         return (
-            f"is a {type(tensor).__name__}, which keeps its words to itself (torchao and DTensor do so); assess the "
-            f"floating-point model with format=fp.Affine(8), or one that fp.pack_ packed"
+            f"is a {type(tensor).__name__}, which makes its words anew whenever they are read, so none can be hit; "
+            f"assess the floating-point model with format=fp.Affine(8), or one that fp.pack_ packed"
         )
     if tensor.layout != torch.strided:
         return f"is {tensor.layout}; call .to_dense()"
@@ -255,37 +377,20 @@ def _unsupported(tensor: Tensor) -> str:
     return ""
 
 
-def _packed_objects(model: nn.Module, memory: _Memory) -> list[Candidate]:
-    """Weights that torch.ao keeps in objects of C++, outside parameters and buffers."""
-    found = []
-    for owner, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            if isinstance(value, torch.ScriptObject):
-                why = (
-                    f"packed by torch.ao as {_class_of(value)}, whose memory cannot be reached; assess the "
-                    f"floating-point model with format=fp.Affine(8), or one that fp.pack_ packed"
-                )
-                name = f"{owner}.{attribute}".lstrip(".")
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", UserWarning)  # torch's, that such tensors are deprecated
-                    bits = sum(memory.fresh(tensor) for tensor in _inside(value))
-                found.append(Candidate((name,), owner, "weight", torch.empty(0), bits, problem=why))
-    return found
-
-
-def _class_of(packed: torch.ScriptObject) -> str:
-    return str(packed._type()).rpartition(".")[2]
-
-
-def _inside(value: object) -> Iterable[Tensor]:
-    """The tensors that an object of C++ says it consists of."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, torch.ScriptObject):
-        yield from _inside(value.__getstate__())
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _inside(part)
+def _taken_apart(model: nn.Module, memory: _Memory) -> Iterable[Candidate]:
+    """What torch.ao keeps outside parameters and buffers."""
+    for found in packings(model):
+        if isinstance(found, Opaque):
+            why = (
+                f"packed by torch.ao as {found.kind}, which does not give its words away; assess the floating-point "
+                f"model with format=fp.Affine(8), or one that fp.pack_ packed"
+            )
+            bits = sum(memory.fresh(tensor) for tensor in found.tensors)
+            yield Candidate((found.name,), found.layer, "weight", torch.empty(0), bits, problem=why)
+            continue
+        for part in found.parts:
+            name, kind, bits = f"{found.prefix}.{part.name}".lstrip("."), cast(Kind, part.kind), 8 * part.tensor.nbytes
+            yield Candidate((name,), found.layer, kind, part.tensor, bits, held=found.place, packing=found)
 
 
 class _Memory:
@@ -296,9 +401,8 @@ class _Memory:
 
     def fresh(self, tensor: Tensor) -> int:
         """Bits of this tensor that no tensor before it had."""
-        if hasattr(tensor, "__tensor_flatten__"):
-            names, _ = tensor.__tensor_flatten__()
-            return sum(self.fresh(getattr(tensor, name)) for name in names)
+        if is_wrapper(tensor):
+            return sum(self.fresh(part) for _, part in parts("", tensor))
         if not _is_plain(tensor) or tensor.is_quantized:
             stored = tensor._nnz() if tensor.layout == torch.sparse_coo else tensor.numel()
             return 8 * stored * tensor.element_size()
@@ -320,7 +424,7 @@ def _order(model: nn.Module) -> Callable[[Candidate], tuple[int, int, int]]:
     def key(candidate: Candidate) -> tuple[int, int, int]:
         module = modules[candidate.owner]
         own = list(getattr(module, "_stored_order", module._parameters))
-        attribute = candidate.name.rpartition(".")[2]
+        attribute = candidate.name.removeprefix(f"{candidate.owner}.").partition(".")[0]
         place = own.index(attribute) if attribute in own else len(own)
         return int(candidate.is_buffer), numbers[candidate.owner], place
 
@@ -345,14 +449,17 @@ def asked_format(candidate: Candidate, choice: FormatChoice) -> Format | None:
     """The format that was asked for, for one tensor; None where it keeps its own type.
 
     One format alone that quantises stores the weights of layers, any other one every floating-point tensor; a mapping
-    means what it says. Integers have no other format than their own.
+    means what it says. What a format does not store keeps its own type: integers are stored by `Integer` of theirs, and
+    codes around it.
     """
-    if choice is None or not (candidate.packed is not None or candidate.tensor.is_floating_point()):
+    if choice is None:
         return None
+    packed, dtype = candidate.packed is not None, candidate.tensor.dtype
     if isinstance(choice, Format):
-        weight = candidate.quantisable or candidate.packed is not None
-        return choice if weight or not choice.weights_only else None
-    return next((chosen for pattern, chosen in choice.items() if candidate.matches((pattern,))), None)
+        wanted = packed or candidate.quantisable or not choice.weights_only
+        return choice if wanted and (packed or choice.stores(dtype)) else None
+    fitting = (chosen for pattern, chosen in choice.items() if candidate.matches((pattern,)))
+    return next((chosen for chosen in fitting if packed or chosen.stores(dtype)), None)
 
 
 def choose_format(candidate: Candidate, choice: FormatChoice) -> Format:
@@ -364,7 +471,9 @@ def choose_format(candidate: Candidate, choice: FormatChoice) -> Format:
     asked = asked_format(candidate, choice)
     if candidate.packed is None:
         dtype = candidate.tensor.dtype
-        if choice is None and dtype == torch.float64:  # hardly what it will be deployed in: the user has to say so
+        if (
+            choice is None and dtype == torch.float64 and candidate.packing is None
+        ):  # hardly what it will be deployed in: the user has to say so
             raise FaultSpaceError(
                 f"{candidate.name} is {dtype}: pass format= to say how it is stored, e.g. fp.Float32(), or "
                 f"fp.formats.Float64() if all 64 bits are"

@@ -75,6 +75,12 @@ def pack_(
         found = asked_format(candidate, format)
         if found is None:
             continue
+        if candidate.held:
+            raise FormatError(
+                f"{candidate.name} is part of {candidate.held}, which a library reads by itself and would not decode. "
+                f"Leave it out with where=fp.Parameters(exclude={candidate.name!r}), or measure {found!r} around it "
+                f"with fp.assess(…, format={{{candidate.name!r}: …}})"
+            )
         if len(candidate.names) > 1:
             raise FormatError(
                 f"{' and '.join(candidate.names)} are one tied parameter; packed words cannot be shared between "

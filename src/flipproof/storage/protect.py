@@ -858,8 +858,15 @@ def _check_forms(rivals: Any, inners: Any, hardenings: Any) -> None:
 
 def _check_module(model: nn.Module) -> None:
     """Refuse models whose parameters cannot be packed, by name."""
-    if packed := [c.name for c in inventory(model) if c.packed is not None]:
+    stored = inventory(model)
+    if packed := [c.name for c in stored if c.packed is not None]:
         raise ConfigError(f"{packed[0]} is packed already; protect takes the model as it was before")
+    if words := [c.name for c in stored if c.kind == "weight" and c.held and not c.problem]:
+        raise ConfigError(
+            f"{words[0]} is quantised already, in words that a library reads by itself: protect takes the model as it "
+            f"was before (inners=[fp.Affine(8, axis=0)] stores 8 bits). A code around these words is measured by "
+            f"fp.assess(model, data, faults=…, format={{{words[0]!r}: fp.BCH(fp.Integer(8), t=1)}})"
+        )
     check_hooks_run(model)
     for name, module in model.named_modules():
         place = f"{name} of the model" if name else "the model"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from itertools import pairwise
+from operator import attrgetter
 from typing import ClassVar
 
 import numpy as np
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 from flipproof.errors import FaultSpaceError
 from flipproof.faults import TrialGenerator
 from flipproof.formats.base import bit_pattern
+from flipproof.running.values import same
 from flipproof.spaces.contract import Draw, Faults, Space, Upsets
+from flipproof.spaces.quantised import parts
+from flipproof.spaces.tensors import elsewhere
 
 
 class SpaceContract:
@@ -190,8 +194,7 @@ class SpaceContract:
         with space.stored(), space.corrupted(self.draw(space, 0)):
             start = space.start(self.draw(space, 0))
         assert start.layer is None or start.layer in modules
-        for owner, _, name in (name.rpartition(".") for name in start.names):
-            assert isinstance(getattr(network.get_submodule(owner), name), Tensor)
+        assert all(attrgetter(name)(network) is not None for name in start.names)
 
     def _answer(self, space: Space, network: nn.Module) -> Tensor:
         space.begin(0)
@@ -200,20 +203,19 @@ class SpaceContract:
 
 
 def _memory(network: nn.Module) -> dict[str, Tensor]:
-    """Everything that modules hold, plain attributes too."""
-    held = {
-        f"{name}.{key}": value
+    """Everything that modules hold: plain attributes, what tensors wrap, and what objects of C++ consist of."""
+    held = [
+        (f"{name}.{key}", value)
         for name, module in network.named_modules()
         for key, value in [*module._parameters.items(), *module._buffers.items(), *vars(module).items()]
         if isinstance(value, Tensor)
-    }
-    return {name: value.detach().clone() for name, value in held.items()}
+    ]
+    plain = [part for name, value in held for part in parts(name, value)]
+    return {name: value.detach().clone() for name, value in [*plain, *elsewhere(network)]}
 
 
 def _same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(
-        torch.equal(bit_pattern(left[name]), bit_pattern(right[name])) for name in left
-    )
+    return left.keys() == right.keys() and all(same(left[name], right[name]) for name in left)
 
 
 def _hooks(network: nn.Module) -> list[int]:
