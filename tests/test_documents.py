@@ -23,6 +23,7 @@ PAGES = (
     "docs/honest-numbers.md",
     "docs/cluster.md",
     "docs/recurrent.md",
+    "docs/transformers.md",
     "docs/architecture.md",
     "docs/references.md",
 )
@@ -52,6 +53,13 @@ def test_the_readmes_example_runs_and_resumes(tmp_path):
     assert (tmp_path / "report.html").exists()
     assert in_a_fresh_process(tmp_path, "-W", "error", "example.py") == first
     assert {path: path.read_bytes() for path in journals} == journals  # every trial was there already
+
+
+def test_the_transformers_page_runs(tmp_path):
+    (tmp_path / "page.py").write_text("\n".join(python_in("docs/transformers.md")))
+    said = in_a_fresh_process(tmp_path, "-W", "error", "page.py")
+    assert "activations bounded" in said
+    assert "prefill 294912" in said
 
 
 def write_contributings_files(folder: Path) -> None:

@@ -17,6 +17,7 @@ def test_public_names_are_exactly_these():
         "BitPosition",
         "BitTable",
         "CEP",
+        "Cache",
         "DeepVigor",
         "Exploration",
         "FTClipAct",

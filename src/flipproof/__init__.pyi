@@ -70,6 +70,7 @@ from .hardening.report import hardening_report as hardening_report
 from .reports.html import report as report
 from .reports.tables import compare as compare
 from .running.metrics import Metric as Metric
+from .spaces.cache import Cache as Cache
 from .spaces.parameters import FaultSpace as FaultSpace
 from .spaces.sites import Neurons as Neurons
 from .spaces.sites import Parameters as Parameters

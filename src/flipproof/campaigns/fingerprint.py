@@ -25,7 +25,7 @@ from flipproof.running.snapshots import LIBRARIES, RECORDS, of_library, slots_of
 from flipproof.running.straight import global_hooks, names_in
 from flipproof.spaces.contract import Space
 
-_LIBRARIES = LIBRARIES | {"torchmetrics", "torchvision"}
+_LIBRARIES = LIBRARIES | {"torchmetrics", "torchvision", "transformers", "timm"}
 """Packages whose code is known by the name of what it defines."""
 _OWN_WORDS = frozenset({"_parameters", "_buffers", "_modules", "training", "_non_persistent_buffers_set"})
 
