@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from importlib import import_module
@@ -20,7 +20,6 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from flipproof.campaigns.assess import assess
 from flipproof.campaigns.statistics import wilson_interval
@@ -33,7 +32,7 @@ from flipproof.models.gpt import GPT
 from flipproof.models.training import cached, seeded, shifted_and_flipped, train_onecycle
 from flipproof.reproduce import protection_networks
 from flipproof.reproduce.published import write_table
-from flipproof.running.metrics import Metric
+from flipproof.running.tasks import Generation, Task, Tokens
 from flipproof.spaces import Cache, Neurons
 from flipproof.spaces.cache import PHASES
 from flipproof.spaces.sites import NEURON_KINDS, NeuronKind
@@ -45,7 +44,7 @@ WORDS, LENGTH = 5000, 32
 PROMPT, WRITTEN = 32, 16
 """Characters of a prompt, and characters that are written behind it."""
 
-TRIALS = 20
+TRIALS = 10
 RATES = (1e-7, 1e-6, 1e-5, 1e-4)
 CACHE_RATES = (1e-5, 1e-4, 1e-3)
 
@@ -69,6 +68,7 @@ class Network:
         output: what is judged of what it gives.
         data: their name.
         recipe: how it was trained, in words.
+        task: what it is for; a classification by default.
     """
 
     model: nn.Module
@@ -76,12 +76,32 @@ class Network:
     output: Callable[[Any], Tensor] | str | None
     data: str
     recipe: str
+    task: Task | None = None
 
 
 def gpt(root: Path) -> Network:
     """The small GPT on tinyshakespeare; a sample is a window of characters and the one that follows."""
     found = protection_networks.trained("gpt", root, samples=SAMPLES)
     return Network(found.model, found.test, None, "tinyshakespeare", protection_networks.NETWORKS["gpt"].recipe)
+
+
+class Reading(nn.Module):
+    """A GPT that reads: at each character, the logits of the one that follows."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 tokens (N, T) to logits (N, T, vocabulary)."""
+        return self.model.all_positions(tokens)
+
+
+def reading(network: Network) -> Network:
+    """The same GPT, judged at every character of its windows: what perplexity is of."""
+    assert isinstance(network.model, GPT)
+    test: Batches = [(tokens, torch.cat([tokens[:, 1:], targets[:, None]], dim=1)) for tokens, targets in network.test]
+    return replace(network, model=Reading(network.model).eval(), test=test, task=Tokens())
 
 
 def bert(root: Path) -> Network:
@@ -148,22 +168,9 @@ def _train_bert(ids: Tensor, labels: Tensor, model: nn.Module) -> nn.Module:
     return train_onecycle(model, ids, labels, epochs=4, batch_size=64, lr=1e-3, weight_decay=0.05, outputs=logits)
 
 
-def perplexity(outputs: Tensor, targets: Tensor) -> Tensor:
-    """exp(mean −log p of the character that follows); a sample whose output holds a NaN is one that knows nothing."""
-    unknown = outputs.isnan().any(dim=1, keepdim=True)
-    logits = torch.where(unknown, 0.0, outputs).double().clamp(-1e30, 1e30)
-    return F.cross_entropy(logits, targets).exp()
-
-
-def metrics_of(name: str) -> list[str | Metric]:
-    """What a network is measured by: accuracy, and a language model by perplexity too."""
-    lower = Metric(perplexity, range=(1, None), higher_is_better=False)
-    return [lower, "accuracy"] if name == "gpt" else ["accuracy"]
-
-
 def clean(name: str, network: Network) -> dict[str, object]:
     """A row: the network without faults."""
-    found = assess(network.model, network.test, faults=RandomBits(0), output=network.output, metrics=metrics_of(name))
+    found = assess(network.model, network.test, faults=RandomBits(0), output=network.output)
     right = round(found.golden["accuracy"] * SAMPLES)
     low, high = wilson_interval(right, SAMPLES)
     return {
@@ -173,19 +180,20 @@ def clean(name: str, network: Network) -> dict[str, object]:
         "accuracy": right / SAMPLES,
         "low": low,
         "high": high,
-        "perplexity": found.golden.get("perplexity", float("nan")),
         "trained_by": network.recipe,
     }
 
 
 def weights(name: str, network: Network, trials: int) -> pd.DataFrame:
-    """Faults in the stored weights: a row a bit error rate."""
+    """Faults in the stored weights: a row a bit error rate, and one without."""
+    judged = reading(network) if name == "gpt" else network
     found = assess(
-        network.model, network.test, faults=BitErrorRate(RATES), trials=trials, output=network.output,
-        metrics=metrics_of(name),
-    )  # fmt: skip
-    columns = ["ber", "flips", *_with_bounds("accuracy"), *(_with_bounds("perplexity") if name == "gpt" else [])]
-    table = found.summary[[*columns, *_with_bounds("critical_total"), "due"]]
+        judged.model, judged.test, faults=BitErrorRate(RATES), trials=trials, output=judged.output, task=judged.task
+    )
+    metrics = [column for metric in found.metrics for column in _with_bounds(metric)]
+    table = found.summary[["ber", "flips", *metrics, "due"]]
+    golden = pd.DataFrame([{"ber": 0.0, "flips": 0.0, "due": 0.0} | found.golden])
+    table = pd.concat([golden, table], ignore_index=True)[table.columns]
     return table.assign(network=name)[["network", *table.columns]]
 
 
@@ -213,21 +221,22 @@ def cache(network: Network, trials: int) -> pd.DataFrame:
     """Faults in the KV cache of the GPT while it writes: a row a phase and bit error rate."""
     assert isinstance(network.model, GPT)
     writer = Greedy(network.model, WRITTEN)
-    prompts: Batches = [(tokens[:, :PROMPT], targets) for tokens, targets in network.test]
+    prompts: list[Any] = [(tokens[:, :PROMPT], None) for tokens, _ in network.test]
     tables = []
     for phase in PHASES:
         found = assess(
-            writer, prompts, faults=BitErrorRate(CACHE_RATES), where=Cache(phase), trials=trials, output=last_written
-        )
-        columns = ["ber", "flips", *_with_bounds("critical_total"), "critical_sdc", "due", "masked"]
+            writer, prompts, faults=BitErrorRate(CACHE_RATES), where=Cache(phase), trials=trials, output=written,
+            task=Generation(longest=WRITTEN),
+        )  # fmt: skip
+        columns = ["ber", "flips", *_with_bounds("unchanged")]
         tables.append(found.summary[columns].assign(phase=phase, bits=found.bits))
     table = pd.concat(tables, ignore_index=True)
     return table[["phase", "bits", *[name for name in table.columns if name not in ("phase", "bits")]]]
 
 
-def last_written(logits: Tensor) -> Tensor:
-    """Of all characters that were written, the last one's logits: it has read every fault that came before."""
-    return logits[:, -1]
+def written(logits: Tensor) -> Tensor:
+    """The characters that are written, of their logits (samples, characters, vocabulary)."""
+    return logits.argmax(dim=2)
 
 
 def _with_bounds(name: str) -> list[str]:
@@ -254,12 +263,12 @@ def write_page(tables: dict[str, pd.DataFrame], out: Path) -> None:
 ABOUT = {
     "networks": (
         "Three small transformers, without faults",
-        "`low` and `high` are 95 % Wilson intervals. Perplexity is a character's, of the one that follows 64.",
+        "`low` and `high` are 95 % Wilson intervals. The GPT is asked for the character that follows 64.",
     ),
     "weights": (
         "Three small transformers with faults in their weights",
-        "`_low` and `_high` are 95 % intervals over trials. Critical: another class, or NaN (`due`). Perplexity counts "
-        "an answer with NaN as one that knows nothing.",
+        "`_low` and `_high` are 95 % intervals over trials. The GPT reads windows of 64 characters and is judged at "
+        "each of them (`fp.Tokens()`). `due`: samples that answered NaN.",
     ),
     "values": (
         "Single upsets in what transformers compute, kind by kind",
@@ -269,8 +278,9 @@ ABOUT = {
     ),
     "cache": (
         "Faults in the KV cache of a GPT that writes",
-        f"It reads {PROMPT} characters and writes {WRITTEN}, each the most likely one. Critical: the last one is "
-        "another, or NaN (`due`). `bits` are those of one sequence; `_low` and `_high` are 95 % intervals over trials.",
+        f"It reads {PROMPT} characters and writes {WRITTEN}, each the most likely one. `unchanged`: texts that are as "
+        "without faults (`fp.Generation()`). `bits` are those of one sequence; `_low` and `_high` are 95 % intervals "
+        "over trials.",
     ),
 }
 
