@@ -24,6 +24,7 @@ PAGES = (
     "docs/cluster.md",
     "docs/recurrent.md",
     "docs/quantised.md",
+    "docs/transformers.md",
     "docs/architecture.md",
     "docs/references.md",
 )
@@ -62,6 +63,13 @@ def test_the_page_on_quantised_models_runs(tmp_path):
     said = in_a_fresh_process(tmp_path, "example.py")
     for word in ("0.weight.qdata", "zero_point", "Float32()", "coverage", "coded"):
         assert word in said
+
+
+def test_the_transformers_page_runs(tmp_path):
+    (tmp_path / "page.py").write_text("\n".join(python_in("docs/transformers.md")))
+    said = in_a_fresh_process(tmp_path, "-W", "error", "page.py")
+    assert "activations bounded" in said
+    assert "prefill 294912" in said
 
 
 def write_contributings_files(folder: Path) -> None:

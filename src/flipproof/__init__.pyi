@@ -86,6 +86,7 @@ from .running.tasks import Segmentation as Segmentation
 from .running.tasks import Task as Task
 from .running.tasks import Tokens as Tokens
 from .running.ways import check_deployment as check_deployment
+from .spaces.cache import Cache as Cache
 from .spaces.onnx_model import OnnxModel as OnnxModel
 from .spaces.parameters import FaultSpace as FaultSpace
 from .spaces.sites import Neurons as Neurons

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flipproof._interrupts import check
+from flipproof._tensors import laid_alike
 from flipproof.errors import InfrastructureError
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.formats.base import word_dtype
@@ -31,7 +32,7 @@ from flipproof.running.data import answered
 from flipproof.running.evaluation import FaultyRunError, is_infrastructure
 from flipproof.running.faulty import FaultyModel
 from flipproof.running.resume import Suffixes
-from flipproof.running.values import copied, laid_alike, same
+from flipproof.running.values import copied, same
 from flipproof.spaces.contract import Faults, Positions, WordOutcomes
 from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.quantised import is_wrapper

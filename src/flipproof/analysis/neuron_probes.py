@@ -86,7 +86,7 @@ class NeuronProber(Prober):
     def cuts(self, site: str) -> bool:
         """Whether questions about this layer run only what lies behind it."""
         found = self._sites[site]
-        if self._suffixes is None or found.axis != 0:
+        if self._suffixes is None or found.axis != 0 or self.space.follows:
             return False
         return cut_behind(self._suffixes, found, self.space.calls[found.layer]) is not None
 
@@ -99,7 +99,7 @@ class NeuronProber(Prober):
         """Multiply-accumulates of the first batch made while an analysed layer ran ÷ all of them, and what makes the
         others.
         """
-        share, rest = self.multiplications.coverage(self.sites)
+        share, rest = self.multiplications.coverage([site for site in self.sites if not site.role])
         return share, {**rest, **self.space.left_out}
 
     def originals(self) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from flipproof.spaces.contract import Space
 from flipproof.spaces.quantised import parts
 from flipproof.spaces.tensors import elsewhere
 
-_LIBRARIES = LIBRARIES | {"torchmetrics", "torchvision"}
+_LIBRARIES = LIBRARIES | {"torchmetrics", "torchvision", "transformers", "timm"}
 """Packages whose code is known by the name of what it defines."""
 _OWN_WORDS = frozenset({"_parameters", "_buffers", "_modules", "training", "_non_persistent_buffers_set", DEPLOYMENT})
 

@@ -38,8 +38,9 @@ def command(
     for title, place in (("models", models), ("data sets", datasets)):
         out.print(f"[bold]{title}[/]")
         for name in place.__all__:
-            if name != "load_weights":
-                _line(f"{place.__name__}:{name}", getattr(place, name))
+            thing = getattr(place, name)
+            if inspect.isfunction(thing) and name != "load_weights":
+                _line(f"{place.__name__}:{name}", thing)
     out.print("[bold]metrics[/]")
     for name in METRICS:
         out.print(f"  {name}", highlight=False)

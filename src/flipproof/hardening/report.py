@@ -77,7 +77,7 @@ class HardeningReport:
         return pd.DataFrame(rows)
 
     def __str__(self) -> str:
-        layers = sum(site.function not in FUNCTIONS for site in self.sites)
+        layers = sum(site.function not in ("identity", *FUNCTIONS) for site in self.sites)
         bounded = f"{len(self.sites) - layers} activations" + (f" and {layers} outputs of layers" if layers else "")
         lines = [f"{self.method}: {bounded} bounded by {self.thresholds:,} stored thresholds"]
         lines += [f"  not bounded: {entry.name}: {entry.reason}" for entry in self.unreachable]

@@ -4,7 +4,9 @@ from flipproof.models.alexnet import alexnet, alexnet_227
 from flipproof.models.compact_cnn import compact_cnn
 from flipproof.models.digits_cnn import digits_cnn
 from flipproof.models.gpt import small_gpt
+from flipproof.models.greedy import Greedy
 from flipproof.models.inception import inception_v3
+from flipproof.models.key_values import KeyValues
 from flipproof.models.lenet import lenet5
 from flipproof.models.mlp import mlp
 from flipproof.models.resnet import resnet18, resnet50
@@ -15,6 +17,8 @@ from flipproof.models.vit import small_vit
 from flipproof.models.weights import load_weights
 
 __all__ = [
+    "Greedy",
+    "KeyValues",
     "alexnet",
     "alexnet_227",
     "compact_cnn",

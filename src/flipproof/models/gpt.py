@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flipproof.models.transformer import Block
+from flipproof.models.transformer import Block, Held
 
 
 class GPT(nn.Module):
@@ -29,6 +29,20 @@ class GPT(nn.Module):
     def all_positions(self, tokens: Tensor) -> Tensor:
         """int64 tokens (N, T) to logits (N, T, vocabulary): at t those of token t + 1. For training."""
         logits: Tensor = self.head(self._hidden(tokens))
+        return logits
+
+    def read_on(self, tokens: Tensor, held: list[Held]) -> Tensor:
+        """int64 tokens (N, T) behind those that are `held` to logits (N, vocabulary) of the token that follows.
+
+        Args:
+            tokens: the next ones; T and all before are ≤ context together.
+            held: keys and values of each block, an empty list of each before the first; these tokens' are added.
+        """
+        before = held[0][0].shape[2] if held[0] else 0
+        x = self.tokens(tokens) + self.positions(torch.arange(before, before + tokens.shape[1], device=tokens.device))
+        for block, own in zip(self.blocks, held, strict=True):
+            x = block(x, own)
+        logits: Tensor = self.head(self.norm(x[:, -1:]))[:, 0]
         return logits
 
     def _hidden(self, tokens: Tensor) -> Tensor:

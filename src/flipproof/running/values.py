@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from flipproof._tensors import copy_alike
 from flipproof.formats.base import bit_pattern
 
 PLAIN = (int, float, bool, str, type(None), torch.Size, torch.dtype, torch.device)
@@ -34,35 +35,13 @@ def copied(value: Any, known: Copies | None = None) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         if known is None:
-            return _copy(leaf)
+            return copy_alike(leaf)
         entry = known.get(id(leaf))
         if entry is None or entry[0] != leaf._version:
-            entry = known[id(leaf)] = (leaf._version, _copy(leaf), leaf)
+            entry = known[id(leaf)] = (leaf._version, copy_alike(leaf), leaf)
         return entry[1]
 
     return pytree.tree_map(copy, value)
-
-
-_LINE = 64
-"""Bytes to which fast kernels look whether memory is aligned."""
-
-
-def laid_alike(one: Tensor, other: Tensor) -> bool:
-    """Whether both have the same strides and are as well aligned."""
-    return one.stride() == other.stride() and (one.data_ptr() - other.data_ptr()) % _LINE == 0
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    """A copy with the same strides, as well aligned: sums over other memory may be taken in another order."""
-    found = tensor.clone()
-    expanded = any(step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
-    if expanded or not tensor.numel() or laid_alike(found, tensor):
-        return found
-    reach = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    room = _LINE // tensor.element_size()
-    memory = torch.empty(reach + room, dtype=tensor.dtype, device=tensor.device)
-    offset = (tensor.data_ptr() - memory.data_ptr()) // tensor.element_size() % room
-    return memory.as_strided(tensor.shape, tensor.stride(), offset).copy_(tensor)
 
 
 def rows_of(value: Any, rows: Tensor, size: int) -> Any:

@@ -1,10 +1,11 @@
 """What can be hit: spaces that number every bit."""
 
 from flipproof._literals import read_typed
+from flipproof.spaces.cache import Cache
 from flipproof.spaces.contract import Where
 from flipproof.spaces.sites import Neurons, Parameters
 
-__all__ = ["Neurons", "Parameters", "Where", "parse_where"]
+__all__ = ["Cache", "Neurons", "Parameters", "Where", "parse_where"]
 
 
 def parse_where(text: str) -> Parameters | Neurons | Where:

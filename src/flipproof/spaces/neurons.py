@@ -1,7 +1,8 @@
-"""The fault space of computed values: every bit of every Conv, Linear, LSTM or GRU output of one inference.
+"""The fault space of computed values: every bit of what layers give in one inference, and of what is between them.
 
 A fault here is a transient upset while a sample is computed, so each sample of a trial has a fault of its own. The
-model's parameters are never touched; forward hooks, removed again, change the one element.
+model's parameters are never touched; forward hooks, removed again, change the one element, and where no module gives
+it, a function mode does (`steps`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from flipproof._hooks import hooked
+from flipproof._tensors import copy_alike
 from flipproof.errors import FaultSpaceError, FormatError
-from flipproof.spaces._observer import Observer
+from flipproof.spaces._observer import Observer, name_of
 from flipproof.spaces.contract import Draw, Forwards, Positions, Space, Start, Upsets
-from flipproof.spaces.sites import Neurons, NeuronSite, choose_neuron_format
+from flipproof.spaces.sites import LAYERS, Neurons, NeuronSite, choose_neuron_format
+from flipproof.spaces.steps import Place, Steps, kind_of
 from flipproof.spaces.tensors import FormatChoice, check_format, check_model
 
 Change = Callable[[NeuronSite, Tensor], Tensor | None]
@@ -32,7 +35,7 @@ class NeuronSpace(Space):
     Args:
         model: any module; hooks are on it only while `stored()` is active.
         forwards: one function a batch that runs the model, and the samples of that batch.
-        where: which layers.
+        where: which values.
         format: how outputs are stored: None for each tensor's own type, one Format, or {pattern: Format} (what no
             pattern fits keeps its own type). `Affine` takes its range from the fault-free outputs over all batches.
         grown: functions that run the first batch with one sample more; they show where outputs count samples.
@@ -59,39 +62,59 @@ class NeuronSpace(Space):
         self.model = model
         self.left_out: dict[str, str] = {}
         """Layers that are not in the space, and why."""
-        seen = Observer(model, where, self.left_out)
-        seen.grow(grown)
+        self._steps = Steps(model, where.asked)
+        seen = Observer(model, where, self.left_out, self._steps)
+        if forwards:
+            if self._steps.wanted:
+                self._steps.learn(forwards[0][0])
+            seen.grow(grown, forwards[0][0])
         seen.watch(forwards)
         sites: list[NeuronSite] = []
         offset = 0
-        for (layer, call), (shape, axis, dtype, low, high) in seen.found.items():
-            chosen = choose_neuron_format(layer, dtype, format)
+        for place, found in seen.found.items():
+            layer, role, call = place
+            chosen = choose_neuron_format(name_of((layer, role, 0)), found.dtype, format)
             try:  # only extremes matter to the formats that look at a whole tensor; one of them may be a constant
-                coding = chosen.fit(torch.stack([low, high]))
+                coding = chosen.fit(torch.stack([found.low, found.high]))
             except FormatError as error:
                 raise FormatError(f"{layer}: {error}") from None
             if any(part.dim() for part in coding):
                 raise FormatError(f"{layer}: {chosen!r} has a scale a channel; activations take one scale (axis=None)")
-            name = f"{layer}[{call}]" if call else layer
-            site = NeuronSite(name, layer, call, shape, axis, dtype, chosen, coding, offset)
+            site = NeuronSite(
+                name_of(place), layer, call, found.shape, found.axis, found.dtype, chosen, coding, offset,
+                role=role, fold=found.fold,
+            )  # fmt: skip
             offset += site.bits
             sites.append(site)
         if not sites:
+            takes = "Conv, Linear, LSTM and GRU modules" if where.kinds == LAYERS else "values of these kinds"
             raise FaultSpaceError(
-                f"no neuron is left to hit with {where!r} and format={format!r}: it takes Conv, Linear, LSTM and GRU "
-                f"modules that the forward calls. Left out: {self.left_out or 'nothing, there are none'}"
+                f"no neuron is left to hit with {where!r} and format={format!r}: it takes {takes} that the forward "
+                f"{'calls' if where.kinds == LAYERS else 'computes'}. Left out: "
+                f"{self.left_out or 'nothing, there are none'}"
             )
         self.sites: tuple[NeuronSite, ...] = tuple(sites)
         self.bits = offset
-        hit = {site.layer for site in sites}
+        kinds = {name: kind_of(module) for name, module in model.named_modules()}
+        hit = {site.layer for site in sites if not site.role or kinds[site.layer] not in LAYERS}
         outside = {name: bits for name, bits in seen.bits_a_sample.items() if name not in hit}
         for name in outside:
             self.left_out.setdefault(name, "fp.Neurons() takes Conv, Linear, LSTM and GRU layers")
         self.left_out_bits = sum(outside.values())
         """Bits a sample of all that, each output in its own type."""
-        self._unasked = {name: bits for name, bits in outside.items() if where.selects(name or "*")}
-        self.calls = {s.layer: 1 + max(o.call for o in sites if o.layer == s.layer) for s in sites}
-        self._by_call = {(s.layer, s.call): s for s in sites}
+        self._unasked = {
+            name: bits
+            for name, bits in outside.items()
+            if where.selects(name or "*") and (kinds[name] in where.kinds or where.kinds == LAYERS)
+        }
+        fused = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
+        if not fused and not any(site.role for site in sites):  # hooks on layers are all that is needed
+            self._steps = Steps(model, ())
+        self.calls = {
+            s.layer: 1 + max(o.call for o in sites if o.layer == s.layer and not o.role) for s in sites if not s.role
+        }
+        """How often each layer is called in a forward, if what it gives can be hit."""
+        self._by_place: dict[Place, NeuronSite] = {(s.layer, s.role, s.call): s for s in sites}
         self._counts: dict[str, int] = {}
         self._change: Change | None = None
         self._faults: tuple[Positions, Positions, Positions] | None = None
@@ -108,7 +131,13 @@ class NeuronSpace(Space):
         """The same space of a copy of the model."""
         space = copy(self)
         space.model, space._counts, space._change, space._faults, space._only = model, {}, None, None, None
+        space._steps = self._steps.again(model)
         return space
+
+    @property
+    def follows(self) -> bool:
+        """Whether a function mode follows forwards: sites are then known only in runs of the whole model."""
+        return self._steps.wanted
 
     def site(self, name: str) -> NeuronSite:
         """The site of this name.
@@ -126,8 +155,7 @@ class NeuronSpace(Space):
         """Bits that can be hit ÷ bits of the outputs of all modules with weights that multiply, for one sample.
 
         These are Conv, Linear, Bilinear, recurrent and MultiheadAttention modules that the forward calls; outputs that
-        can be hit count in their format, others in their own type. What functions compute (`F.linear`, `matmul`, sums)
-        is not seen.
+        can be hit count in their format, others in their own type. Other values count where they can be hit.
         """
         return self.bits / (self.bits + self.left_out_bits)
 
@@ -152,7 +180,9 @@ class NeuronSpace(Space):
         return self.site_of(draw).name
 
     def start(self, draw: Draw) -> Start:
-        """Right behind the layer that the upsets share."""
+        """Right behind the layer that the upsets share; from the beginning where functions compute sites."""
+        if self.follows:
+            return Start()
         site = self.site_of(draw)
 
         def change(output: Any) -> Any:
@@ -161,10 +191,10 @@ class NeuronSpace(Space):
         return Start(layer=site.layer, change=change, plain=all(s.format.is_native(s.dtype) for s in self.sites))
 
     def starts(self) -> dict[str, int]:
-        """Every layer whose output counts samples first; none where a layer is called again, since calls are counted
-        from the start of a forward.
+        """Every layer whose output counts samples first; none where a layer is called again, or functions compute
+        sites, since calls are counted from the start of a forward.
         """
-        repeated = any(count > 1 for count in self.calls.values())
+        repeated = self.follows or any(count > 1 for count in self.calls.values())
         return {} if repeated else {site.layer: site.bits for site in self.sites if site.axis == 0}
 
     @contextmanager
@@ -172,7 +202,7 @@ class NeuronSpace(Space):
         """While active, layer outputs are what their format can represent, and `corrupted` and `changed` work."""
         modules = dict(self.model.named_modules(remove_duplicate=False))
         self._counts = {}
-        with hooked({layer: modules[layer] for layer in self.calls}, self._pass):
+        with hooked({layer: modules[layer] for layer in self.calls}, self._pass), self._steps.watched(self._show):
             yield
 
     def begin(self, batch: int, made: Mapping[str, int] | None = None) -> None:
@@ -234,21 +264,29 @@ class NeuronSpace(Space):
             return None
         place, which_bit = (torch.from_numpy(a[part][rows]).to(output.device) for a in (neuron, bit))
         index = site.index(torch.from_numpy(rows).to(output.device), place)
-        faulty = output.clone()
+        faulty = copy_alike(output)
         faulty[index] = site.flipped(output[index], which_bit)
         return faulty
 
     def _pass(self, layer: str, module: nn.Module, result: Any) -> Any:
         call = self._counts.get(layer, 0) % self.calls[layer]
         self._counts[layer] = call + 1
-        site = self._by_call.get((layer, call))
+        output = result[0] if isinstance(result, tuple) else result
+        found = self._show((layer, "", call), output)
+        if found is None:
+            return None
+        return (found, *result[1:]) if isinstance(result, tuple) else found
+
+    def _show(self, place: Place, output: Tensor) -> Tensor | None:
+        """A value as it is stored and hit; None where that is as it came."""
+        site = self._by_place.get(place)
         if site is None:
             return None
-        output = result[0] if isinstance(result, tuple) else result
-        found = site.stored(output)
+        value = output if site.fold is None else site.fold.opened(output)
+        found = site.stored(value)
         if self._change is not None:
             replaced = self._change(site, found)
             found = found if replaced is None else replaced
-        if found is output:
+        if found is value:
             return None
-        return (found, *result[1:]) if isinstance(result, tuple) else found
+        return found if site.fold is None else site.fold.closed(found)

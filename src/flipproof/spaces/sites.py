@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,17 @@ from flipproof.formats import Format
 from flipproof.formats.base import Coding, word_dtype
 from flipproof.spaces.contract import Sized
 from flipproof.spaces.tensors import KINDS, Candidate, FormatChoice, Kind, matches, own_format
+
+NeuronKind = Literal[
+    "conv", "linear", "recurrent", "embedding", "norm", "activation", "residual", "query", "key", "value", "scores",
+    "context", "functional", "gates", "cell",
+]  # fmt: skip
+NEURON_KINDS: tuple[NeuronKind, ...] = (
+    "conv", "linear", "recurrent", "embedding", "norm", "activation", "residual", "query", "key", "value", "scores",
+    "context", "functional", "gates", "cell",
+)  # fmt: skip
+LAYERS: tuple[NeuronKind, ...] = ("conv", "linear", "recurrent")
+"""What `Neurons()` takes."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +83,31 @@ class Parameters:
         return ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Neurons:
-    """Fault space over neurons: elements of a Conv, Linear, LSTM or GRU output, before any activation function.
+    """Fault space over computed values: elements of a Conv, Linear, LSTM or GRU output, before any activation function.
+
+    Other `kinds` are what transformers compute besides. Values that no module gives have names of their own, such as
+    ``blocks.0.attention:query``: the module that ran, and what the value is there; ``[k]`` follows at the second and
+    later ones. Where kinds other than layers are asked for, no fused layer computes attention, and where scores, gates
+    or cells are, it is computed step by step: in the golden run too, whose answers may differ by rounding.
 
     Args:
         include: glob patterns over qualified names; a module's name takes all it holds. "*" is everything.
         exclude: the same; it wins over `include`.
+        kinds: which values, () for all of these:
+
+            - "conv", "linear", "recurrent": outputs of these layers, the default. A Hugging Face `Conv1D` is a linear.
+            - "embedding", "norm", "activation": outputs of such modules, of Hugging Face's own classes too, and of
+              such functions (`F.layer_norm`, `F.gelu`) called in a forward.
+            - "residual": sums of two computed tensors of one shape, as x + f(x); not those of masks and of rotary
+              positions.
+            - "query", "key", "value": what attention is given. "scores": QKᵀ/√d with its mask, named ``…:scores``, and
+              their softmax, named ``…:probabilities``. "context": what attention gives.
+            - "functional": products called in a forward as functions: `F.linear`, `F.conv2d`, `matmul`.
+            - "gates": i, f, g, o of an LSTM, after their sigmoid or tanh; r, z (``…:gates``) and n (``…:candidate``) of
+              a GRU; a site a step. "cell": the cell state of an LSTM, and the state of a GRU (``…:state``), behind
+              every step.
 
     Example:
         >>> import flipproof as fp, torch
@@ -86,19 +116,37 @@ class Neurons:
         >>> found = fp.assess(net, data=data, faults=fp.RandomBits(1), where=fp.Neurons(), trials=3)
         >>> found.bits, found.trials["flips"].tolist()  # (3 + 2) neurons of 32 bits; one upset a sample
         (160, [5, 5, 5])
+        >>> fp.Neurons(kinds=["norm", "embedding"])
+        Neurons(include=('*',), exclude=(), kinds=('embedding', 'norm'))
     """
 
     include: str | Sequence[str] = "*"
     exclude: str | Sequence[str] = ()
+    kinds: NeuronKind | Sequence[NeuronKind] = LAYERS
 
     def __post_init__(self) -> None:
-        for field in ("include", "exclude"):
+        for field in ("include", "exclude", "kinds"):
             value = getattr(self, field)
             object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
+        unknown = [kind for kind in self.kinds if kind not in NEURON_KINDS]
+        if unknown:
+            raise FaultSpaceError(f"Neurons: kinds must be among {list(NEURON_KINDS)}, got {unknown}")
+        asked = tuple(kind for kind in NEURON_KINDS if kind in self.kinds or not self.kinds)
+        object.__setattr__(self, "kinds", asked)
 
-    def selects(self, name: str) -> bool:
-        """Whether this layer belongs to the space."""
-        return matches([name], self.include) and not matches([name], self.exclude)
+    def __repr__(self) -> str:
+        # layers alone are written as before there were other kinds: journals are resumed by it
+        kinds = "" if self.kinds == LAYERS else f", kinds={self.kinds!r}"
+        return f"Neurons(include={self.include!r}, exclude={self.exclude!r}{kinds})"
+
+    @property
+    def asked(self) -> tuple[NeuronKind, ...]:
+        """The kinds, in the order in which they are listed above."""
+        return tuple(kind for kind in NEURON_KINDS if kind in self.kinds)
+
+    def selects(self, *names: str) -> bool:
+        """Whether what has these names belongs to the space."""
+        return matches(names, self.include) and not matches(names, self.exclude)
 
 
 def check_where(where: object) -> Parameters:
@@ -143,15 +191,55 @@ class Site(Sized):
 
 
 @dataclass(frozen=True)
-class NeuronSite(Sized):
-    """The output of one call of one layer, for one sample.
+class Fold:
+    """An axis that counts samples together with something else: heads of all samples, tokens of all samples.
 
     Attributes:
-        layer: the module's qualified name; `name` is the same, with `[k]` for its second and later calls.
-        call: which call of the module in a forward.
-        shape: of one sample's output; neurons are its flat (channel-major) indices.
-        axis: where samples are counted in the layer's output.
+        axis: its place. Its length is outer · samples · inner; an element of it is (o · samples + n) · inner + i.
+        outer: how many of what changes more slowly than the sample.
+        inner: how many of what changes more quickly.
+
+    Example:
+        >>> fold = Fold(0, 1, 2)  # two heads of each of three samples, one sample behind the other
+        >>> fold.opened(torch.arange(6)).tolist(), fold.samples
+        ([[0, 1], [2, 3], [4, 5]], 0)
+        >>> fold.closed(fold.opened(torch.arange(6))).tolist()
+        [0, 1, 2, 3, 4, 5]
+    """
+
+    axis: int
+    outer: int
+    inner: int
+
+    @property
+    def samples(self) -> int:
+        """Where the opened tensor counts samples."""
+        return self.axis + (self.outer > 1)
+
+    def opened(self, value: Tensor) -> Tensor:
+        """A view with an axis for each of them; none for what there is one of."""
+        samples = value.shape[self.axis] // (self.outer * self.inner)
+        sizes = [*([self.outer] * (self.outer > 1)), samples, *([self.inner] * (self.inner > 1))]
+        return torch.unflatten(value, self.axis, sizes)
+
+    def closed(self, value: Tensor) -> Tensor:
+        """As it was before it was opened."""
+        return value.flatten(self.axis, self.axis + (self.outer > 1) + (self.inner > 1))
+
+
+@dataclass(frozen=True)
+class NeuronSite(Sized):
+    """What one call of one layer gives, or one step of a forward that no layer gives, for one sample.
+
+    Attributes:
+        layer: the qualified name of the module that gives it, or in whose forward it is computed.
+        call: how often that was computed before in a forward.
+        shape: of one sample's values; neurons are its flat (channel-major) indices.
+        axis: where samples are counted in the tensor.
         offset: number of its first bit in the space. Bit b of neuron n is `offset + n · width + b`.
+        role: what the value is in the forward of its layer, such as "query"; "" for the layer's output.
+        fold: how an axis that counts more than samples is opened; None where `axis` counts samples alone.
+        name: that of the layer, then ``:role`` if there is one, then ``[call]`` for the second and later ones.
     """
 
     name: str
@@ -164,6 +252,8 @@ class NeuronSite(Sized):
     coding: Coding
     offset: int
     kind: str = "neuron"
+    role: str = ""
+    fold: Fold | None = None
 
     def stored(self, values: Tensor) -> Tensor:
         """Values as they read after being stored in the site's format."""

@@ -96,6 +96,17 @@ def function_of(module: nn.Module) -> str | None:
     return None
 
 
+def is_foreign(module: nn.Module) -> bool:
+    """Whether a module is a Hugging Face activation: what it computes on the way is its own, its output is bounded.
+
+    Example:
+        >>> is_foreign(nn.GELU())
+        False
+    """
+    kind = type(module)
+    return kind.__module__ == "transformers.activations" and kind.__name__ != "LinearActivation"
+
+
 class Activation(nn.Module):
     """An activation function by name, not bounded: what `harden` puts in place of each one that it finds.
 

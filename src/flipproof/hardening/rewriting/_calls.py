@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from flipproof.hardening.bounds.activations import CALLABLES, Activation, function_of
+from flipproof.hardening.bounds.activations import CALLABLES, Activation, function_of, is_foreign
 from flipproof.hardening.rewriting.recurrent import Opened
 
 Pattern = tuple[tuple[str, Any], ...]
@@ -117,7 +117,7 @@ class Watch(TorchFunctionMode):
 
 
 def _computes(module: nn.Module) -> bool:
-    return isinstance(module, Activation) or function_of(module) is not None
+    return isinstance(module, Activation) or function_of(module) is not None or is_foreign(module)
 
 
 def _pattern(module: nn.Module, args: Any, kwargs: Any) -> Pattern | None:

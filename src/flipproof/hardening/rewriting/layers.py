@@ -2,7 +2,7 @@
 
 An activation is a module or can be made one. A layer's output has nothing behind it to replace, so the layer itself
 lets its output through a child, `fence`. It stays an instance of its own class, with its parameters, hooks and
-`state_dict` names; only `forward` is another.
+`state_dict` names; only `forward` is another. An activation of another library does so too, through `bounded`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,15 @@ from flipproof.hardening.rewriting._tracing import BoundedForward
 
 CHILD = "fence"
 """Name of the child that a layer's output passes through."""
+BOUNDED = "bounded"
+"""And that of an activation."""
 
 
-class Fenced(nn.Module):
-    """Mixed into the class of a layer whose output passes through its child `fence`; can be copied and pickled."""
+class _Passing(nn.Module):
+    """Mixed into the class of a module whose output passes through a child; can be copied and pickled."""
 
     _plain: ClassVar[type[nn.Module]]
-    fence: nn.Module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's own output, bounded."""
-        bounded: Tensor = self.fence(super().forward(*args, **kwargs))
-        return bounded
+    _mixin: ClassVar[type[_Passing]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As the plain class, which is what a file can name."""
@@ -41,27 +38,50 @@ class Fenced(nn.Module):
                 f"{self._plain.__qualname__} pickles itself in its own way, which would lose the bounds; "
                 f"save the hardened model's state_dict instead"
             )
-        return _revive, (self._plain,), self.__getstate__()  # type: ignore[no-untyped-call]
+        return _revive, (self._plain, self._mixin), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+class Fenced(_Passing):
+    """Mixed into the class of a layer whose output passes through its child `fence`."""
+
+    fence: nn.Module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's own output, bounded."""
+        bounded: Tensor = self.fence(super().forward(*args, **kwargs))
+        return bounded
 
 
-def _fenced(plain: type[nn.Module]) -> type[nn.Module]:
-    """The class of fenced layers of a class: one for each, so that layers of one type still are of one type."""
-    if plain not in _CLASSES:
+class Enclosed(_Passing):
+    """Mixed into the class of an activation whose output passes through its child `bounded`."""
+
+    bounded: nn.Module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The activation's own output, bounded."""
+        bounded: Tensor = self.bounded(super().forward(*args, **kwargs))
+        return bounded
+
+
+_CLASSES: dict[tuple[type[nn.Module], type[_Passing]], type[nn.Module]] = {}
+
+
+def _passing(plain: type[nn.Module], mixin: type[_Passing]) -> type[nn.Module]:
+    """The class of such modules of a class: one for each, so that layers of one type still are of one type."""
+    if (plain, mixin) not in _CLASSES:
         namespace = {
             "__module__": plain.__module__,  # torch.fx takes layers of torch.nn as wholes
             "__qualname__": plain.__qualname__,
             "__doc__": plain.__doc__,
             "_plain": plain,
+            "_mixin": mixin,
         }
-        _CLASSES[plain] = type(plain.__name__, (Fenced, plain), namespace)
-    return _CLASSES[plain]
+        _CLASSES[plain, mixin] = type(plain.__name__, (mixin, plain), namespace)
+    return _CLASSES[plain, mixin]
 
 
-def _revive(plain: type[nn.Module]) -> nn.Module:
-    kind = _fenced(plain)
+def _revive(plain: type[nn.Module], mixin: type[_Passing]) -> nn.Module:
+    kind = _passing(plain, mixin)
     return kind.__new__(kind)
 
 
@@ -98,8 +118,17 @@ def fence(layer: nn.Module) -> None:
     """Let a layer's output pass through a child, which does nothing yet."""
     place = Activation("identity")
     place.training = layer.training
-    layer.__class__ = _fenced(type(layer))
+    layer.__class__ = _passing(type(layer), Fenced)
     layer.add_module(CHILD, place)
+
+
+def enclose(activation: nn.Module) -> Activation:
+    """Let the output of an activation of another library pass through a child, which does nothing yet."""
+    place = Activation("identity")
+    place.training = activation.training
+    activation.__class__ = _passing(type(activation), Enclosed)
+    activation.add_module(BOUNDED, place)
+    return place
 
 
 def unfence(layer: nn.Module) -> None:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from flipproof._hooks import hooked
 from flipproof.errors import DataError, ModelError
 from flipproof.formats.base import bit_pattern
-from flipproof.hardening.bounds.activations import CALLABLES, Activation, function_of
+from flipproof.hardening.bounds.activations import CALLABLES, Activation, function_of, is_foreign
 from flipproof.hardening.rewriting._calls import Call, Pattern, Watch
 from flipproof.hardening.rewriting._tracing import (
     Replacement,
@@ -29,7 +29,7 @@ from flipproof.hardening.rewriting._tracing import (
     restore_forward,
     rewrite_forward,
 )
-from flipproof.hardening.rewriting.layers import CHILD, Fenced, channel_axis, fence, unfence, why_not
+from flipproof.hardening.rewriting.layers import CHILD, Fenced, channel_axis, enclose, fence, unfence, why_not
 from flipproof.hardening.rewriting.recurrent import Opened, open_recurrent_
 from flipproof.running.data import call
 from flipproof.running.evaluation import eval_mode
@@ -168,7 +168,8 @@ class _Edit:
 def rewrite(model: nn.Module, inputs: Any, *, open_recurrent: bool = False) -> Rewritten:
     """Find every activation of a model and give each call a module of its own, in a copy.
 
-    Activation modules are replaced wherever they are registered. Where one is called several times, or a function or
+    Activation modules are replaced wherever they are registered; Hugging Face's stay, and let their output through a
+    child. Where one is called several times, or a function or
     tensor method is used, `torch.fx` rewrites the forward of the one module that makes these calls. The copy is run on
     `inputs` and must give the same bits as the model; a rewritten forward that does not is taken back.
 
@@ -209,6 +210,9 @@ def rewrite(model: nn.Module, inputs: Any, *, open_recurrent: bool = False) -> R
             parent._modules[key] = new = Activation.of(module)
             originals[new] = module
             bases[new] = f"{names[parent]}.{key}".lstrip(".")
+    for module, name in names.items():
+        if is_foreign(module):
+            bases[enclose(module)] = name
     _apply(copy, inputs, golden, edits, reasons)
     for edit in edits:
         bases |= {child: edit.bases[name] for name, child in edit.children.items()}

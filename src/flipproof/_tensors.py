@@ -1,0 +1,29 @@
+"""Copies of tensors that lie in memory as the originals do."""
+
+from __future__ import annotations
+
+from torch import Tensor, empty
+
+_LINE = 64
+"""Bytes to which fast kernels look whether memory is aligned."""
+
+
+def laid_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether both have the same strides and are as well aligned."""
+    return one.stride() == other.stride() and (one.data_ptr() - other.data_ptr()) % _LINE == 0
+
+
+def copy_alike(tensor: Tensor) -> Tensor:
+    """A copy with the same strides, as well aligned: sums over other memory may be taken in another order.
+
+    Where several elements share memory (`expand`), the copy holds each of them.
+    """
+    found = tensor.clone()
+    expanded = any(step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
+    if expanded or not tensor.numel() or laid_alike(found, tensor):
+        return found
+    reach = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    room = _LINE // tensor.element_size()
+    memory = empty(reach + room, dtype=tensor.dtype, device=tensor.device)
+    offset = (tensor.data_ptr() - memory.data_ptr()) // tensor.element_size() % room
+    return memory.as_strided(tensor.shape, tensor.stride(), offset).copy_(tensor)
