@@ -35,7 +35,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             "the with block first"
         )
     training = [module for module in model.modules() if module.training]
-    if training:  # every trial comes by here, and nearly always finds the campaign's own eval mode
+    # every trial comes by here, and nearly always finds the campaign's own eval mode; an exported program, whose mode
+    # is in its graph, refuses to be switched
+    if training and "eval" not in vars(model):
         model.eval()
     try:
         with torch.inference_mode(False), torch.no_grad():  # inference tensors would not count in-place changes
