@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flipproof.hardening.methods import AVC, Guard, Hardening
 from flipproof.running.data import Output, call, pick
 from flipproof.running.evaluation import eval_mode
 
 BATCH = 4
-"""Samples of a batch; there are two batches."""
+"""Samples of a batch; there are two batches to judge on, and two more to calibrate on."""
 
 CLASSES = 10
 
@@ -37,13 +38,16 @@ class Subject:
     Attributes:
         model: in eval mode.
         data: two batches `(inputs, targets)`.
+        calibration: the same and two more.
         reading: what every verb is told about its answers: `output=` and the like.
-        exports: False for networks that no exporter takes as they came; PyTorch says so, not flipproof.
+        method: how it is hardened.
     """
 
     model: nn.Module
     data: list[Batch]
+    calibration: list[Batch]
     reading: dict[str, Any] = field(default_factory=dict)
+    method: Hardening = field(default_factory=Guard)
 
     def answers(self, model: nn.Module | None = None) -> Tensor:
         """What a network answers on all data, picked as `output=` says."""
@@ -62,6 +66,7 @@ class Network:
         package: where it comes from; "torch" for what PyTorch has itself.
         make: makes model and inputs of so many samples.
         output: picks the class scores.
+        method: how it is hardened.
     """
 
     name: str
@@ -69,6 +74,7 @@ class Network:
     package: str
     make: Callable[[], tuple[nn.Module, Callable[[int], Any]]]
     output: Output = None
+    method: Hardening = field(default_factory=Guard)
 
     @property
     def installed(self) -> bool:
@@ -84,11 +90,12 @@ class Network:
             model, inputs = self.make()
             if "eval" not in vars(model):  # an exported program refuses it, and is in the mode that it was exported in
                 model.eval()
-            batches = [inputs(BATCH) for _ in range(2)]
+            batches = [inputs(BATCH) for _ in range(4)]
             with eval_mode(model):
                 scores = [pick(call(model, x), self.output) for x in batches]
+        labelled = [(x, s.argmax(dim=1)) for x, s in zip(batches, scores, strict=True)]
         reading: dict[str, Any] = {} if self.output is None else {"output": self.output}
-        return Subject(model, [(x, s.argmax(dim=1)) for x, s in zip(batches, scores, strict=True)], reading)
+        return Subject(model, labelled[:2], labelled, reading, self.method)
 
 
 def _package(name: str) -> Any:
@@ -708,19 +715,20 @@ NETWORKS: tuple[Network, ...] = (
     Network("MLP", "PyTorch's own", "torch", lambda: (_mlp(), _images(8))),
     Network("CNN", "PyTorch's own", "torch", lambda: (_cnn(), _images(8))),
     Network("Transformer encoder, 2 layers", "PyTorch's own", "torch", lambda: (_Encoder(), _ids)),
-    Network("LSTM", "recurrent", "torch", lambda: (_Recurrent(nn.LSTM), _sequences)),
+    Network("LSTM", "recurrent", "torch", lambda: (_Recurrent(nn.LSTM), _sequences), method=AVC()),
     Network(
         "LSTM, 2 layers, both ways",
         "recurrent",
         "torch",
         lambda: (_Recurrent(nn.LSTM, num_layers=2, bidirectional=True), _sequences),
+        method=AVC(),
     ),
-    Network("GRU", "recurrent", "torch", lambda: (_Recurrent(nn.GRU), _sequences)),
+    Network("GRU", "recurrent", "torch", lambda: (_Recurrent(nn.GRU), _sequences), method=AVC()),
     Network("TCN, 3 blocks", "recurrent", "torch", lambda: (_TCN(), _sequences)),
     Network("CNN, bfloat16", "half precision", "torch", lambda: _half(torch.bfloat16)),
     Network("CNN, float16", "half precision", "torch", lambda: _half(torch.float16)),
     Network("MLP, dynamic int8", "quantised", "torch", _dynamic),
-    Network("LSTM, dynamic int8", "quantised", "torch", _dynamic_lstm),
+    Network("LSTM, dynamic int8", "quantised", "torch", _dynamic_lstm, method=AVC()),
     Network("CNN, static int8", "quantised", "torch", _static),
     Network("MLP, int8 weights (torchao)", "quantised", "torchao", _torchao("Int8WeightOnlyConfig")),
     Network("CNN, torch.jit.script", "programs", "torch", _scripted),
