@@ -24,8 +24,10 @@ from flipproof.hardening.methods.base import Hardening
 from flipproof.hardening.report import REPORT, HardeningReport
 from flipproof.hardening.rewriting.sites import Rewritten, refuse_what_hides_its_values, rewrite
 from flipproof.running.data import Data, Output, tensor_bytes
+from flipproof.running.decision import DecisionChoice
 from flipproof.running.device import device_of
-from flipproof.running.outcomes import DecisionChoice
+from flipproof.running.tasks.base import Task
+from flipproof.running.tasks.classification import task_of
 
 MEMORISED, MANY = 0.99, 50
 """From this accuracy on so many samples, the report reminds that the model may have been trained on them."""
@@ -42,6 +44,7 @@ def harden(
     method: Hardening | None = None,
     strict: bool = False,
     output: Output = None,
+    task: Task | None = None,
     decision: DecisionChoice = None,
     journal: str | os.PathLike[str] | None = None,
     workers: int = 1,
@@ -63,6 +66,7 @@ def harden(
         method: e.g. ``fp.Ranger()`` or ``fp.ProAct()``; there is no default.
         strict: raise instead of warning where an activation cannot be bounded.
         output: picks the tensor to judge out of what the model returns: function, dict key or tuple index.
+        task: what the model is for, as for `assess`; "accuracy" is its main metric.
         decision: how outputs become classes, as for `assess`.
         journal: file for the finished stages (layers) of a method that searches or trains: run again after an
             interruption and it resumes there, to the same thresholds. None keeps nothing.
@@ -89,9 +93,9 @@ def harden(
     data, method = _data_and_method(given, data, method)
     began = time.perf_counter()
     refuse_what_hides_its_values(model)
-    whole = Calibration.read(model, data, device_of(model), output, decision)
+    whole = Calibration.read(model, data, device_of(model), output, task_of(task, decision))
     calibration, held = whole.split(method.held_out, method.seed)
-    about = Fitted(repr(method), _weights(model), whole.batches.digest(), whole.decision.describe())
+    about = Fitted(repr(method), _weights(model), whole.batches.digest(), whole.judge.describe())
     rewritten = rewrite(model, whole.batches.inputs[0], open_recurrent=method.open_recurrent)
     ranges = profile(rewritten, calibration)
     if whole.cut is None:  # inputs may have sizes that the data to fit on does not show
