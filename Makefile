@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint bench cluster exhaustive coverage factor-coverage rate-coverage ranges interrupts survive clean
+.PHONY: compatibility demo test lint bench cluster exhaustive coverage factor-coverage rate-coverage ranges interrupts survive clean
 
 demo: $(VENV)/.installed
 	$(BIN)/flipproof demo
@@ -21,6 +21,10 @@ lint: $(VENV)/.installed-dev
 
 factor-coverage: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.factor_coverage
+
+# every verb on every network of docs/compatibility.md: an hour of one core
+compatibility: $(VENV)/.installed-dev
+	$(BIN)/python -m flipproof.reproduce.compatibility --out docs/compatibility.md
 
 # how often the intervals of estimate_rates hold the truth: docs/results/rates
 rate-coverage: $(VENV)/.installed-dev

@@ -184,6 +184,34 @@ def test_what_hides_in_records_slots_caches_and_partial_methods(tmp_path, monkey
         assert attributes_digest(one()) != attributes_digest(other())
 
 
+CYCLE = """
+class Part:
+    def act(self, x):
+        return x * FACTOR if type(self) in KINDS else x
+
+class Other(Part):
+    def act(self, x):
+        return Part.act(self, x) if self in PARTS else x
+
+KINDS = {Part, Other}
+PARTS = {Part(), Other(), "name", 3}
+"""
+
+
+def test_sets_whose_parts_lead_back_to_them():
+    """As where classes are registered: the digest comes to an end, and sees what the parts do."""
+    digests = []
+    for factor in ("1", "1", "2"):
+        scope = {"__name__": "users_own"}
+        exec(CYCLE.replace("FACTOR", factor), scope)
+        digests.append(digest_of(scope["KINDS"], scope["PARTS"]))
+    assert digests[0] == digests[1] != digests[2]
+    assert digest_of({1, 2, "a"}) == digest_of({"a", 2, 1}) != digest_of({1, 2, "b"})
+    twice = {eval("lambda x: x + 1"), eval("lambda x: x + 2")}
+    assert digest_of(twice) == digest_of({eval("lambda x: x + 2"), eval("lambda x: x + 1")})
+    assert digest_of(twice) != digest_of({eval("lambda x: x + 1"), eval("lambda x: x + 3")})
+
+
 def test_a_function_of_a_module_of_the_users_own(tmp_path, monkeypatch):
     digests = []
     for body in ("x.relu()", "x.relu().clamp(max=50)"):

@@ -272,6 +272,17 @@ def test_recurrent_kernels_are_listed(kind: type[nn.Module]) -> None:
     assert [site.name for site in found.sites] == ["tanh:0"]
     assert [entry.name for entry in found.unreachable] == [f"recurrent ({kind.__name__})"]
     assert "one kernel" in found.unreachable[0].reason
+    assert found.unreachable[0].reason.endswith("fp.AVC() opens it")
+    with pytest.raises(ModelError, match=r"can be bounded: 1 \(\w+\): \w+ computes its gates .* fp\.AVC\(\) opens it$"):
+        rewrite(nn.Sequential(nn.Identity(), kind(4, 5)).eval(), X)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_gates_that_torch_ao_hides_are_listed() -> None:
+    ao: Any = torch.ao.quantization
+    model = ao.quantize_dynamic(nn.Sequential(nn.LSTM(4, 5)), {nn.LSTM}, dtype=torch.qint8)
+    with pytest.raises(ModelError, match=r"0 \(LSTM\): LSTM computes its gates .* harden the floating-point model"):
+        rewrite(model.eval(), torch.randn(6, 2, 4))
 
 
 def test_nothing_found_is_an_error() -> None:

@@ -149,7 +149,7 @@ class _Walk:
         elif isinstance(value, Mapping):
             self._all([len(value), *(part for pair in _sorted(value.items()) for part in pair)])
         elif isinstance(value, (set, frozenset)):
-            self._all([len(value), *sorted(digest_of(part) for part in value)])
+            self._set(value)
         elif isinstance(value, (list, tuple)):
             self._all([len(value), *value])
         elif isinstance(value, partial):
@@ -182,6 +182,26 @@ class _Walk:
     def _all(self, values: Iterable[Any]) -> None:
         for value in values:
             self.feed(value)
+
+    def _set(self, parts: set[Any] | frozenset[Any]) -> None:
+        """A set, which has no order: classes and functions by their names, anything else by its digest.
+
+        The digest is of a walk that knows what this one has seen, since a part may lead back to the set that holds it.
+        """
+        code = [part for part in parts if isinstance(part, (type, FunctionType))]
+        named = {f"{part.__module__}.{part.__qualname__}": part for part in code}
+        if len(named) < len(code):  # lambdas of one place
+            named = {}
+        digests = []
+        for part in parts.difference(named.values()):
+            walk = _Walk()
+            walk._seen = dict(self._seen)
+            walk.feed(part)
+            digests.append(walk.state.hexdigest())
+        self._all([len(parts), *sorted(digests)])
+        for name, part in sorted(named.items()):
+            self._word(name)
+            self.feed(part)
 
     def _function(self, function: FunctionType) -> None:
         known = of_library(function, _LIBRARIES)

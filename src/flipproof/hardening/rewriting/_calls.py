@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.ao.nn.quantized.dynamic.modules import rnn as dynamic
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -19,6 +20,10 @@ from flipproof.hardening.rewriting.recurrent import Opened
 
 Pattern = tuple[tuple[str, Any], ...]
 """How a forward was called: (parameter, `TENSOR` or the plain value that it got), in the order of its signature."""
+
+
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase, dynamic.RNNBase, dynamic.RNNCellBase)
+"""Layers that hide their gates, PyTorch's own and those that torch.ao quantises as it goes."""
 
 
 class _Tensor:
@@ -107,7 +112,7 @@ class Watch(TorchFunctionMode):
             pattern = _pattern(module, args, kwargs)
             if pattern not in self.patterns[module]:
                 self.patterns[module].append(pattern)
-        hidden = isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not isinstance(module, Opened)
+        hidden = isinstance(module, _RECURRENT) and not isinstance(module, Opened)
         if hidden and module not in self.recurrent:
             self.recurrent.append(module)
         self._running.append((module, noted))

@@ -271,6 +271,11 @@ _OPEN: dict[type[nn.Module], type[Opened]] = {
 }
 
 
+def can_be_opened(module: nn.Module) -> bool:
+    """Whether `open_recurrent_` opens this layer or cell: one of PyTorch's own classes, with its own forward."""
+    return type(module) in _OPEN and "forward" not in vars(module)
+
+
 def open_recurrent_(model: nn.Module) -> list[str]:
     """Open every LSTM, GRU and RNN layer or cell of a model in place; returns their names.
 
@@ -278,10 +283,9 @@ def open_recurrent_(model: nn.Module) -> list[str]:
     """
     opened = []
     for name, module in model.named_modules():
-        kind = _OPEN.get(type(module))
-        if kind is None or "forward" in vars(module):
+        if not can_be_opened(module):
             continue
-        module.__class__ = kind
+        module.__class__ = kind = _OPEN[type(module)]
         opened.append(name)
         suffixes = [""]
         if isinstance(module, nn.RNNBase):

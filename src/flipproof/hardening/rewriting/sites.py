@@ -30,7 +30,7 @@ from flipproof.hardening.rewriting._tracing import (
     rewrite_forward,
 )
 from flipproof.hardening.rewriting.layers import CHILD, Fenced, channel_axis, enclose, fence, unfence, why_not
-from flipproof.hardening.rewriting.recurrent import Opened, open_recurrent_
+from flipproof.hardening.rewriting.recurrent import Opened, can_be_opened, open_recurrent_
 from flipproof.running.data import call
 from flipproof.running.evaluation import eval_mode
 
@@ -482,8 +482,13 @@ def _collect(
                     unreachable.append(entry)
     for module in seen.recurrent:
         kind = type(module).__name__
+        way = ""
+        if can_be_opened(module):
+            way = "; fp.AVC() opens it"
+        elif not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            way = "; harden the floating-point model, whose gates fp.AVC() opens"
         unreachable.append(
-            Unreachable(f"{names[module]} ({kind})", f"{kind} computes its gates in one kernel, which hides them")
+            Unreachable(f"{names[module]} ({kind})", f"{kind} computes its gates in one kernel, which hides them{way}")
         )
     for name, module in copy.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -503,6 +508,10 @@ def _collect(
             )
             numbers[base] += 1
     if not sites:
-        listed = "".join(f"\n  {entry.name}: {entry.reason}" for entry in unreachable) or " none at all"
-        raise ModelError(f"no activation of this model can be bounded; what it computes is:{listed}")
+        if not unreachable:
+            raise ModelError(
+                "no activation of this model can be bounded: it computes none; protect what it stores: fp.protect"
+            )
+        listed = "; ".join(f"{entry.name}: {entry.reason}" for entry in unreachable)
+        raise ModelError(f"no activation of this model can be bounded: {listed}")
     return Rewritten(copy, sites, unreachable)
