@@ -74,6 +74,16 @@ from .reports.html import report as report
 from .reports.tables import compare as compare
 from .running.deployment import Deployment as Deployment
 from .running.metrics import Metric as Metric
+from .running.tasks import Classification as Classification
+from .running.tasks import Custom as Custom
+from .running.tasks import Detection as Detection
+from .running.tasks import Embedding as Embedding
+from .running.tasks import Generation as Generation
+from .running.tasks import MultiLabel as MultiLabel
+from .running.tasks import Regression as Regression
+from .running.tasks import Segmentation as Segmentation
+from .running.tasks import Task as Task
+from .running.tasks import Tokens as Tokens
 from .running.ways import check_deployment as check_deployment
 from .spaces.parameters import FaultSpace as FaultSpace
 from .spaces.sites import Neurons as Neurons

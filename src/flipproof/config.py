@@ -21,8 +21,10 @@ from flipproof._fields import read_json
 from flipproof._literals import build, parse
 from flipproof.errors import ConfigError, FlipproofError
 from flipproof.formats import parse_format
-from flipproof.running.outcomes import DecisionChoice, check_choice
-from flipproof.running.scales import METRIC_NAMES
+from flipproof.running.decision import DecisionChoice, check_choice
+from flipproof.running.scales import METRICS
+from flipproof.running.tasks.base import Task, check_task
+from flipproof.running.tasks.typed import task_read
 from flipproof.spaces.tensors import FormatChoice
 
 
@@ -110,10 +112,10 @@ def read_metrics(names: Sequence[str]) -> list[Any]:
         ConfigError: if one is neither, or cannot be loaded.
     """
     for name in names:
-        if name not in METRIC_NAMES and ":" not in name:
-            known = ", ".join(METRIC_NAMES)
+        if name not in METRICS and ":" not in name:
+            known = ", ".join(METRICS)
             raise ConfigError(f"unknown metric {name!r}: choose among {known}, or name a MODULE:FUNCTION")
-    return [name if name in METRIC_NAMES else load_object(name) for name in names]
+    return [name if name in METRICS else load_object(name) for name in names]
 
 
 def connected(address: str) -> Any:
@@ -189,6 +191,25 @@ def read_output(text: str | int | None) -> Any:
     if text.lstrip("-").isdigit():
         return int(text)
     return load_object(text) if ":" in text else text
+
+
+def read_task(text: str) -> Task:
+    """A task as it is typed, `Regression(tolerance=0.5)`, or MODULE:NAME of one that names functions.
+
+    Raises:
+        ConfigError: if it is neither.
+
+    >>> read_task("Detection(score=0.7)")
+    Detection(score=0.7, iou=0.5, most=100)
+    """
+    if ":" in text and "(" not in text:
+        found = load_object(text)
+        check_task(found)
+    else:
+        found = task_read(text)
+    if not isinstance(found, Task):
+        raise ConfigError(f"expected a task such as Regression(tolerance=0.5), or MODULE:NAME of one, got {text!r}")
+    return found
 
 
 def read_decision(text: str | float | None) -> DecisionChoice:

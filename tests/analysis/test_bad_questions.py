@@ -131,7 +131,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: fp.analyze(Bert(), TOKENS, FEW, output=lambda found: found.scores),
         r"output= raises AttributeError.*keys \['logits'",
     ),
-    "boxes": (lambda: fp.analyze(Detector(), IMAGES, FEW), r"a detector's boxes.*scores of its head"),
+    "boxes": (lambda: fp.analyze(Detector(), IMAGES, FEW), r"a detector's boxes: say task=fp.Detection"),
     "no box to take": (
         lambda: fp.analyze(Detector(), IMAGES, FEW, output=lambda found: found[0]["boxes"][0]),
         r"output= raises IndexError.*a detector's boxes",

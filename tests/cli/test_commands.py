@@ -338,7 +338,7 @@ def test_names_with_brackets_are_printed_as_they_are(run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--metrics", "f1"), "unknown metric 'f1': choose among accuracy, auroc, average_precision, or name a"),
+        (("--metrics", "f2"), "unknown metric 'f2': choose among accuracy, auroc, average_precision"),
         (("--device", "gpu"), "takes a device that is here, such as 'cpu' or 'cuda:0', got 'gpu'"),
         (("--cache-bytes", "-1"), "more bytes for cache_bytes=, got -1"),
         (("--margin", "2"), "confidence and margin in (0, 1)"),

@@ -16,7 +16,7 @@ from flipproof.engine.progress import progress_bar
 from flipproof.errors import ModelError
 from flipproof.hardening.bounds.bounded import Smooth
 from flipproof.hardening.fitting._prefix import Prefixes
-from flipproof.hardening.fitting.calibration import Calibration, cross_entropy, distillation, logits
+from flipproof.hardening.fitting.calibration import Calibration, cross_entropy, distillation
 from flipproof.hardening.fitting.profile import profile
 from flipproof.hardening.fitting.training import Schedule, Stage, train_thresholds
 from flipproof.hardening.fitting.work import Work
@@ -28,7 +28,7 @@ from flipproof.hardening.report import hardening_report
 from flipproof.hardening.rewriting.sites import rewrite
 from flipproof.models import digits_cnn
 from flipproof.models.training import train_classifier
-from flipproof.running.outcomes import Decision
+from flipproof.running.decision import Decision
 
 Data = list[tuple[Tensor, Tensor]]
 TEST = digits("test")
@@ -76,7 +76,7 @@ def test_kl_is_that_of_equation_7_by_hand() -> None:
     ],
 )
 def test_every_output_convention_becomes_logits(outputs: Tensor, decision: Decision, expected: Tensor) -> None:
-    assert torch.allclose(logits(outputs, decision).softmax(dim=1), expected, atol=1e-4)
+    assert torch.allclose(decision.logits(outputs).softmax(dim=1), expected, atol=1e-4)
 
 
 def work_on(net: nn.Module, data: Data) -> tuple[Work, tuple[Calibration, Calibration]]:

@@ -14,7 +14,8 @@ from torch import nn
 import flipproof as fp
 from flipproof.campaigns.plan import Reading
 from flipproof.errors import ConfigError, DataError
-from flipproof.running.outcomes import Decision, classify
+from flipproof.running.decision import Decision
+from flipproof.running.outcomes import classify
 from flipproof.running.scales import OUTCOMES, Outcome
 
 NAN, INF = float("nan"), float("inf")
@@ -23,7 +24,10 @@ PACKING = {torch.float64: "<d", torch.float32: "<f", torch.float16: "<e"}
 
 
 def named(golden, faulty, decision):
-    return [OUTCOMES[i] for i in classify(torch.as_tensor(golden), torch.as_tensor(faulty), decision).tolist()]
+    return [
+        OUTCOMES[i]
+        for i in classify(torch.as_tensor(golden), torch.as_tensor(faulty), decision, torch.zeros(len(golden))).tolist()
+    ]
 
 
 def decided(row: list[float], threshold: float | None) -> int:
@@ -257,7 +261,9 @@ def test_the_threshold_decides_outcomes_and_ranking_does_not_need_it():
 def test_every_front_door_takes_the_decision():
     net, data = Scores(0.01, 0.3), lowly(8)
     hit = nn.Sequential(net, nn.ReLU())
-    assert fp.analyze(net, data, fp.DeepVigor(neurons=1), decision="logits").decision == "logits"
+    assert fp.analyze(net, data, fp.DeepVigor(neurons=1), decision="logits").task == fp.Classification(
+        decision="logits"
+    )
     assert len(fp.estimate_factors(net, data, decision="logits", margin=0.2)) == 1
     safe = fp.harden(hit, fp.Ranger(), data=data, decision="logits")
     assert fp.assess(safe, data=data, decision="logits", **SETUP).golden["accuracy"] == 1.0
@@ -267,9 +273,11 @@ def test_every_front_door_takes_the_decision():
         fp.harden(hit, fp.Ranger(), data=data)
 
 
-def test_multi_label_targets_are_told_that_they_are_not_supported():
+def test_several_labels_beside_other_answers_are_told_what_to_say():
     targets = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0]])
-    with pytest.raises(DataError, match=r"several or no positive labels in 2 rows; multi-label targets are not supp"):
-        fp.assess(nn.Linear(2, 3), data=[(torch.randn(3, 2), targets)], **SETUP)
+    with pytest.raises(
+        DataError, match=r"several or no positive labels in 2 rows; if the model gives a score for each"
+    ):
+        fp.assess(nn.Linear(2, 4), data=[(torch.randn(3, 2), targets)], **SETUP)
     with pytest.raises(DataError, match=r"one-hot targets go through \.argmax"):
         fp.assess(nn.Linear(2, 3), data=[(torch.randn(3, 2), torch.eye(3))], **SETUP)

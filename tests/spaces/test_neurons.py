@@ -10,8 +10,9 @@ from torch.nn import functional as F
 import flipproof as fp
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.running.data import read_batches
+from flipproof.running.decision import Decision
 from flipproof.running.neurons import neuron_space
-from flipproof.running.outcomes import Decision, classify
+from flipproof.running.outcomes import classify
 from flipproof.running.scales import OUTCOMES
 
 Data = list[tuple[Tensor, Tensor]]
@@ -99,7 +100,7 @@ def twin(net: nn.Module, data: Data, fmt: fp.Float32 | None, seed: int, trial: i
         for row in range(len(y)):
             faulty = _forward(net, space, x, (row, *places[first + row]))
             outcome = classify(
-                golden, faulty, Decision.from_golden(torch.cat([_forward(net, space, d, None) for d, _ in data]))
+                golden, faulty, Decision.from_golden(torch.cat([_forward(net, space, d, None) for d, _ in data])), y
             )
             assert all(int(outcome[other]) == 0 for other in range(len(y)) if other != row)
             counts[int(outcome[row])] += 1

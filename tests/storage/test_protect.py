@@ -11,7 +11,8 @@ from torch import nn
 import flipproof as fp
 from flipproof.errors import ConfigError, DataError, JournalError
 from flipproof.hardening.fitting.calibration import Calibration
-from flipproof.storage.budget import INNERS, Measuring, drift
+from flipproof.running.decision import drift
+from flipproof.storage.budget import INNERS, Measuring
 from flipproof.storage.codes import untouched
 from flipproof.storage.protect import _drawn
 from flipproof.storage.survival import LADDER, survival

@@ -43,7 +43,7 @@ class AnalysisHeader(Identity):
                 "formats": ", ".join(sorted({repr(site.format) for site in prober.sites})),
                 "sites": digest_of([(site.name, site.values, repr(site.format)) for site in prober.sites]),
                 "output": digest_of(output) if callable(output) else output,
-                "decision": prober.decision.describe(),
+                "decision": prober.judge.describe(),
                 "golden_outputs": digest_of(prober.golden),
                 "device": prober.device.type,
             }

@@ -30,7 +30,9 @@ from flipproof.engine.journal import Journal, Key
 from flipproof.errors import ConfigError
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.running.data import Data, Output
-from flipproof.running.outcomes import DecisionChoice
+from flipproof.running.decision import DecisionChoice
+from flipproof.running.tasks.base import Task
+from flipproof.running.tasks.classification import task_of
 from flipproof.spaces.sites import Neurons, Parameters
 from flipproof.spaces.tensors import FormatChoice
 
@@ -99,6 +101,7 @@ def analyze(
     format: FormatChoice = None,
     where: Neurons | Parameters | None = None,
     output: Output = None,
+    task: Task | None = None,
     decision: DecisionChoice = None,
     journal: str | os.PathLike[str] | None = None,
     workers: int = 1,
@@ -118,6 +121,8 @@ def analyze(
             and their "neurons" flat indices into them. Weights and biases of Conv and Linear layers are searched like
             neurons; other parameters cost a whole forward a question: sample them with `DeepVigor(neurons=…)`.
         output: picks the tensor to judge out of what the model returns.
+        task: what the model is for, as for `assess`: a fault is critical if the task says that its answer is. Ranges
+            are by golden class; tasks that know no classes have one.
         decision: how outputs become classes, as for `assess`.
         journal: file to write and resume, one JSON line a module. What is found does not depend on interruptions.
         workers: processes; each analyses a module at a time, and may work on `max_bytes` of its own. What is found does
@@ -146,7 +151,7 @@ def analyze(
         raise ConfigError("gradient=True is about neurons; analyse parameters without it")
     check_run("analyze", workers, journal)
     of = "parameters" if isinstance(where, Parameters) else "neurons"
-    with opened(model, data, where, format, output, method.max_bytes, decision, device=device) as prober:
+    with opened(model, data, where, format, output, method.max_bytes, task_of(task, decision), device=device) as prober:
         labels = distinct(prober.classes)
         _check_room(prober, method, labels)
 
@@ -162,7 +167,7 @@ def analyze(
         layers = in_order(by_site, prober, file)
         samples, digest = prober.batches.samples, prober.batches.digest()
         coverage, left_out = prober.coverage()
-        rule = prober.decision.choice
+        known = prober.task
     found = VulnerabilityMap(
         layers,
         repr(method),
@@ -174,14 +179,14 @@ def analyze(
         coverage=coverage,
         data=digest,
     )
-    found.decision = rule
+    found.task = known
     return found
 
 
 def _check_room(prober: Prober, method: DeepVigor, labels: Tensor) -> None:
     """Refuse a map that would be larger than `max_bytes`."""
     counts = [min(site.values, method.neurons or site.values) for site in prober.sites]
-    classes = prober.decision.classes
+    classes = prober.judge.labels
     needed = sum(LayerVulnerability.room(s, n, classes, labels) for s, n in zip(prober.sites, counts, strict=True))
     if needed > method.max_bytes:
         raise ConfigError(
@@ -221,7 +226,7 @@ def _asked(
     chosen = torch.arange(site.values)
     if method.neurons is not None and method.neurons < site.values:
         chosen = torch.from_numpy(draw.distinct(method.neurons, site.values))
-    found = LayerVulnerability.empty(site, chosen, prober.decision.classes, labels)
+    found = LayerVulnerability.empty(site, chosen, prober.judge.labels, labels)
     found.exhaustive = exhaustive
     rate = 0.0 if exhaustive else _rate(prober, site, method)
     # a dozen arrays of pairs × bits of 8 bytes are alive at once

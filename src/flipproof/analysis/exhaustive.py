@@ -33,16 +33,19 @@ from flipproof.engine.journal import Key, written
 from flipproof.errors import AuditError, ConfigError, FlipproofWarning
 from flipproof.faults import RandomBits
 from flipproof.faults.sampling import TrialGenerator
-from flipproof.running.data import Data, Output, check_labels, read_batches
-from flipproof.running.decision import decide
+from flipproof.running.data import Data, Output
+from flipproof.running.decision import DecisionChoice
 from flipproof.running.device import check_device, on_device, release_memory
 from flipproof.running.evaluation import Answers, FaultyRunError, eval_mode, golden_run, one_thread
 from flipproof.running.faulty import FaultyModel, same_answers
-from flipproof.running.outcomes import DecisionChoice, check_choice, classify
+from flipproof.running.outcomes import classify
 from flipproof.running.resume import Suffixes
 from flipproof.running.scales import OUTCOMES
 from flipproof.running.snapshots import RandomState, Snapshot, as_it_came
 from flipproof.running.straight import refers_to_tensors
+from flipproof.running.tasks.base import Task
+from flipproof.running.tasks.classification import task_of
+from flipproof.running.tasks.recognise import read
 from flipproof.spaces.contract import Faults, Positions
 from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Parameters, Site
@@ -65,6 +68,7 @@ def inject_all(
     where: Parameters | None = None,
     format: FormatChoice = None,
     output: Output = None,
+    task: Task | None = None,
     decision: DecisionChoice = None,
     shard: str | None = None,
     journal: str | os.PathLike[str] | None = None,
@@ -98,6 +102,7 @@ def inject_all(
         where: whose bits; all parameters by default.
         format: how they are stored, as for `assess`.
         output: picks the tensor to judge out of what the model returns.
+        task: what the model is for, as for `assess`.
         decision: how outputs become classes, as for `assess`.
         shard: "3/100" does the third of a hundred parts: of each tensor a random sample of its words, with all of their
             bits. Any shards that are done are a fair sample of all bits; `BitTable.load` puts their journals together.
@@ -140,7 +145,7 @@ def inject_all(
         raise ConfigError(f"inject_all takes 0 (no cache) or more bytes for cache_bytes=, got {cache_bytes!r}")
     target = check_device(model, device)
     file = None if journal is None else table_journal(journal)
-    with _opened(model, data, where, format, output, check_choice(decision), target, audit) as work:
+    with _opened(model, data, where, format, output, task_of(task, decision), target, audit) as work:
         keys = work.keys(part)
         with written(file, work.header) as known, noting(file):
             off = frozenset() if file is None else file.switched_off
@@ -170,7 +175,7 @@ def _opened(
     where: Parameters,
     format: FormatChoice,
     output: Output,
-    decision: DecisionChoice,
+    task: Task | None,
     target: torch.device,
     share: float,
 ) -> Iterator[_Flips]:
@@ -179,20 +184,20 @@ def _opened(
         space = FaultSpace(model, where=where, format=format)
         if (missing := space.shortfall()) is not None:
             warnings.warn(missing, FlipproofWarning, stacklevel=4)
-        batches = read_batches(data, target)
+        batches, known, reading = read(model, data, target, task, output)
         randomness = RandomState(0, target)
-        auditing = audit_of(model, share, (), 0, output)
+        auditing = audit_of(model, share, (), 0, reading)
         pristine = None if auditing is None else auditing.pristine
         if pristine is not None:
             came.share(pristine)
         with space.stored():
             state = Snapshot(model, like=pristine)
-            golden = golden_run(model, batches, output, state, randomness)
-            rule = decide(model, batches, output, golden, decision)
+            golden = golden_run(model, batches, reading, state, randomness)
+            judge = known.judge(model, batches, reading, golden)
             state.verify()
-            check_labels(batches.targets, rule.classes)
-            faulty = FaultyModel(model, space, batches, output, golden, state, randomness)
-            runner = TrialRunner(faulty, (RandomBits(1),), (), rule, 0, target)
+            judge.check_targets(batches.targets)
+            faulty = FaultyModel(model, space, batches, reading, golden, state, randomness)
+            runner = TrialRunner(faulty, (RandomBits(1),), (), judge, 0, target)
             yield _Flips(runner, space, on_copies(faulty, auditing), where)
 
 
@@ -333,7 +338,9 @@ class _Flips:
         """Samples of each flip that ended as non-critical SDC, critical SDC and DUE."""
         flips, golden = len(outputs), self._runner.faulty.golden
         repeated = golden[None].expand(flips, *golden.shape).flatten(0, 1)
-        ended = classify(repeated, outputs.flatten(0, 1), self._runner.decision).reshape(flips, -1)
+        targets = self._runner.faulty.batches.targets
+        again = targets[None].expand(flips, *targets.shape).flatten(0, 1)
+        ended = classify(repeated, outputs.flatten(0, 1), self._runner.judge, again).reshape(flips, -1)
         return torch.stack([(ended == i).sum(dim=1) for i in range(1, len(OUTCOMES))], dim=1).numpy()
 
     def _audited(self, site: Site, chunk: int, positions: Positions) -> NDArray[np.bool_]:

@@ -39,9 +39,14 @@ from flipproof.engine.jobs import do_all
 from flipproof.engine.journal import Journal, Key
 from flipproof.errors import ConfigError, FlipproofWarning
 from flipproof.faults.sampling import TrialGenerator
-from flipproof.running.data import Data, Output, read_batches
-from flipproof.running.device import check_device
-from flipproof.running.outcomes import DecisionChoice
+from flipproof.running.data import Data, Output
+from flipproof.running.decision import DecisionChoice
+from flipproof.running.device import check_device, on_device
+from flipproof.running.evaluation import eval_mode
+from flipproof.running.tasks.base import Task
+from flipproof.running.tasks.classification import task_of
+from flipproof.running.tasks.recognise import read
+from flipproof.running.tasks.settled import Settled
 from flipproof.spaces.sites import Neurons, Parameters
 from flipproof.spaces.tensors import FormatChoice
 
@@ -65,6 +70,7 @@ def estimate_factors(
     where: Neurons | Parameters | None = None,
     format: FormatChoice = None,
     output: Output = None,
+    task: Task | None = None,
     decision: DecisionChoice = None,
     margin: float = 0.01,
     confidence: float = 0.95,
@@ -92,6 +98,7 @@ def estimate_factors(
         where: `fp.Neurons(…)`, all by default, or `fp.Parameters(…)`.
         format: how they are stored.
         output: picks the tensor to judge out of what the model returns.
+        task: what the model is for, as for `assess`.
         decision: how outputs become classes, as for `assess`.
         margin: half-width of the intervals.
         confidence: of the intervals.
@@ -142,11 +149,12 @@ def estimate_factors(
     where = Neurons() if where is None else where
     file = Journal(journal, AnalysisHeader, ModuleFactors, kind=KIND) if journal is not None else None
     header: AnalysisHeader | None = None
-    everything = read_batches(data, target)
+    with on_device(model, target), eval_mode(model):
+        everything, known, reading = read(model, data, target, task_of(task, decision), output)
     most, spent = _inputs_for(margin), np.zeros(0)
     while True:
         batches, order = drawn(everything, most, seed)
-        with opened(model, batches, where, format, output, 2**28, decision, device=target) as prober:
+        with opened(model, batches.pairs, where, format, reading, 2**28, Settled(known), device=target) as prober:
             if header is None:
                 settings = {"margin": margin, "confidence": confidence, "by": by, "seed": seed, "where": repr(where)}
                 header = AnalysisHeader.of(prober, inputs=everything.digest(), **settings)

@@ -25,8 +25,9 @@ from flipproof.analysis.probes import Probe, Prober
 from flipproof.errors import InfrastructureError, ModelError
 from flipproof.formats.base import bit_pattern
 from flipproof.running.data import Batches, Output, call, pick
+from flipproof.running.decision import Decision
 from flipproof.running.evaluation import is_infrastructure
-from flipproof.running.outcomes import Decision
+from flipproof.running.judge import Judge
 from flipproof.running.resume import Suffixes
 from flipproof.running.snapshots import Snapshot
 from flipproof.running.values import rows_of
@@ -62,11 +63,11 @@ class NeuronProber(Prober):
         batches: Batches,
         output: Output,
         golden: Tensor,
-        decision: Decision,
+        judge: Judge,
         max_bytes: int,
         state: Snapshot,
     ) -> None:
-        super().__init__(model, batches, output, golden, decision, state)
+        super().__init__(model, batches, output, golden, judge, state)
         self.space = space
         self._sites = {site.name: site for site in space.sites}
         self._suffixes = Suffixes.trace(model, batches.inputs)
@@ -147,12 +148,7 @@ class NeuronProber(Prober):
         except Exception:  # what was traced cannot run like the model, in whatever way that shows: run the model
             return None
         same = whole.shape == golden.shape and torch.equal(bit_pattern(whole), bit_pattern(golden))
-        backwards = self.classes_of(golden).flip(0)[:TURNED].repeat(2)
-        return suffix if same and torch.equal(self.classes_of(turned), backwards) else None
-
-    def classes_of(self, outputs: Tensor) -> Tensor:
-        """The class of each row; −1 where the output holds a NaN."""
-        return self.decision.classes_of(outputs)
+        return suffix if same and not bool(self.critical(batch, some, turned).any()) else None
 
     def _values(self, site: NeuronSite, batch: int) -> Tensor:
         found: list[Tensor] = []
@@ -230,8 +226,7 @@ class NeuronProbe(Probe):
         if shortcuts:
             ask = ask[~self.unseen(rows, places, values)]
         for part in self._forwards(ask, rows) if ask.numel() else ():
-            found = self._found(rows[part], places[part], values[part])
-            result[part] = (found != self.classes[rows[part].cpu()]).to(result.device)
+            result[part] = self._found(rows[part], places[part], values[part]).to(result.device)
         return result
 
     def way_found(self) -> str:
@@ -242,7 +237,7 @@ class NeuronProbe(Probe):
             for gentle in (False, True):
                 try:
                     plain = self._outputs(way, order, None)
-                    if not torch.equal(self._prober.classes_of(plain), self.classes[order.cpu()]):
+                    if bool(self._prober.critical(self._batch, order, plain).any()):
                         break
                     return way if self._apart(way, order, plain, gentle) else ALONE
                 except Exception as error:
@@ -284,7 +279,7 @@ class NeuronProbe(Probe):
         return [ask[order[turn == i]] for i in range(int(turn.max()) + 1)]
 
     def _found(self, rows: Tensor, places: Tensor, values: Tensor) -> Tensor:
-        """The class of each question; −1 for a NaN, and where the model raises."""
+        """Whether each question does harm, a NaN or a model that raises included."""
         count = rows.numel()
         at = torch.arange(count, device=rows.device) if self.way == GATHERED else rows
 
@@ -293,7 +288,7 @@ class NeuronProbe(Probe):
 
         try:
             outputs = self._outputs(self.way, rows, change)
-            return self._prober.classes_of(outputs if self.way == GATHERED else outputs[rows.cpu()])
+            return self._prober.critical(self._batch, rows, outputs if self.way == GATHERED else outputs[rows.cpu()])
         except Exception as error:
             if is_infrastructure(error):
                 raise InfrastructureError(f"{self._site.name}: {type(error).__name__}: {error}") from error
@@ -307,7 +302,7 @@ class NeuronProbe(Probe):
                 f"{self._site.name}: the model raises on golden values too ({type(error).__name__}: {error}), so that "
                 f"nothing can be asked about it"
             ) from error
-        return torch.full((1,), -1)
+        return torch.ones(1, dtype=torch.bool)
 
     def _outputs(self, way: str, rows: Tensor, change: InPlaceChange | None) -> Tensor:
         """What is judged, for these rows gathered, or for the whole batch as it is; on the CPU."""
@@ -339,7 +334,8 @@ class NeuronProbe(Probe):
         rows = torch.arange(self.values.shape[0], device=self.values.device)
         with torch.enable_grad():
             scores = self._prober.outputs(self._suffix.run(rows, hold)).double()
-            if scores.dim() != 2 or scores.shape[1] < 2 or not scores.requires_grad:
+            several = isinstance(self._prober.judge, Decision) and scores.dim() == 2 and scores.shape[1] > 1
+            if not several or not scores.requires_grad:
                 return unknown
             margins = scores.gather(1, self.classes[:, None]) - scores
             (gradient,) = torch.autograd.grad(margins.sigmoid().sum(), held[0])

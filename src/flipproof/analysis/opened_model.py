@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -14,13 +15,15 @@ from flipproof.analysis.parameter_probes import ParameterProber
 from flipproof.analysis.probes import Prober, stateful
 from flipproof.errors import ConfigError, ModelError
 from flipproof.formats import Format
-from flipproof.running.data import Batches, Data, Output, read_batches
-from flipproof.running.decision import decide
+from flipproof.running.data import Data, Output
+from flipproof.running.decision import Decision
 from flipproof.running.device import check_device, on_device
 from flipproof.running.evaluation import eval_mode, golden_run, one_thread
 from flipproof.running.neurons import neuron_space
-from flipproof.running.outcomes import DecisionChoice
 from flipproof.running.snapshots import Snapshot
+from flipproof.running.tasks.base import Task
+from flipproof.running.tasks.classification import Classification
+from flipproof.running.tasks.recognise import read
 from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Neurons, Parameters
 from flipproof.spaces.tensors import FormatChoice
@@ -29,12 +32,12 @@ from flipproof.spaces.tensors import FormatChoice
 @contextmanager
 def opened(
     model: nn.Module,
-    data: Data | Batches,
+    data: Data,
     where: Neurons | Parameters,
     format: FormatChoice,
     output: Output,
     max_bytes: int,
-    decision: DecisionChoice = None,
+    task: Task | None = None,
     *,
     device: str | torch.device | None = None,
 ) -> Iterator[Prober]:
@@ -42,12 +45,12 @@ def opened(
 
     Args:
         model: see `analyze`.
-        data: see `analyze`; or batches that were read already.
+        data: see `analyze`.
         where: see `analyze`.
         format: see `analyze`.
         output: see `analyze`.
         max_bytes: bound on the activations of a probing batch.
-        decision: see `analyze`.
+        task: what the model is for; see `analyze`.
         device: see `analyze`.
 
     Raises:
@@ -57,23 +60,26 @@ def opened(
     """
     target = check_device(model, device)
     with given_back(model), on_device(model, target), eval_mode(model), one_thread(target):
-        batches = data if isinstance(data, Batches) else read_batches(data, target)
+        batches, known, reading = read(model, data, target, task, output)
         space = (
             _even(FaultSpace(model, where=where, format=format))
             if isinstance(where, Parameters)
-            else neuron_space(model, batches, where, format, output)
+            else neuron_space(model, batches, where, format, reading)
         )
         with space.stored():
             state = Snapshot(model)
-            golden = golden_run(model, batches, output, state)
+            golden = golden_run(model, batches, reading, state)
             if state.written:
                 raise ModelError(stateful(state.written, "in every forward"))
-            rule = decide(model, batches, output, golden, decision)
+            judge = known.judge(model, batches, reading, golden)
             prober: Prober
             if isinstance(space, FaultSpace):
-                prober = ParameterProber(model, space, batches, output, golden, rule, max_bytes, state)
+                prober = ParameterProber(model, space, batches, reading, golden, judge, max_bytes, state)
             else:
-                prober = NeuronProber(model, space, batches, output, golden, rule, max_bytes, state)
+                prober = NeuronProber(model, space, batches, reading, golden, judge, max_bytes, state)
+            if isinstance(known, Classification) and isinstance(judge, Decision):
+                known = replace(known, decision=judge.choice)
+            prober.task = known
             yield prober
             prober.check_untouched()
 

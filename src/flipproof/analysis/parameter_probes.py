@@ -22,8 +22,8 @@ from flipproof.errors import FaultSpaceError, InfrastructureError
 from flipproof.formats.base import Stored, dense, word_dtype
 from flipproof.running.data import Batches, Output, call, pick
 from flipproof.running.evaluation import is_infrastructure
+from flipproof.running.judge import Judge
 from flipproof.running.neurons import neuron_space
-from flipproof.running.outcomes import Decision
 from flipproof.running.snapshots import Snapshot
 from flipproof.running.values import bytes_of, rows_of
 from flipproof.spaces.parameters import FaultSpace
@@ -53,11 +53,11 @@ class ParameterProber(Prober):
         batches: Batches,
         output: Output,
         golden: Tensor,
-        decision: Decision,
+        judge: Judge,
         max_bytes: int,
         state: Snapshot,
     ) -> None:
-        super().__init__(model, batches, output, golden, decision, state)
+        super().__init__(model, batches, output, golden, judge, state)
         self.space = space
         if packed := [name for name, tensor in space.tensors.items() if not tensor.is_floating_point()]:
             raise FaultSpaceError(
@@ -75,7 +75,7 @@ class ParameterProber(Prober):
             except FaultSpaceError:  # no layer gives one row a sample
                 neurons = None
             if neurons is not None:
-                self._neurons = NeuronProber(model, neurons, batches, output, golden, decision, max_bytes, state)
+                self._neurons = NeuronProber(model, neurons, batches, output, golden, judge, max_bytes, state)
                 self._neurons.costs = self.costs
         self.traced = self._neurons is not None and self._neurons.traced
         first = golden[: batches.sizes[0]]
@@ -118,7 +118,7 @@ class ParameterProber(Prober):
         if self._neurons is not None and neurons is not None:
             suffix, seen = self._cut_out(neurons, batch)
             if suffix is not None and seen is not None:
-                line = _Line(self._lines[site], self._sites[site], suffix, seen, self._neurons)
+                line = _Line(self._lines[site], self._sites[site], batch, suffix, seen, self._neurons)
         return ParameterProbe(self, self._sites[site], batch, line)
 
     def _cut_out(self, neurons: NeuronSite, batch: int) -> tuple[Suffix | None, Tensor | None]:
@@ -187,7 +187,7 @@ class ParameterProbe(Probe):
         without them, the parameter is changed in memory and everything runs.
         """
         if shortcuts and self._line is not None:
-            return self._line.critical(rows, places, values, self.classes)
+            return self._line.critical(rows, places, values)
         result = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
         pairs, which = torch.unique(torch.stack([places, _as_bits(values)]), dim=1, return_inverse=True)
         for i in range(pairs.shape[1]):
@@ -230,14 +230,14 @@ class ParameterProbe(Probe):
             return torch.cat([self._in_memory(part, place, value) for part in parts])
         finally:
             self._tensor[spot] = before
-        return (prober.decision.classes_of(outputs) != self.classes[rows.cpu()]).to(value.device)
+        return prober.critical(self._batch, rows, outputs).to(value.device)
 
 
 class _Line:
     """A Conv or Linear layer whose output a changed weight moves along a line."""
 
-    def __init__(self, module: Any, site: Site, suffix: Suffix, seen: Tensor, prober: NeuronProber) -> None:
-        self._module, self._suffix, self._prober = module, suffix, prober
+    def __init__(self, module: Any, site: Site, batch: int, suffix: Suffix, seen: Tensor, prober: NeuronProber) -> None:
+        self._module, self._batch, self._suffix, self._prober = module, batch, suffix, prober
         self._bias = site.name.rpartition(".")[2] == "bias"
         self._conv = isinstance(module, _CONVOLUTIONS)
         self._shape = site.shape
@@ -248,7 +248,7 @@ class _Line:
             seen = F.pad(seen, module._reversed_padding_repeated_twice, mode=mode)
         self._seen = seen
 
-    def critical(self, rows: Tensor, places: Tensor, values: Tensor, classes: Tensor) -> Tensor:
+    def critical(self, rows: Tensor, places: Tensor, values: Tensor) -> Tensor:
         """As `ParameterProbe.critical`."""
         result = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
         golden = self._weight()[places]
@@ -258,27 +258,26 @@ class _Line:
                 continue
             asked = part[kept]
             channels = self._channels(places[asked])
-            found = self._classes(rows[asked], channels, moved)
-            result[asked] = (found != classes[rows[asked].cpu()]).to(result.device)
+            result[asked] = self._harm(rows[asked], channels, moved).to(result.device)
             self._prober.costs.probes += 0 if self.last else asked.numel()
         return result
 
-    def _classes(self, rows: Tensor, channels: Tensor, moved: Tensor) -> Tensor:
-        """The class of each row with its channel replaced; −1 for a NaN, and where the model raises."""
+    def _harm(self, rows: Tensor, channels: Tensor, moved: Tensor) -> Tensor:
+        """Whether each row, with its channel replaced, answers critically or NaN, or makes the model raise."""
 
         def change(output: Tensor) -> None:
             self._by_channel(output)[torch.arange(channels.numel(), device=channels.device), channels] = moved
 
         try:
-            return self._prober.classes_of(self._prober.outputs(self._suffix.run(rows, change)))
+            return self._prober.critical(self._batch, rows, self._prober.outputs(self._suffix.run(rows, change)))
         except Exception as error:
             if is_infrastructure(error):
                 raise InfrastructureError(f"{type(error).__name__}: {error}") from error
             if rows.numel() == 1:
-                return torch.full((1,), -1)
+                return torch.ones(1, dtype=torch.bool)
         half = -(-rows.numel() // 2)
         parts = zip(*(torch.split(each, half) for each in (rows, channels, moved)), strict=True)
-        return torch.cat([self._classes(*part) for part in parts])
+        return torch.cat([self._harm(*part) for part in parts])
 
     def _moved(self, rows: Tensor, places: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
         """Which rows get another channel that the layers behind can tell from the golden one, and those channels."""

@@ -21,8 +21,9 @@ from flipproof.errors import ModelError
 from flipproof.formats import Format
 from flipproof.running.data import Batches, Output
 from flipproof.running.device import device_of
-from flipproof.running.outcomes import Decision
+from flipproof.running.judge import Judge, holds_nan
 from flipproof.running.snapshots import Snapshot
+from flipproof.running.tasks.base import Task
 
 
 class ProbedSite(Protocol):
@@ -115,13 +116,16 @@ class Prober(ABC):
         batches: the inputs.
         output: picks the tensor to judge.
         golden: fault-free outputs of all samples, on the CPU.
-        decision: how outputs become classes.
+        judge: of the answers.
         state: of the fault-free model.
 
     Attributes:
-        classes: golden class of every sample.
+        classes: golden class of every sample; of tasks that know no classes, 0.
         costs: rows run so far.
+        task: that made the judge, as whoever runs the model again has to say it.
     """
+
+    task: Task
 
     def __init__(
         self,
@@ -129,11 +133,11 @@ class Prober(ABC):
         batches: Batches,
         output: Output,
         golden: Tensor,
-        decision: Decision,
+        judge: Judge,
         state: Snapshot,
     ) -> None:
-        self.model, self.batches, self.output, self.golden, self.decision = model, batches, output, golden, decision
-        self.classes = decision.classes_of(golden)
+        self.model, self.batches, self.output, self.golden, self.judge = model, batches, output, golden, judge
+        self.classes = judge.labels_of(golden)
         self.costs = Costs()
         self._state = state
 
@@ -165,6 +169,18 @@ class Prober(ABC):
     @abstractmethod
     def forget(self) -> None:
         """Drop what was prepared for earlier sites: what comes next costs as much as if it came first."""
+
+    def critical(self, batch: int, rows: Tensor, outputs: Tensor) -> Tensor:
+        """Whether answers do harm, a NaN included; bool (n,) on the CPU.
+
+        Args:
+            batch: its number.
+            rows: samples of the batch that answered, int64 (n,).
+            outputs: what they answered, (n, …).
+        """
+        part, at = self.batches.part(batch), rows.cpu()
+        found = self.judge.critical(self.golden[part][at], outputs, self.batches.targets[part][at])
+        return found | holds_nan(outputs)
 
     @property
     def device(self) -> torch.device:

@@ -21,6 +21,7 @@ from flipproof.running.data import Data, call, read_batches
 from flipproof.running.device import device_of
 from flipproof.running.evaluation import eval_mode, is_infrastructure
 from flipproof.running.snapshots import Snapshot
+from flipproof.running.tasks.base import unlabelled
 from flipproof.spaces.contract import Draw
 from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Parameters
@@ -115,7 +116,7 @@ def propagation(
         raise ConfigError(f"propagation takes faults= a fault model such as fp.RandomBits(1), got {faults!r}")
     check_hooks_run(model)
     layers = _layers(model, (include,) if isinstance(include, str) else tuple(include))
-    batches = read_batches(data, device_of(model))
+    batches = read_batches(data, device_of(model), unlabelled)
     space = FaultSpace(model, where=where, format=format)
     jobs: list[tuple[FaultModel, int, Draw]] = []
     for point in faults.points():

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from math import exp, log
+from math import exp, isnan, log
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from flipproof.campaigns.statistics import Interval, unseen_share, wilson_interval
+from flipproof.campaigns.statistics import Interval, mean_interval, unseen_share, wilson_interval
+from flipproof.running.decision import Decision
+from flipproof.running.judge import Judge
 from flipproof.running.metrics import Metric
-from flipproof.running.outcomes import Decision
 
 RESAMPLES = 200
 _CELLS = 2_000_000
@@ -19,13 +20,14 @@ _CELLS = 2_000_000
 
 
 def golden_interval(
-    metric: Metric, golden: Tensor, targets: Tensor, decision: Decision, confidence: float
+    metric: Metric, golden: Tensor, targets: Tensor, judge: Judge, confidence: float
 ) -> Interval | None:
     """Interval of a fault-free metric over samples.
 
-    Accuracy: Wilson's. AUROC and average precision: symmetric on the logit scale, mean ± z standard errors of 200
+    Shares of right answers: Wilson's. Means over samples of a quality between 0 and 1: `mean_interval`.
+    AUROC and average precision: symmetric on the logit scale, mean ± z standard errors of 200
     seeded resamplings of the samples within each class; for a perfect ranking, that a share q (`unseen_share` of the
-    smallest class) of its samples could be ranked last. None for a user's metric: what it means for a single sample
+    smallest class) of its samples could be ranked last. None for any other metric: what it means for a single sample
     is not known.
 
     Example:
@@ -38,14 +40,19 @@ def golden_interval(
     if not isinstance(metric.function, str):
         return None
     if metric.scale.per_sample:
-        right = int((decision.classes_of(golden) == targets).sum())
-        return wilson_interval(right, targets.numel(), confidence=confidence)
-    found = metric.measure(golden, targets, decision)
+        right = int(judge.correct(golden, targets, golden).sum())
+        return wilson_interval(right, len(targets), confidence=confidence)
+    if metric.function == judge.main:
+        low, high = mean_interval(judge.quality(golden, targets, golden).numpy(), confidence=confidence, bounds=(0, 1))
+        return None if isnan(low) else (low, high)
+    if not isinstance(judge, Decision):
+        return None
+    found = metric.measure(golden, targets, judge, golden)
     labels = targets.numpy()
     if found >= 1:
         counts = np.bincount(labels)
         return (1 - unseen_share(int(counts[counts > 0].min()), confidence), 1.0)
-    scores = decision.scores(golden).numpy()
+    scores = judge.scores(golden).numpy()
     columns = [(1, scores)] if scores.ndim == 1 else [(label, scores[:, label]) for label in range(scores.shape[1])]
     rng = np.random.default_rng(0)
     drawn = []

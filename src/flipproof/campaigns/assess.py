@@ -35,17 +35,19 @@ from flipproof.engine.jobs import Crew, crew
 from flipproof.engine.journal import Journal, Key, written
 from flipproof.errors import AuditError, ConfigError, FaultModelError, FlipproofWarning
 from flipproof.faults.base import FaultModel
-from flipproof.running.data import Batches, Data, Output, check_labels, read_batches
-from flipproof.running.decision import decide
+from flipproof.running.data import Batches, Data, Output
+from flipproof.running.decision import DecisionChoice
 from flipproof.running.device import check_device, on_device
 from flipproof.running.evaluation import eval_mode, golden_run, one_thread
 from flipproof.running.faulty import FaultyModel
-from flipproof.running.metrics import Metrics, resolve
+from flipproof.running.metrics import Metrics, judged_by, resolve
 from flipproof.running.neurons import neuron_space, own_space
-from flipproof.running.outcomes import DecisionChoice, check_choice
 from flipproof.running.resume import Suffixes
 from flipproof.running.snapshots import RandomState, Snapshot, as_it_came
 from flipproof.running.straight import refers_to_tensors
+from flipproof.running.tasks.base import Task, check_task
+from flipproof.running.tasks.classification import task_of
+from flipproof.running.tasks.recognise import read
 from flipproof.spaces.contract import Space, Where
 from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Neurons, Parameters
@@ -60,7 +62,7 @@ def assess(
     format: FormatChoice = None,
     where: Parameters | Neurons | Where | None = None,
     trials: int = 100,
-    metrics: Metrics = ("accuracy",),
+    metrics: Metrics | None = None,
     seed: int = 0,
     journal: str | os.PathLike[str] | None = None,
     workers: int = 1,
@@ -69,6 +71,7 @@ def assess(
     margin: float | None = None,
     confidence: float = 0.95,
     output: Output = None,
+    task: Task | None = None,
     decision: DecisionChoice = None,
     cache_bytes: int | None = None,
     progress: bool | None = None,
@@ -84,9 +87,9 @@ def assess(
     process uses one torch thread (sums are taken in one order); use `workers` for more cores.
 
     Args:
-        model: any module that gives one class score vector, or one score, a sample.
-        data: batches `(inputs, targets)`, read once and kept in memory; targets are class numbers. A tuple or list of
-            inputs is passed as arguments, a mapping as keyword arguments.
+        model: any module, such as one that gives one class score vector, or one score, a sample.
+        data: batches `(inputs, targets)`, read once and kept in memory; targets are class numbers, or what the task
+            takes. A tuple or list of inputs is passed as arguments, a mapping as keyword arguments.
         faults: what goes wrong; a sweep makes one point a value.
         format: how parameters are stored: one Format, a mapping {pattern: Format} whose first match wins, or None for
             each tensor's own type. One that quantises (`Affine` and what wraps it), given alone, stores the weights of
@@ -98,8 +101,8 @@ def assess(
             ``fp.Parameters(kinds=("weight",))`` is FORTUNE's view: the weights and nothing else. Or a space of one's
             own: a `flipproof.spaces.contract.Where`.
         trials: repetitions a point (the ceiling, with `margin`). Points that draw nothing at random run once.
-        metrics: names ("accuracy", "auroc", "average_precision"), functions `(outputs, targets) → number`, torchmetrics
-            objects, or a mapping name → function.
+        metrics: names (of a classification: "accuracy", "auroc", "average_precision"), functions `(outputs, targets) →
+            number`, torchmetrics objects, or a mapping name → function. None takes the task's own.
         seed: of all draws. The same seed draws the same bits of the same space: campaigns are paired.
         journal: journal to write and resume, JSON lines. None keeps records in memory only.
         workers: processes; each trial runs in one.
@@ -111,16 +114,19 @@ def assess(
             rare fatal flip could still do; looking every 20 trials. At 95 % that takes 3.7 / margin trials at least.
         confidence: of all intervals.
         output: picks the tensor to judge out of what the model returns: function, dict key or tuple index.
-        decision: how outputs become classes: "logits", "probabilities", "argmax", or a number, the threshold of a
-            single output. None recognises it; where outputs could be either, a warning says what was assumed. The
-            header has it as `decision`.
+        task: what the model is for, and so what is right, tolerable and critical: `fp.Classification`, `fp.MultiLabel`,
+            `fp.Regression`, `fp.Segmentation`, `fp.Detection`, `fp.Tokens`, `fp.Generation`, `fp.Embedding` or
+            `fp.Custom`. None recognises it where targets and answers leave no doubt; the header says what it is.
+        decision: how outputs become classes, in short for `fp.Classification(decision=…)`: "logits", "probabilities",
+            "argmax", or a number, the threshold of a single output. None recognises it; where outputs could be either,
+            a warning says what was assumed. The header has it as `decision`.
         cache_bytes: memory for golden activations, with which a trial starts at the first faulted layer; 0 keeps none,
             and every trial in which any value is read otherwise runs whole. None allows the size of the model's
             parameters, less what `format` keeps of them (a campaign then holds the model and one copy), but at least
             16 MiB, and 256 MiB for neurons. Records do not depend on it.
         progress: show a progress bar; None shows it on a terminal.
         audit: share of the trials that run again whole, uncached, on a fresh copy of the model, at least five; of a
-            trial over neurons up to eight upsets, each in a forward of its own. One difference stops the campaign,
+            trial over neurons also two of its upsets, each in a forward of its own. One difference stops the campaign,
             and what caused it is switched off when it is resumed. 0 audits nothing.
         shard: "3/100" runs the third of a hundred parts of the trials, for array jobs; `merge` puts the journals
             together.
@@ -158,7 +164,7 @@ def assess(
         workers=workers,
         device=device,
         output=output,
-        decision=decision,
+        task=task_of(task, decision),
         cache_bytes=cache_bytes,
         audit=audit,
     ) as campaign:
@@ -180,10 +186,11 @@ def on_demand(
     format: FormatChoice = None,
     where: Parameters | Neurons | Where | None = None,
     trials: int = 100,
-    metrics: Metrics = ("accuracy",),
+    metrics: Metrics | None = None,
     seed: int = 0,
     journal: str | os.PathLike[str] | None = None,
     output: Output = None,
+    task: Task | None = None,
     decision: DecisionChoice = None,
     device: str | torch.device | None = None,
 ) -> Iterator[Callable[[int, int], list[Trial]]]:
@@ -203,6 +210,7 @@ def on_demand(
         seed: of all draws.
         journal: where the trials that ran are kept; asked for again, they are read from there.
         output: picks what is judged.
+        task: what the model is for.
         decision: how outputs become classes.
         device: to run on.
 
@@ -223,7 +231,7 @@ def on_demand(
             workers=1,
             device=device,
             output=output,
-            decision=decision,
+            task=task_of(task, decision),
             cache_bytes=0,
             audit=0.0,
         ) as campaign,
@@ -334,13 +342,13 @@ def _opened(
     format: FormatChoice,
     where: Parameters | Neurons | Where | None,
     plan: Plan,
-    metrics: Metrics,
+    metrics: Metrics | None,
     seed: int,
     journal: str | os.PathLike[str] | None,
     workers: int,
     device: str | torch.device | None,
     output: Output,
-    decision: DecisionChoice,
+    task: Task | None,
     cache_bytes: int | None,
     audit: float,
 ) -> Iterator[_Campaign]:
@@ -362,7 +370,7 @@ def _opened(
         workers=workers,
         device=device,
         output=output,
-        decision=decision,
+        task=task,
         cache_bytes=cache_bytes,
         audit=audit,
         depth=6,
@@ -386,13 +394,13 @@ def ready(
     format: FormatChoice,
     where: Parameters | Neurons | Where | None,
     plan: Plan,
-    metrics: Metrics,
+    metrics: Metrics | None,
     seed: int,
     journal: str | os.PathLike[str] | None,
     workers: int,
     device: str | torch.device | None,
     output: Output,
-    decision: DecisionChoice,
+    task: Task | None,
     cache_bytes: int | None,
     audit: float,
     depth: int,
@@ -415,7 +423,7 @@ def ready(
         workers: a number, to be checked.
         device: to run on.
         output: picks what is judged.
-        decision: how outputs become classes.
+        task: what the model is for.
         cache_bytes: a number, to be checked.
         audit: share of the trials that run again.
         depth: how far up the stack the line is that a warning is to name.
@@ -427,7 +435,7 @@ def ready(
         What runs trials, without shortcuts yet.
     """
     chosen = resolve(metrics)
-    decision = check_choice(decision)
+    check_task(task)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{verb} takes a torch.nn.Module first, got {model!r}")
     check_numbers(
@@ -454,11 +462,12 @@ def ready(
         points = faults.points()
         space: Space
         if isinstance(where, (Neurons, Where)):
-            batches = _divided(read_batches(data, target), images)
+            batches, known, reading = read(model, data, target, task, output)
+            batches = _divided(batches, images)
             randomness = RandomState(seed, target)
             randomness.pin()
             space = (
-                neuron_space(model, batches, where, format, output)
+                neuron_space(model, batches, where, format, reading)
                 if isinstance(where, Neurons)
                 else own_space(model, batches, where, format)
             )
@@ -469,23 +478,25 @@ def ready(
             space = FaultSpace(model, where=where, format=format)
             for point in points:
                 point.check(space)
-            batches = _divided(read_batches(data, target), images)
+            batches, known, reading = read(model, data, target, task, output)
+            batches = _divided(batches, images)
             randomness = RandomState(seed, target)
         if (missing := space.shortfall()) is not None:
             warnings.warn(missing, FlipproofWarning, stacklevel=depth)
         ceilings = [1 if space.samples is None and point.repeats(space) else plan.trials for point in points]
-        auditing = audit_of(model, audit, ceilings, seed, output)
+        auditing = audit_of(model, audit, ceilings, seed, reading)
         pristine = auditing.pristine if auditing is not None else None
         if pristine is not None:
             came.share(pristine)
         with space.stored():
             state = Snapshot(model, like=pristine)
-            golden = golden_run(model, batches, output, state, randomness)
-            rule = decide(model, batches, output, golden, decision)
+            golden = golden_run(model, batches, reading, state, randomness)
+            judge = known.judge(model, batches, reading, golden)
             state.verify()
-            check_labels(batches.targets, rule.classes)
-            faulty = FaultyModel(model, space, batches, output, golden, state, randomness)
-            runner = TrialRunner(faulty, parts(space, points) if parts else points, chosen, rule, seed, target)
+            judge.check_targets(batches.targets)
+            faulty = FaultyModel(model, space, batches, reading, golden, state, randomness)
+            asked = judged_by(chosen, judge)
+            runner = TrialRunner(faulty, parts(space, points) if parts else points, asked, judge, seed, target)
             runner.audit = on_copies(faulty, auditing)
             yield runner
 

@@ -279,7 +279,9 @@ class Assessment:
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value:.4f}" for name, value in self.golden.items())
         points = len(self.header.points)
-        return f"<Assessment: {len(self.records)} trials at {points} points, {self.bits:,} bits, golden {shown}>"
+        task = self.header.task.task
+        what = "" if task == "classification" else f"{task}, "
+        return f"<Assessment: {what}{len(self.records)} trials at {points} points, {self.bits:,} bits, golden {shown}>"
 
 
 def planned(records: Records, ceiling: int) -> Records:

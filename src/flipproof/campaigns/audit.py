@@ -26,8 +26,11 @@ from flipproof.running.straight import refers_to_tensors
 from flipproof.running.values import same
 from flipproof.spaces.contract import Draw
 
+AUDITED_ALONE = 2
+"""Where each sample has an upset of its own and they share forwards, so many of a trial run again alone, besides."""
+
 AUDITED_UPSETS = 8
-"""Where each sample has an upset of its own, so many of a trial run again, each in a forward of its own."""
+"""Where every upset has a forward of its own, so many of a trial run again."""
 
 LEAST = 5
 """So many trials of a campaign are audited, however small the share."""
@@ -82,14 +85,17 @@ class Audit:
     def _upsets_differ(
         self, faulty: FaultyModel, twin: FaultyModel, draw: Draw, answers: Answers, only: int | None
     ) -> str | None:
-        """The same of some upsets, one by one, each in a forward of its own."""
+        """The same where each sample has an upset of its own: all in shared forwards, and some alone."""
         assert answers.outputs is not None
         batches = faulty.batches
+        if not faulty.alone and not same_answers(twin.answers(draw, only), answers):
+            return "outputs differ"
+        many = AUDITED_UPSETS if faulty.alone else AUDITED_ALONE
         choice = TrialGenerator(self.seed, f"audit {draw.digest}", 0)
         borders = np.cumsum([0, *batches.sizes])
         ran = slice(0, batches.samples) if only is None else batches.part(only)
         with twin.space.corrupted(draw):
-            for sample in np.unique(ran.start + choice.below(ran.stop - ran.start, AUDITED_UPSETS)).tolist():
+            for sample in np.unique(ran.start + choice.below(ran.stop - ran.start, many)).tolist():
                 batch = int(np.searchsorted(borders, sample, side="right")) - 1
                 row = sample - int(borders[batch])
                 try:

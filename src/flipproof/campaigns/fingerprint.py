@@ -21,8 +21,10 @@ from flipproof.campaigns.plan import Fingerprint
 from flipproof.campaigns.trial import TrialRunner
 from flipproof.faults.base import FaultModel
 from flipproof.running.data import Output, tensor_bytes
+from flipproof.running.decision import Decision
 from flipproof.running.snapshots import LIBRARIES, RECORDS, of_library, slots_of
 from flipproof.running.straight import global_hooks, names_in
+from flipproof.running.tasks.base import Rows
 from flipproof.running.ways import DEPLOYMENT
 from flipproof.spaces.contract import Space
 
@@ -41,6 +43,7 @@ def fingerprint_of(runner: TrialRunner, faults: FaultModel, where: object) -> Fi
     """
     faulty, space = runner.faulty, runner.space
     model = faulty.model
+    functions: list[Any] = [metric.function for metric in runner.metrics]
     return Fingerprint(
         model=f"{type(model).__module__}.{type(model).__qualname__}",
         structure=_hash(sub(" at 0x[0-9a-f]+", "", repr(model)).encode()),  # addresses differ every run
@@ -52,15 +55,15 @@ def fingerprint_of(runner: TrialRunner, faults: FaultModel, where: object) -> Fi
         format=_hash(repr([(s.name, s.shape, repr(s.format)) for s in space.sites]).encode()),
         bits=space.bits,
         metrics=tuple(metric.name for metric in runner.metrics),
-        metrics_code=digest_of([metric.function for metric in runner.metrics]),
+        metrics_code=digest_of(functions if isinstance(runner.judge, Decision) else [*functions, runner.judge]),
         seed=runner.seed,
         device=runner.device.type,
-        output=_name_of(faulty.output),
+        output=_name_of(faulty.output.output if isinstance(faulty.output, Rows) else faulty.output),
         output_code=digest_of(faulty.output),
         attributes=attributes_digest(model),
         code=code_digest(model),
         golden_outputs=_hash(tensor_bytes(faulty.golden)),
-        decision=runner.decision.describe(),
+        decision=runner.judge.describe(),
     )
 
 

@@ -8,10 +8,11 @@ from math import isfinite
 from flipproof.campaigns._golden_interval import golden_interval
 from flipproof.campaigns.answers import encode_golden
 from flipproof.campaigns.fingerprint import fingerprint_of
-from flipproof.campaigns.plan import AuditPlan, FaultPoint, Header, Plan, Reading, StoredSite
+from flipproof.campaigns.plan import AuditPlan, FaultPoint, Header, Job, Plan, Reading, StoredSite
 from flipproof.campaigns.trial import TrialRunner, versions
 from flipproof.errors import DataError
 from flipproof.faults.base import FaultModel
+from flipproof.running.decision import Decision
 
 
 def header_of(runner: TrialRunner, faults: FaultModel, where: object, plan: Plan) -> Header:
@@ -26,9 +27,9 @@ def header_of(runner: TrialRunner, faults: FaultModel, where: object, plan: Plan
     Raises:
         DataError: if a metric of the golden run is not finite.
     """
-    faulty, space, rule = runner.faulty, runner.space, runner.decision
+    faulty, space, judge = runner.faulty, runner.space, runner.judge
     outputs, targets = faulty.golden, faulty.batches.targets
-    golden = {metric.name: metric.measure(outputs, targets, rule) for metric in runner.metrics}
+    golden = {metric.name: metric.measure(outputs, targets, judge, outputs) for metric in runner.metrics}
     for name, value in golden.items():
         if not isfinite(value):
             raise DataError(f"the metric {name} is {value} on the golden run; a drop from that would mean nothing")
@@ -36,12 +37,13 @@ def header_of(runner: TrialRunner, faults: FaultModel, where: object, plan: Plan
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         fingerprint=fingerprint_of(runner, faults, where),
         golden=golden,
-        golden_answers=encode_golden(rule.classes_of(outputs) == targets),
+        golden_answers=encode_golden(judge.correct(outputs, targets, outputs)),
         golden_intervals={
-            metric.name: golden_interval(metric, outputs, targets, rule, plan.confidence) for metric in runner.metrics
+            metric.name: golden_interval(metric, outputs, targets, judge, plan.confidence) for metric in runner.metrics
         },
         metrics={metric.name: metric.scale for metric in runner.metrics},
-        decision=Reading(rule.outputs, rule.threshold, rule.assumed),
+        decision=Reading(judge.outputs, judge.threshold, judge.assumed) if isinstance(judge, Decision) else None,
+        task=Job(judge.task, judge.sample, judge.describe()),
         points=tuple(FaultPoint(repr(p), p.coordinates(), runner.repeats(p)) for p in runner.points),
         stored=tuple(StoredSite(s.name, s.kind, s.values, repr(s.format), s.bits) for s in space.sites),
         left_out=dict(space.left_out),

@@ -83,6 +83,20 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Job:
+    """What the model is for: the task, what a sample is called, and when an answer is critical; in words."""
+
+    task: str = "classification"
+    sample: str = "sample"
+    rule: str = ""
+
+    @property
+    def samples(self) -> str:
+        """Several of them."""
+        return f"{self.sample}s"
+
+
+@dataclass(frozen=True)
 class Fingerprint:
     """Everything that changes an answer, as text, numbers and digests: only the same may be resumed."""
 
@@ -118,7 +132,8 @@ class Header:
         golden_answers: which samples the fault-free model has right, see `decode_golden`; None in journals without.
         golden_intervals: interval over samples of each metric of it, where there is one.
         metrics: what the numbers mean; empty in journals without.
-        decision: how outputs are read.
+        decision: how outputs are read as classes; None where they are not.
+        task: what the model is for.
         points: of the sweep.
         stored: what can be hit.
         left_out: what cannot, and why.
@@ -141,6 +156,7 @@ class Header:
     golden_intervals: Mapping[str, tuple[float, float] | None] = field(default_factory=dict)
     metrics: Mapping[str, Scale] = field(default_factory=dict)
     decision: Reading | None = None
+    task: Job = Job()
     left_out_bits: int = 0
     coverage: float = nan
     audit: AuditPlan = AuditPlan()
@@ -168,6 +184,7 @@ class Header:
             "stored": [asdict(site) for site in self.stored],
             "metrics": {name: scale.to_json() for name, scale in self.metrics.items()},
             "decision": None if self.decision is None else asdict(self.decision),
+            "task": asdict(self.task),
             "audit": asdict(self.audit),
             "plan": self.plan.to_json(),
         }
@@ -192,6 +209,9 @@ class Header:
             given["metrics"] = {name: Scale.from_json(scale, f"{place}, {name}") for name, scale in scales}
         if about.has("decision") and about.take("decision") is not None:
             given["decision"] = _reading(about.inside("decision"))
+        if about.has("task"):
+            task = about.inside("task")
+            given["task"] = Job(task.text("task"), task.text("sample"), task.text("rule"))
         if about.has("audit"):
             given["audit"] = _audit(about.inside("audit"))
         if about.has("coverage"):

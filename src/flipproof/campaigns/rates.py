@@ -42,9 +42,11 @@ from flipproof.faults.bit_position import BitPosition
 from flipproof.faults.random_bits import RandomBits
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.running.data import Data, Output
+from flipproof.running.decision import DecisionChoice
 from flipproof.running.metrics import Metrics
-from flipproof.running.outcomes import DecisionChoice
 from flipproof.running.scales import LOSS, OUTCOMES, SHARE, Scale
+from flipproof.running.tasks.base import Task
+from flipproof.running.tasks.classification import task_of
 from flipproof.spaces.contract import Space, Where
 from flipproof.spaces.neurons import NeuronSpace
 from flipproof.spaces.parameters import FaultSpace
@@ -73,7 +75,7 @@ def estimate_rates(
     sampling: Literal["stratified", "uniform"] = "stratified",
     images: int | None = None,
     trials: int = 1_000_000,
-    metrics: Metrics = ("accuracy",),
+    metrics: Metrics | None = None,
     seed: int = 0,
     journal: str | os.PathLike[str] | None = None,
     workers: int = 1,
@@ -81,6 +83,7 @@ def estimate_rates(
     progress: bool | None = None,
     device: str | torch.device | None = None,
     output: Output = None,
+    task: Task | None = None,
     decision: DecisionChoice = None,
     cache_bytes: int | None = None,
     audit: float = 0.01,
@@ -125,6 +128,7 @@ def estimate_rates(
         progress: show a progress bar; None shows it on a terminal.
         device: where to run; None is where the model is.
         output: picks the tensor to judge out of what the model returns.
+        task: what the model is for, see `assess`.
         decision: how outputs become classes.
         cache_bytes: memory for golden activations.
         audit: share of the trials that run again whole, uncached, on a fresh copy of the model.
@@ -168,7 +172,7 @@ def estimate_rates(
         workers=workers,
         device=device,
         output=output,
-        decision=decision,
+        task=task_of(task, decision),
         cache_bytes=cache_bytes,
         audit=audit,
         depth=4,
@@ -176,6 +180,8 @@ def estimate_rates(
         images=images,
         parts=partial(_strata_of, sampling),
     ) as runner:
+        if metrics is None:  # others of the task have no bounds, or are no means over samples
+            runner.metrics = runner.metrics[:1]
         quantities = _quantities(runner, of, images)
         work = _Draws(runner, images is not None)
         settings = {"of": of, "margin": margin, "confidence": confidence, "sampling": sampling, "images": images}
@@ -440,7 +446,9 @@ class _Point:
         self.drawn = self.images = 0
         self.taken = np.zeros(len(numbers), np.int64)
         golden = {
-            metric.name: metric.measure(runner.faulty.golden, runner.faulty.batches.targets, runner.decision)
+            metric.name: metric.measure(
+                runner.faulty.golden, runner.faulty.batches.targets, runner.judge, runner.faulty.golden
+            )
             for metric in runner.metrics
         }
         self._quantities = {
@@ -622,7 +630,12 @@ def _quantities(runner: TrialRunner, of: str, images: int | None) -> dict[str, S
                 f"the metric {name} has no bounds, and an interval that holds for any distribution needs them: say its "
                 f"range by fp.Metric, or leave it out of metrics="
             )
-        if images is not None and not scale.per_sample and len(runner.faulty.batches.sizes) > 1:
+        if (
+            images is not None
+            and not scale.per_sample
+            and name != runner.judge.main
+            and len(runner.faulty.batches.sizes) > 1
+        ):
             raise ConfigError(
                 f"a trial runs {images} of {runner.faulty.batches.samples} samples here, and {name} is not known to be "
                 f"a mean over samples, as accuracy is. Pass one batch of all samples and images= as many, or leave "

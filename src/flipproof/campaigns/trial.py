@@ -23,8 +23,9 @@ from flipproof.running.data import call
 from flipproof.running.device import release_memory
 from flipproof.running.evaluation import Answers, FaultyRunError, answer, eval_mode, one_thread, unlike
 from flipproof.running.faulty import FaultyModel, same_answers
+from flipproof.running.judge import Judge
 from flipproof.running.metrics import Metric
-from flipproof.running.outcomes import Decision, classify
+from flipproof.running.outcomes import classify
 from flipproof.running.resume import Suffixes
 from flipproof.running.scales import OUTCOMES
 from flipproof.running.values import same
@@ -63,7 +64,7 @@ class TrialRunner:
         faulty: the model with its space, batches and golden answers.
         points: of the sweep.
         metrics: of all samples.
-        decision: how outputs are read as classes.
+        judge: of the answers.
         seed: of all draws.
         device: where the model is.
         audit: which trials run again.
@@ -72,7 +73,7 @@ class TrialRunner:
     faulty: FaultyModel
     points: tuple[FaultModel, ...]
     metrics: tuple[Metric, ...]
-    decision: Decision
+    judge: Judge
     seed: int
     device: torch.device
     audit: Audit | None = None
@@ -116,7 +117,7 @@ class TrialRunner:
         elif outputs.shape != golden.shape:
             error = f"outputs of shape {tuple(outputs.shape)} instead of {tuple(golden.shape)}"
             outputs = torch.full_like(golden, float("nan"))
-        ended = classify(golden, outputs, self.decision)
+        ended = classify(golden, outputs, self.judge, targets)
         counts = torch.bincount(ended, minlength=len(OUTCOMES)).tolist()
         return Trial(
             point=point,
@@ -125,14 +126,14 @@ class TrialRunner:
             faults=len(draw),
             flips=answers.flips,
             digest=draw.digest,
-            metrics={metric.name: metric.measure(outputs, targets, self.decision) for metric in self.metrics},
+            metrics={metric.name: metric.measure(outputs, targets, self.judge, golden) for metric in self.metrics},
             outcomes=dict(zip(OUTCOMES, counts, strict=True)),
-            samples=int(targets.numel()),
+            samples=len(targets),
             seconds=seconds(time.perf_counter() - began),
             versions=versions(),
             where=self.space.places(draw) if len(draw) <= NAMED_FAULTS else [],
             error=error,
-            answers=encode_answers(ended, self.decision.classes_of(outputs) == targets),
+            answers=encode_answers(ended, self.judge.correct(outputs, targets, golden)),
             layer=self.space.layer_of(draw),
             audited=audited,
             words=None if answers.words is None else answers.words._asdict(),

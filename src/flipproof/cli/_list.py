@@ -12,7 +12,7 @@ from flipproof import datasets, faults, formats, models, spaces
 from flipproof._literals import constructors
 from flipproof.cli._console import out
 from flipproof.hardening import methods
-from flipproof.running.scales import METRIC_NAMES
+from flipproof.running.scales import METRICS
 from flipproof.storage.codes import code_table
 from flipproof.storage.explore import short_name
 
@@ -41,7 +41,7 @@ def command(
             if name != "load_weights":
                 _line(f"{place.__name__}:{name}", getattr(place, name))
     out.print("[bold]metrics[/]")
-    for name in METRIC_NAMES:
+    for name in METRICS:
         out.print(f"  {name}", highlight=False)
 
 

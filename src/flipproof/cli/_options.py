@@ -20,15 +20,16 @@ import torch
 from torch import nn
 
 from flipproof._literals import read_typed
-from flipproof.config import load_data, load_model, read_decision, read_formats, read_metrics, read_output
+from flipproof.config import load_data, load_model, read_decision, read_formats, read_metrics, read_output, read_task
 from flipproof.errors import ConfigError, FlipproofError
 from flipproof.faults import FaultModel, parse_faults
 from flipproof.formats import Format, parse_format
 from flipproof.hardening.methods import Hardening, parse_hardening
 from flipproof.running.data import Data, Output
+from flipproof.running.decision import DecisionChoice
 from flipproof.running.metrics import Metrics
-from flipproof.running.outcomes import DecisionChoice
-from flipproof.running.scales import METRIC_NAMES
+from flipproof.running.scales import METRICS
+from flipproof.running.tasks.base import Task
 from flipproof.spaces import Neurons, Parameters, Where, parse_where
 from flipproof.spaces.tensors import FormatChoice
 
@@ -230,7 +231,7 @@ READINGS: dict[frozenset[Any], Reading] = {
     ),
     _parts(Output): Reading((str, int), read_output, "a dict key, a tuple index, or MODULE:FUNCTION"),
     _parts(DecisionChoice): Reading((str, float), read_decision, DECISION),
-    _parts(Metrics): Reading((list,), read_metrics, f"{', '.join(METRIC_NAMES)}, or MODULE:FUNCTION"),
+    _parts(Metrics): Reading((list,), read_metrics, f"{', '.join(METRICS)}, or MODULE:FUNCTION"),
     _parts(Mapping[str, Format]): Reading((list,), _named_formats, "SECDED(Float32(), block=64), or NAME=FORMAT"),
     _parts(Sequence[Format]): Reading((list,), _formats, "SECDED(Affine(bits=8))"),
     _parts(Mapping[str, Hardening]): Reading((list,), _hardenings, "Guard(), ProAct.quick()"),
@@ -245,6 +246,7 @@ BASES: tuple[tuple[type | tuple[type, ...], Callable[[str], Any], str], ...] = (
     (FaultModel, parse_faults, "BitErrorRate([1e-6, 1e-5])"),
     (Format, parse_format, "Float16 or Affine(bits=4)"),
     (Hardening, parse_hardening, "Guard() or ProAct.quick()"),
+    (Task, read_task, "Tokens() or Regression(tolerance=0.5)"),
     (Parameters, parse_where, "Parameters(include='conv*')"),
     ((Parameters, Neurons, Where), parse_where, "Parameters(include='conv*') or Neurons()"),
 )

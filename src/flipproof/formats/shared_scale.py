@@ -117,7 +117,7 @@ class BlockFloat(SharedScale):
     Raises:
         FormatError: for other numbers, and on NaN or infinite values.
 
-    Sources: Drumond et al. 2018; Darvish Rouhani et al. 2020 (MSFP); Mahmoud et al. 2022, who hit shared exponents too.
+    Sources: Drumond et al. 2018; Rouhani et al. 2020 (MSFP); Mahmoud et al. 2022, who hit shared exponents too.
 
     Example:
         >>> import flipproof as fp, torch

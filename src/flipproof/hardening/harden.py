@@ -24,9 +24,11 @@ from flipproof.hardening.methods.base import Hardening
 from flipproof.hardening.report import REPORT, HardeningReport
 from flipproof.hardening.rewriting.sites import Rewritten, refuse_what_hides_its_values, rewrite
 from flipproof.running.data import Data, Output, tensor_bytes
+from flipproof.running.decision import DecisionChoice
 from flipproof.running.deployment import Deployment
 from flipproof.running.device import device_of
-from flipproof.running.outcomes import DecisionChoice
+from flipproof.running.tasks.base import Task
+from flipproof.running.tasks.classification import task_of
 from flipproof.running.ways import DEPLOYMENT, OPERATIONS, SAMPLES, Few
 
 MEMORISED, MANY = 0.99, 50
@@ -44,6 +46,7 @@ def harden(
     method: Hardening | None = None,
     strict: bool = False,
     output: Output = None,
+    task: Task | None = None,
     decision: DecisionChoice = None,
     journal: str | os.PathLike[str] | None = None,
     workers: int = 1,
@@ -66,6 +69,7 @@ def harden(
         method: e.g. ``fp.Ranger()`` or ``fp.ProAct()``; there is no default.
         strict: raise instead of warning where an activation cannot be bounded.
         output: picks the tensor to judge out of what the model returns: function, dict key or tuple index.
+        task: what the model is for, as for `assess`; "accuracy" is its main metric.
         decision: how outputs become classes, as for `assess`.
         journal: file for the finished stages (layers) of a method that searches or trains: run again after an
             interruption and it resumes there, to the same thresholds. None keeps nothing.
@@ -95,9 +99,9 @@ def harden(
     data, method = _data_and_method(given, data, method)
     began = time.perf_counter()
     refuse_what_hides_its_values(model)
-    whole = Calibration.read(model, data, device_of(model), output, decision)
+    whole = Calibration.read(model, data, device_of(model), output, task_of(task, decision))
     calibration, held = whole.split(method.held_out, method.seed)
-    about = Fitted(repr(method), _weights(model), whole.batches.digest(), whole.decision.describe())
+    about = Fitted(repr(method), _weights(model), whole.batches.digest(), whole.judge.describe())
     rewritten = rewrite(model, whole.batches.inputs[0], open_recurrent=method.open_recurrent)
     ranges = profile(rewritten, calibration)
     if whole.cut is None:  # inputs may have sizes that the data to fit on does not show
@@ -219,8 +223,8 @@ def _steady(model: nn.Module, method: Hardening, work: Work, held: Calibration) 
 def deployed(model: nn.Module, plain: nn.Module, held: Calibration, decoded: nn.Module | None = None) -> Deployment:
     """Whether a model answers a few samples alike one by one and exported, as far as the plain one; kept with it."""
     count = min(SAMPLES, held.samples)
-    inputs = held.some(torch.arange(count), count).batches.inputs[0]
-    few = Few(inputs, held.cut, count, held.output, held.decision.classes_of)
+    some = held.some(torch.arange(count), count).batches
+    few = Few(some.inputs[0], held.cut, count, held.output, some.targets, held.judge)
     found = vars(model)[DEPLOYMENT] = few.compared(model, plain, operations=OPERATIONS, decoded=decoded)
     return found
 

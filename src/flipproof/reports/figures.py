@@ -101,7 +101,7 @@ def outcome_figure(assessment: Assessment) -> Figure:
     axes.set_xticks(list(places), [number(value) for value in summary[x]], fontsize=6.5)
     axes.set_xlabel(SWEEPS.get(x, x))
     axes.set_ylim(0, 1)
-    axes.set_ylabel("share of samples")
+    axes.set_ylabel(f"share of {assessment.header.task.samples}")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     figure.legend(loc="outside upper center", ncols=4, fontsize=6.2, frameon=False, columnspacing=0.9, handlelength=1.4)
     return figure

@@ -35,8 +35,9 @@ summary { cursor: pointer; color: #0072B2 } .small { color: #555; font-size: .85
 _READING = """
 <p><b>Trial</b>: faults are drawn, injected, all samples are run, the model is restored. <b>Drop</b>: the fault-free
 value minus the mean over trials. <b>Outcomes</b>, for each sample: <i>masked</i>, outputs bit-identical to the
-fault-free run; <i>non-critical SDC</i>, other outputs and the same class; <i>critical SDC</i>, another class and no
-sign of it; <i>DUE</i>, NaN in the output. A DUE stays in the denominator and is never a correct answer.</p>
+fault-free run; <i>non-critical SDC</i>, other outputs and an answer that the task takes for the same (the same class);
+<i>critical SDC</i>, another answer (another class) and no sign of it; <i>DUE</i>, NaN in the output. A DUE stays in the
+denominator and is never a correct answer.</p>
 <p><b>Intervals</b> say of what they are. <i>Over trials</i>: other faults, these samples (bars and bands of the
 figures). <i>Over trials and samples</i>: other faults and other inputs of the same kind, which is what a statement
 about the network needs; it is made for accuracy and outcomes. Fault-free values have theirs over samples. Points at
@@ -129,7 +130,8 @@ def _campaigns(assessments: Mapping[str, Assessment]) -> str:
                 "stored as": ", ".join(formats),
                 "bits": f"{assessment.bits:,}",
                 "coverage": coverage_text(assessment),
-                "samples": f"{fingerprint.samples:,}",
+                "task": _task(assessment),
+                "samples": f"{fingerprint.samples:,} {assessment.header.task.samples}",
                 "without faults [over samples]": golden,
                 "faults": fingerprint.faults,
                 "trials": f"{len(assessment.records):,}",
@@ -138,8 +140,13 @@ def _campaigns(assessments: Mapping[str, Assessment]) -> str:
             }
         )
     return html_table(
-        pd.DataFrame(rows), text=("campaign", "model", "stored as", "without faults [over samples]", "faults")
+        pd.DataFrame(rows), text=("campaign", "model", "stored as", "task", "without faults [over samples]", "faults")
     )
+
+
+def _task(assessment: Assessment) -> str:
+    job = assessment.header.task
+    return f"{job.task}: {job.rule}" if job.rule else job.task
 
 
 def _golden(assessment: Assessment, metric: str) -> str:
@@ -178,7 +185,7 @@ def _outcome_plot(assessment: Assessment) -> str:
         figure.add_bar(x=[number(value) for value in summary[x]], y=summary[outcome], name=label, marker_color=colour)
     figure.update_layout(barmode="stack")
     figure.update_xaxes(type="category")
-    figure.update_yaxes(title="share of samples", tickformat=".0%", range=[0, 1])
+    figure.update_yaxes(title=f"share of {assessment.header.task.samples}", tickformat=".0%", range=[0, 1])
     return _plot(figure, x, logarithmic=False)
 
 

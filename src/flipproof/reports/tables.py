@@ -56,10 +56,10 @@ def of_neurons(assessment: Assessment) -> bool:
 
 def interval_note(assessment: Assessment) -> str:
     """What the intervals of a table are of, and what its tail is."""
-    samples = int(assessment.header.fingerprint.samples)
+    samples = f"{assessment.header.fingerprint.samples:,} {assessment.header.task.samples}"
     name = assessment.metrics[0]
     return (
-        f"Intervals: over trials, for these {samples:,} samples; over trials and samples: {name}_both_low, "
+        f"Intervals: over trials, for these {samples}; over trials and samples: {name}_both_low, "
         f"{name}_both_high in the summary. Tail: what a rare fatal flip that was not drawn could still do."
     )
 
@@ -125,7 +125,10 @@ def findings(assessment: Assessment) -> list[str]:
     samples = assessment.records.samples
     interval = between(scale, *assessment.golden_interval(metric))
     known = "" if interval == "(unknown)" else f" {interval}"
-    said = [f"Without faults {metric} is {scale.with_unit(golden)}{known} over {samples:,} samples."]
+    job = assessment.header.task
+    said = [f"Without faults {metric} is {scale.with_unit(golden)}{known} over {samples:,} {job.samples}."]
+    if job.task != "classification":
+        said.insert(0, f"The task is {job.task}: {job.rule}.")
     if assessment.coverage < 0.99:
         what = "bits that layers compute" if of_neurons(assessment) else "stored bits"
         said.append(f"Only {coverage_text(assessment)} of the {what} could be hit; nothing is said about the others.")

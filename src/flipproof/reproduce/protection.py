@@ -189,7 +189,7 @@ def _bounded(subject: Trained, found: Protection, scale: str, folder: Path) -> p
             trials=TRIALS[scale],
             journal=folder / f"bounds-{slug(name)}.jsonl",
         ) as ask:
-            reached = survived(ask, found.least, found.golden, TRIALS[scale])
+            reached = survived(ask, found.metric, found.least, found.golden, TRIALS[scale])
         memory = sum(p.numel() for p in safe.parameters()) / now - 1
         rows.append(
             {

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from flipproof._interrupts import check
-from flipproof.errors import DataError
+from flipproof.errors import DataError, FlipproofError
 from flipproof.running.values import rows_of
 
 Data = Iterable[Any]
@@ -28,7 +28,10 @@ Output = Callable[[Any], Tensor] | str | int | None
 
 @dataclass(frozen=True)
 class Batches:
-    """All batches on the model's device, and the targets of all samples on the CPU, int64 (N,)."""
+    """All batches on the model's device, and the targets of all samples on the CPU, one row a sample.
+
+    What a row is, the task says: a class number (int64), a box, a mask.
+    """
 
     inputs: tuple[Any, ...]
     sizes: tuple[int, ...]
@@ -37,7 +40,7 @@ class Batches:
     @property
     def samples(self) -> int:
         """Number of samples in all."""
-        return int(self.targets.numel())
+        return int(self.targets.shape[0])
 
     def part(self, batch: int) -> slice:
         """Which of all samples a batch holds."""
@@ -47,6 +50,11 @@ class Batches:
     def borders(self) -> tuple[int, ...]:
         """The first sample of each batch, and the number of all samples."""
         return tuple(accumulate(self.sizes, initial=0))
+
+    @property
+    def pairs(self) -> list[tuple[Any, Tensor]]:
+        """Inputs and rows of targets, batch by batch."""
+        return list(zip(self.inputs, torch.split(self.targets, list(self.sizes)), strict=True))
 
     def divided(self, size: int) -> Batches:
         """The same samples in their order, in batches of at most `size`.
@@ -99,11 +107,22 @@ def _pickled(leaf: Any) -> bytes:
         raise DataError(f"an input is {describe(leaf)} that cannot be pickled, so data cannot be told apart") from error
 
 
-def read_batches(data: Data, device: torch.device) -> Batches:
+def read_batches(
+    data: Data,
+    device: torch.device,
+    read: Callable[[Any, Any, int], Tensor] | None = None,
+    join: Callable[[list[Tensor]], Tensor] = torch.cat,
+) -> Batches:
     """Read and check every batch.
 
+    Args:
+        data: batches `(inputs, targets)`.
+        device: where inputs go.
+        read: (targets, inputs, number of the batch) → one row a sample; class numbers by default.
+        join: puts the rows of all batches together.
+
     Raises:
-        DataError: on no data, batches that are not pairs, targets that are not one class a sample.
+        DataError: on no data, batches that are not pairs, targets that are not what the task takes.
     """
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         raise DataError(
@@ -116,18 +135,19 @@ def read_batches(data: Data, device: torch.device) -> Batches:
         check()
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise DataError(f"batch {i}: expected a pair (inputs, targets), got {describe(batch)}")
-        target = _class_targets(batch[1], i)
-        if target.numel() == 0:
-            continue
         given = dict(batch[0]) if isinstance(batch[0], Mapping) else batch[0]
-        inputs.append(pytree.tree_map(partial(_moved, device), given, is_leaf=_packed))
-        sizes.append(int(target.numel()))
+        here = pytree.tree_map(partial(_moved, device), given, is_leaf=_packed)
+        target = class_targets(batch[1], i) if read is None else read(batch[1], here, i)
+        if target.shape[0] == 0:
+            continue
+        inputs.append(here)
+        sizes.append(int(target.shape[0]))
         targets.append(target)
     if not targets:
         raise DataError(
             "data= holds no samples; it takes an iterable of (inputs, targets) batches that is not exhausted"
         )
-    return Batches(tuple(inputs), tuple(sizes), torch.cat(targets))
+    return Batches(tuple(inputs), tuple(sizes), join(targets))
 
 
 def _moved(device: torch.device, leaf: Any) -> Any:
@@ -138,11 +158,25 @@ def _packed(node: Any) -> bool:
     return isinstance(node, PackedSequence)  # its batch sizes stay on the CPU, so it has to move as a whole
 
 
-def _class_targets(target: Any, batch: int) -> Tensor:
+def tensor_of(target: Any, batch: int, what: str) -> Tensor:
+    """Targets as a tensor on the CPU.
+
+    Raises:
+        DataError: saying what they have to be.
+    """
     try:
-        target = torch.as_tensor(target).detach().cpu()
+        return torch.as_tensor(target).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"batch {batch}: targets must be class numbers, got {describe(target)} ({error})") from error
+        raise DataError(f"batch {batch}: targets must be {what}, got {describe(target)} ({error})") from error
+
+
+def class_targets(target: Any, batch: int) -> Tensor:
+    """One class a sample, int64 (N,).
+
+    Raises:
+        DataError: if they are anything else.
+    """
+    target = tensor_of(target, batch, "class numbers")
     if target.dim() == 2 and target.shape[1] == 1:
         target = target[:, 0]
     if target.dim() != 1:
@@ -166,22 +200,10 @@ def _several(target: Tensor) -> str:
     if ones:
         several = int((target.sum(dim=1) != 1).sum())
         return (
-            f", with several or no positive labels in {several} rows; multi-label targets are not supported, and their "
-            f"argmax would mean nothing. Judge one label at a time: with output=lambda scores: scores[:, 0] and "
-            f"targets[:, 0], and so on"
+            f", with several or no positive labels in {several} rows; if the model gives a score for each of them, say "
+            f"task=fp.MultiLabel()"
         )
     return ""
-
-
-def check_labels(targets: Tensor, classes: int) -> None:
-    """Raise DataError unless every target is a class that the model can answer."""
-    outside = (targets < 0) | (targets >= classes)
-    if bool(outside.any()):
-        first = int(outside.nonzero()[0, 0])
-        raise DataError(
-            f"sample {first} has the label {int(targets[first])}, but the model answers classes 0 to {classes - 1} "
-            f"({int(outside.sum())} such samples)"
-        )
 
 
 def own(inputs: Any) -> Any:
@@ -205,29 +227,34 @@ def answered(raw: Any, output: Output) -> Tensor:
     return pick(raw, output).detach().to("cpu", copy=True)
 
 
+def take(raw: Any, output: Output) -> Any:
+    """What `output` picks out of what the model returns, of whatever kind.
+
+    Raises:
+        DataError: saying what the model returned.
+    """
+    if output is None:
+        return raw
+    try:
+        return output(raw) if callable(output) else raw[output]
+    except FlipproofError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        said = (
+            f"output= raises {type(error).__name__}: {error} on"
+            if callable(output)
+            else f"output={output!r} does not fit"
+        )
+        raise DataError(f"{said} what the model returns, {describe(raw)}{_boxes(raw)}") from error
+
+
 def pick(raw: Any, output: Output) -> Tensor:
-    """The tensor to judge.
+    """The tensor to judge, one row a sample.
 
     Raises:
         DataError: saying what the model returned and how to pick from it.
     """
-    if callable(output):
-        try:
-            picked = output(raw)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise DataError(
-                f"output= raises {type(error).__name__}: {error} on what the model returns, {describe(raw)}"
-                f"{_boxes(raw)}"
-            ) from error
-    elif output is None:
-        picked = raw
-    else:
-        try:
-            picked = raw[output]
-        except (KeyError, IndexError, TypeError) as error:
-            raise DataError(
-                f"output={output!r} does not fit what the model returns, {describe(raw)}{_boxes(raw)}"
-            ) from error
+    picked = take(raw, output)
     if not isinstance(picked, Tensor) or not picked.is_floating_point():
         one_each = isinstance(cast(object, picked), list)
         raise DataError(
@@ -246,10 +273,7 @@ def _boxes(raw: Any) -> str:
     """What to add to an error where the model is a detector."""
     if not isinstance(raw, (list, tuple)) or not any(isinstance(one, Mapping) and "boxes" in one for one in raw):
         return ""
-    return (
-        ". These are a detector's boxes, as many a sample as it finds, or none: one class a sample is judged, so take "
-        "one that every sample has, for example the scores of its head"
-    )
+    return ". These are a detector's boxes: say task=fp.Detection()"
 
 
 def describe(thing: Any) -> str:

@@ -1,4 +1,4 @@
-"""Metrics of one run over all samples: accuracy, AUROC, average precision, or the user's own.
+"""Metrics of one run over all samples: those of a task by their names, or the user's own.
 
 A sample whose output holds a NaN never counts as a correct answer and never leaves the denominator: accuracy counts
 it as wrong, ranking metrics rank it worst (a positive below, a negative above everything else).
@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from math import inf
 
-import torch
 from torch import Tensor
 
 from flipproof.errors import MetricError
-from flipproof.running.outcomes import Decision, holds_nan
-from flipproof.running.scales import METRIC_NAMES, Scale, scale_of
+from flipproof.running.judge import Judge
+from flipproof.running.scales import METRICS, Scale, scale_of
 
 UserMetric = Callable[[Tensor, Tensor], float | Tensor]
 """``metric(outputs, targets)`` over all samples at once; copies of the outputs as the model gave them, NaN included."""
@@ -61,14 +60,14 @@ class Metric:
     ) -> None:
         self.function = function
         if isinstance(function, str):
-            if function not in _NAMED:
+            if function not in METRICS:
                 raise MetricError(
-                    f"unknown metric {function!r}: choose among {list(_NAMED)} or pass a function (outputs, targets), "
-                    f"on the command line MODULE:FUNCTION"
+                    f"unknown metric {function!r}: choose among {', '.join(METRICS)} (each task has some of them), or "
+                    f"pass a function (outputs, targets), on the command line MODULE:FUNCTION"
                 )
             self.scale = scale_of(function)
             if unit not in ("", "%") or range not in (None, (0, 1)) or higher_is_better is not True:
-                raise MetricError(f"{function} is a share in [0, 1] and higher is better; give only a name= with it")
+                raise MetricError(f"what {function} means is known; give only a name= with it")
             self.name = function if name is None else _column(name)
             return
         if not callable(function):
@@ -77,10 +76,17 @@ class Metric:
         self.name = _column(own if name is None else name)
         self.scale = Scale(str(unit), _limits(self.name, range), higher_is_better)
 
-    def measure(self, outputs: Tensor, targets: Tensor, decision: Decision) -> float:
-        """The value of one run."""
+    def measure(self, outputs: Tensor, targets: Tensor, judge: Judge, golden: Tensor) -> float:
+        """The value of one run.
+
+        Args:
+            outputs: answers, one row a sample.
+            targets: of these samples.
+            judge: of the task.
+            golden: answers without faults.
+        """
         if isinstance(self.function, str):
-            return _NAMED[self.function](outputs, targets, decision)
+            return judge.measure(self.function, outputs, targets, golden)
         library = sys.modules.get("torchmetrics")
         if library is not None and isinstance(self.function, library.Metric):
             self.function.reset()
@@ -98,62 +104,8 @@ class Metric:
 Metrics = str | UserMetric | Metric | Sequence[str | UserMetric | Metric] | Mapping[str, UserMetric | Metric]
 
 
-def accuracy(outputs: Tensor, targets: Tensor, decision: Decision) -> float:
-    """Share of samples whose class is the target; a NaN output is a wrong answer."""
-    return int((decision.classes_of(outputs) == targets).sum()) / targets.numel()
-
-
-def auroc(outputs: Tensor, targets: Tensor, decision: Decision) -> float:
-    """Area under the ROC curve; for several classes the mean over one-vs-rest (macro).
-
-    Scores are ranked before torchmetrics sees them: the area depends on order alone, and torchmetrics would send
-    values outside [0, 1] through a float32 sigmoid that ties everything above 17.
-
-    Raises:
-        MetricError: if a class has no sample, or all of them.
-    """
-    from torchmetrics.functional.classification import binary_auroc
-
-    return _one_vs_rest("auroc", binary_auroc, outputs, targets, decision)
-
-
-def average_precision(outputs: Tensor, targets: Tensor, decision: Decision) -> float:
-    """Area under the precision-recall curve as a step function; for several classes the macro mean.
-
-    Raises:
-        MetricError: if a class has no sample, or all of them.
-    """
-    from torchmetrics.functional.classification import binary_average_precision
-
-    return _one_vs_rest("average_precision", binary_average_precision, outputs, targets, decision)
-
-
-def _one_vs_rest(name: str, area: Callable[..., Tensor], outputs: Tensor, targets: Tensor, decision: Decision) -> float:
-    scores = decision.scores(outputs)
-    nan = holds_nan(outputs)
-    columns = [(1, scores)] if scores.dim() == 1 else list(enumerate(scores.unbind(dim=1)))
-    areas = []
-    for label, column in columns:
-        positive = targets == label
-        if not bool(positive.any()) or bool(positive.all()):
-            raise MetricError(
-                f"{name} is undefined: {int(positive.sum())} of {targets.numel()} targets are of class {label}. "
-                f"Use data with every class of the model's {decision.classes}, or metrics=('accuracy',)"
-            )
-        ranks = 1 + torch.unique(torch.where(nan, 0.0, column), return_inverse=True)[1]
-        ranks = torch.where(nan, torch.where(positive, 0, ranks.max() + 1), ranks)  # worst, even beyond infinite scores
-        shares = ranks.to(torch.float64) / int(ranks.max())
-        areas.append(float(area(shares, positive.to(torch.int64))))
-    return sum(areas) / len(areas)
-
-
-_NAMED: dict[str, Callable[[Tensor, Tensor, Decision], float]] = dict(
-    zip(METRIC_NAMES, (accuracy, auroc, average_precision), strict=True)
-)
-
-
-def resolve(metrics: Metrics) -> tuple[Metric, ...]:
-    """Named metrics, callables and torchmetrics objects as `Metric`s.
+def resolve(metrics: Metrics | None) -> tuple[Metric, ...]:
+    """Named metrics, callables and torchmetrics objects as `Metric`s; none for None, which asks for the task's own.
 
     Raises:
         MetricError: on unknown, nameless or repeated names.
@@ -163,6 +115,8 @@ def resolve(metrics: Metrics) -> tuple[Metric, ...]:
         >>> [m.name for m in resolve(("accuracy", torchmetrics.classification.MulticlassF1Score(num_classes=3)))]
         ['accuracy', 'multiclass_f1_score']
     """
+    if metrics is None:
+        return ()
     if isinstance(metrics, Mapping):
         found = [_named(metric, name) for name, metric in metrics.items()]
     else:
@@ -178,6 +132,26 @@ def resolve(metrics: Metrics) -> tuple[Metric, ...]:
         raise MetricError(
             f"{both[0]!r} is the name of a column that tables make of another one; call the metric otherwise"
         )
+    return tuple(found)
+
+
+def judged_by(metrics: tuple[Metric, ...], judge: Judge) -> tuple[Metric, ...]:
+    """The metrics as a task understands them: its own where none are given, in its units.
+
+    Raises:
+        MetricError: if a name is none of this task's, or one of the user's own is.
+    """
+    found = []
+    for metric in metrics or tuple(Metric(name) for name in judge.usual):
+        if isinstance(metric.function, str):
+            metric = copy(metric)
+            metric.scale = judge.scale(str(metric.function))
+        elif judge.has(metric.name):
+            raise MetricError(
+                f"{metric.name!r} is a metric of the task {judge.task!r}; call yours otherwise: "
+                f"metrics={{'my_{metric.name}': function}}"
+            )
+        found.append(metric)
     return tuple(found)
 
 
@@ -218,7 +192,7 @@ _ENDS = tuple(
 
 
 def _column(name: str) -> str:
-    if not name.isidentifier() or name in _RESERVED or name in _NAMED:
+    if not name.isidentifier() or name in _RESERVED or name in ("accuracy", "auroc", "average_precision"):
         raise MetricError(
             f"a metric needs a column name of its own, got {name!r}; pass metrics={{'my_name': function}}"
         )

@@ -9,9 +9,6 @@ from typing import Any
 
 from flipproof._fields import Fields, wrong
 
-METRIC_NAMES = ("accuracy", "auroc", "average_precision")
-"""Metrics that are known by name."""
-
 
 class Outcome(StrEnum):
     """The four classes; every sample of every trial is in exactly one."""
@@ -111,15 +108,44 @@ SHARE = Scale("%", (0.0, 1.0), True)
 LOSS = Scale("%", (0.0, 1.0), False)
 
 
+_RIGHT = Scale("%", (0.0, 1.0), True, per_sample=True)
+
+METRICS = {
+    "accuracy": _RIGHT,
+    "auroc": SHARE,
+    "average_precision": SHARE,
+    "exact_match": _RIGHT,
+    "label_accuracy": SHARE,
+    "within_tolerance": _RIGHT,
+    "mean_absolute_error": Scale("", (0.0, inf), False),
+    "root_mean_square_error": Scale("", (0.0, inf), False),
+    "r2": Scale("", (-inf, 1.0), True),
+    "image_miou": SHARE,
+    "miou": SHARE,
+    "pixel_accuracy": SHARE,
+    "f1": SHARE,
+    "misses": LOSS,
+    "ghosts": Scale("an image", (0.0, inf), False),
+    "mean_average_precision": SHARE,
+    "token_accuracy": SHARE,
+    "perplexity": Scale("", (1.0, inf), False),
+    "score": SHARE,
+    "cosine": Scale("", (-1.0, 1.0), True),
+    "recall_at_1": SHARE,
+    "unchanged": _RIGHT,
+}
+"""Metrics that are known by name; each task says which it has. `per_sample` ones are the share of right answers."""
+
+
 def scale_of(name: str) -> Scale:
     """What a column of a campaign means of which the journal says nothing: built-ins and outcomes are shares.
 
     Example:
-        >>> scale_of("accuracy").unit, scale_of("perplexity").unit, scale_of("due").higher_is_better
+        >>> scale_of("accuracy").unit, scale_of("delay").unit, scale_of("due").higher_is_better
         ('%', '', False)
     """
-    if name in METRIC_NAMES:
-        return Scale("%", (0.0, 1.0), True, per_sample=name == "accuracy")
+    if name in METRICS:
+        return METRICS[name]
     if name in (*OUTCOMES, "critical_total"):
         return SHARE if name == "masked" else LOSS
     return Scale()

@@ -12,16 +12,16 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from flipproof._fields import Fields, wrong
 from flipproof.engine.journal import Key
 from flipproof.errors import ConfigError, FormatError
 from flipproof.formats import Affine, Float16, Float32, Format, Rounded
-from flipproof.hardening.fitting.calibration import Calibration, logits
+from flipproof.hardening.fitting.calibration import Calibration
 from flipproof.running.data import answered, call
 from flipproof.running.device import device_of, release_memory
 from flipproof.running.evaluation import eval_mode, one_thread, unlike
+from flipproof.running.judge import WORST
 from flipproof.running.resume import Suffixes
 from flipproof.running.snapshots import Snapshot
 from flipproof.running.straight import refers_to_tensors
@@ -48,9 +48,6 @@ is taken unless faults say otherwise. What it comes to is seen when the whole mo
 SHARES = (1e-2, 1e-3, 1e-4, 1e-6, 1e-9)
 """Shares of code words that may be beyond repair: the strengths that are tried of each code."""
 
-WORST = 20.0
-"""Nats: a sample that answers NaN has drifted that far, and none is counted as farther."""
-
 _UNSURE = 0.1
 """Nats for a tensor in which a code word is sure to be lost: what is never lost makes the accuracy certain."""
 
@@ -65,19 +62,6 @@ _DRAWS = 2
 
 _KEPT_BYTES = 2**29
 """Of values at cuts."""
-
-
-def drift(outputs: Tensor, golden: Tensor) -> float:
-    """How far logits are from the fault-free ones: Σ_j p_j · log(p_j / q_j), mean over samples, in nats.
-
-    p is the softmax of the fault-free logits, q that of the others. NaN counts as `WORST`.
-
-    >>> drift(torch.zeros(1, 2), torch.zeros(1, 2)), drift(torch.full((1, 2), float("nan")), torch.zeros(1, 2))
-    (0.0, 20.0)
-    """
-    p, q = F.log_softmax(golden.double(), dim=1), F.log_softmax(outputs.double(), dim=1)
-    apart = (p.exp() * (p - q)).sum(dim=1)
-    return float(torch.nan_to_num(apart, nan=WORST, posinf=WORST).clamp(0, WORST).mean())
 
 
 @dataclass(frozen=True)
@@ -194,12 +178,11 @@ class Measuring:
         return found, lost / blocks
 
     def _judge(self, name: str, changed: Sequence[Tensor]) -> float:
-        rule, found = self.data.decision, 0.0
-        golden = logits(self.data.teacher, rule)
+        judge, targets, found = self.data.judge, self.data.batches.targets, 0.0
         for values in changed:
             try:
                 self.model.get_parameter(name).copy_(values)
-                found += drift(logits(self._outputs(name, self._suffixes), rule), golden)
+                found += judge.drift(self._outputs(name, self._suffixes), self.data.teacher, targets)
             finally:
                 self._state.restore()
         return found / len(changed)

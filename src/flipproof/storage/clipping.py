@@ -18,6 +18,7 @@ from flipproof.faults import BitPosition
 from flipproof.formats import BitClipped, Float32, Format
 from flipproof.running.data import Data, Output
 from flipproof.running.metrics import Metrics
+from flipproof.running.tasks.base import Task
 from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Parameters
 from flipproof.spaces.tensors import FormatChoice
@@ -88,8 +89,9 @@ def bit_criticality(
     trials: int = 20,
     seed: int = 0,
     where: Parameters | None = None,
-    metrics: Metrics = "accuracy",
+    metrics: Metrics | None = None,
     output: Output = None,
+    task: Task | None = None,
     device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> pd.DataFrame:
@@ -108,6 +110,7 @@ def bit_criticality(
         where: which parameters, all by default.
         metrics: see `assess`.
         output: see `assess`.
+        task: see `assess`.
         device: see `assess`.
         progress: see `assess`.
 
@@ -137,6 +140,7 @@ def bit_criticality(
         seed=seed,
         metrics=metrics,
         output=output,
+        task=task,
         device=device,
         progress=progress,
     )
@@ -161,8 +165,9 @@ def choose_clipping(
     trials: int = 20,
     seed: int = 0,
     where: Parameters | None = None,
-    metrics: Metrics = "accuracy",
+    metrics: Metrics | None = None,
     output: Output = None,
+    task: Task | None = None,
     device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> BitClipped | dict[str, Format]:
@@ -190,6 +195,7 @@ def choose_clipping(
         where: which parameters, all by default; what it leaves out is not in the mapping of ``per="tensor"``.
         metrics: the first one ranks the bits by its drop; ties go to the higher `critical_total`, then the higher bit.
         output: see `assess`.
+        task: see `assess`.
         device: see `assess`.
         progress: see `assess`.
 
@@ -231,6 +237,7 @@ def choose_clipping(
         where=where,
         metrics=metrics,
         output=output,
+        task=task,
         device=device,
         progress=progress,
     )

@@ -33,9 +33,11 @@ from flipproof.hardening.harden import harden
 from flipproof.hardening.methods.base import Hardening
 from flipproof.hardening.overhead import time_ratio
 from flipproof.running.data import Data, Output, read_batches
+from flipproof.running.decision import DecisionChoice
 from flipproof.running.device import device_of
 from flipproof.running.evaluation import one_thread
-from flipproof.running.outcomes import DecisionChoice
+from flipproof.running.tasks.base import Task, unlabelled
+from flipproof.running.tasks.classification import task_of
 from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Parameters
 from flipproof.storage.indicators import p_drop, rap
@@ -65,17 +67,19 @@ class Exploration:
             `p_drop_published` (with the drop at the highest rate, as the paper's table has it).
         chosen: the narrowest feasible format, None if none is.
         assessments: the campaigns by name, for `compare` and `report`.
+        metric: the task's main metric, by which all this is judged: what is called accuracy here, and its column.
     """
 
     candidates: pd.DataFrame
     rates: pd.DataFrame
     chosen: Format | None
     assessments: dict[str, Assessment]
+    metric: str = "accuracy"
 
     def __str__(self) -> str:
         table = self.candidates[["hardening", "format"]].copy()
         table["format"] = table["format"].map(short_name)
-        table["accuracy %"] = (100 * self.candidates["accuracy"]).round(2)
+        table[f"{self.metric.replace('_', ' ')} %"] = (100 * self.candidates[self.metric]).round(2)
         table["drop %"] = (100 * self.candidates["drop"]).round(2)
         table["memory"], table["time"] = (
             self.candidates["memory_ratio"].round(3),
@@ -111,6 +115,7 @@ def explore(
     workers: int = 1,
     client: Client | None = None,
     output: Output = None,
+    task: Task | None = None,
     decision: DecisionChoice = None,
     device: str | torch.device | None = None,
     progress: bool | None = None,
@@ -149,6 +154,7 @@ def explore(
         workers: see `assess`.
         client: see `assess`.
         output: see `assess`.
+        task: see `assess`.
         decision: see `assess`.
         device: see `assess`.
         progress: see `assess`.
@@ -176,7 +182,7 @@ def explore(
         raise ConfigError(f"search is 'bisection' or 'exhaustive', got {search!r}")
     if hardenings and calibration is None:
         raise ConfigError("explore hardens on calibration= data, which must not be the data that is judged on")
-    batches = list(data)
+    batches, asked = list(data), task_of(task, decision)
     campaign = partial(
         assess,
         data=batches,
@@ -184,7 +190,7 @@ def explore(
         trials=trials,
         seed=seed,
         output=output,
-        decision=decision,
+        task=asked,
         device=device,
     )
     exploring = _Exploring(
@@ -218,18 +224,18 @@ def explore(
         tried = [BASELINE, *(stored(width) for width in feasible), *formats]
         for name, method in (hardenings or {}).items():
             assert calibration is not None
-            safe = harden(
-                model, method, data=calibration, output=output, decision=decision, progress=progress, gate=False
-            )
+            safe = harden(model, method, data=calibration, output=output, task=asked, progress=progress, gate=False)
             for format in tried:
                 exploring.judge(safe, format, hardening=name, full=True)
     narrowest = min((width for width, good in feasible.items() if good), default=None)
     judged = list(exploring.judged.values())
+    metric = next(one.found.metrics[0] for one in judged if one.found is not None)  # the baseline always is injected
     return Exploration(
-        candidates=_candidates(judged),
+        candidates=_candidates(judged).rename(columns={"accuracy": metric}),
         rates=pd.concat([_rates(one.form, one.found) for one in judged if one.found is not None], ignore_index=True),
         chosen=None if narrowest is None else stored(narrowest),
         assessments={one.form.name: one.found for one in judged if one.found is not None},
+        metric=metric,
     )
 
 
@@ -351,7 +357,7 @@ class _Exploring:
         enough = form.accuracy >= self.accuracy
         journal = None if self.folder is None else self.folder / file_name(name)
         found = self.injected(model, format=format, journal=journal) if enough or full else None
-        feasible = enough and found is not None and float(found.summary["accuracy_drop"].max()) <= self.drop
+        feasible = enough and found is not None and float(found.summary[f"{found.metrics[0]}_drop"].max()) <= self.drop
         self.judged[name] = _Judged(form, found, feasible)
         return self.judged[name]
 
@@ -366,7 +372,7 @@ class _Exploring:
             weights=sum(site.values for site in space.sites),
             memory=space.bits,
             coverage=space.coverage,
-            accuracy=self.fault_free(model, format=format).golden["accuracy"],
+            accuracy=next(iter(self.fault_free(model, format=format).golden.values())),
             time_ratio=self._time_ratio(model, format),
         )
 
@@ -376,7 +382,7 @@ class _Exploring:
         NaN where `pack_` cannot pack the model (tied parameters).
         """
         device = device_of(model)
-        inputs = read_batches(self.first, device).inputs[0]
+        inputs = read_batches(self.first, device, unlabelled).inputs[0]
         try:
             ours = pack_(deepcopy(model), format, where=self.where)
             theirs = pack_(deepcopy(self.plain), BASELINE, where=self.where)
@@ -406,8 +412,8 @@ def _worst(found: Assessment | None) -> list[float]:
     """The largest mean drop over the rates with its interval, NaN where nothing was injected."""
     if found is None:
         return [float("nan")] * 3
-    worst = int(found.summary["accuracy_drop"].to_numpy().argmax())
-    return [float(found.summary[f"accuracy_drop{end}"].iloc[worst]) for end in ("", "_low", "_high")]
+    worst = int(found.summary[f"{found.metrics[0]}_drop"].to_numpy().argmax())
+    return [float(found.summary[f"{found.metrics[0]}_drop{end}"].iloc[worst]) for end in ("", "_low", "_high")]
 
 
 def _front(points: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -423,9 +429,10 @@ def _front(points: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 def _rates(form: _Form, found: Assessment) -> pd.DataFrame:
     """One row a rate: the drop with its interval, P_drop and outcome rates."""
-    columns = ["ber", "accuracy_drop", "accuracy_drop_low", "accuracy_drop_high", "critical_total", "due", "trials"]
+    drop = f"{found.metrics[0]}_drop"
+    columns = ["ber", drop, f"{drop}_low", f"{drop}_high", "critical_total", "due", "trials"]
     table = found.summary[[column for column in columns if column in found.summary]].copy()
-    drops = (100 * table["accuracy_drop"]).tolist()
+    drops = (100 * table[drop]).tolist()
     for column, used in (("p_drop", drops), ("p_drop_published", [drops[-1]] * len(drops))):
         table[column] = [
             p_drop(parameters=form.memory, width=1, ber=float(ber), accuracy_drop=float(value))

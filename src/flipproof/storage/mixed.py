@@ -28,8 +28,10 @@ from flipproof.errors import ConfigError, InfrastructureError
 from flipproof.faults import BitErrorRate
 from flipproof.formats import Affine, Format, TripleMSB
 from flipproof.running.data import Data, Output
+from flipproof.running.decision import DecisionChoice
 from flipproof.running.device import check_device
-from flipproof.running.outcomes import DecisionChoice
+from flipproof.running.tasks.base import Task
+from flipproof.running.tasks.classification import task_of
 from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Parameters
 from flipproof.storage.explore import WEIGHTS, Question
@@ -81,6 +83,7 @@ def explore_mixed(
     workers: int = 1,
     client: Client | None = None,
     output: Output = None,
+    task: Task | None = None,
     decision: DecisionChoice = None,
     device: str | torch.device | None = None,
     progress: bool | None = None,
@@ -89,10 +92,11 @@ def explore_mixed(
 
     Each weight tensor in turn is stored in each option and hit at `ber`, the others left whole. Its cost is the doubt
     (1 − probability of the right class) that quantisation and faults together add. The choice is the one of least total
-    cost within the budget: exact for costs that add up, which they do as long as faults are few.
+    cost within the budget: exact for costs that add up, which they do as long as faults are few. For other tasks than
+    classification the cost is what their main metric loses.
 
     Args:
-        model: a classifier with logits (N, C).
+        model: a classifier with logits (N, C), or what `task` says.
         data: calibration batches, not those that the result is judged on.
         memory: stored bits of all weights together; uniform FORTUNE of 3 bits takes 5 a weight.
         ber: the rate to prepare for.
@@ -104,6 +108,7 @@ def explore_mixed(
         workers: processes; each measures one tensor in one option at a time.
         client: see `assess`.
         output: see `assess`.
+        task: see `assess`.
         decision: see `assess`.
         device: see `assess`.
         progress: see `assess`.
@@ -129,16 +134,20 @@ def explore_mixed(
         assess,
         model,
         data=list(data),
-        metrics={"doubt": doubt},
         seed=seed,
         output=output,
-        decision=decision,
+        task=task_of(task, decision),
         device=device,
         progress=False,
     )
     whole = campaign(faults=BitErrorRate(0.0), trials=1)
+    metric = whole.metrics[0]
+    if whole.header.decision is not None:
+        campaign, metric = partial(campaign, metrics={"doubt": doubt}), "doubt"
+        whole = campaign(faults=BitErrorRate(0.0), trials=1)
     measuring = _Measuring(
         campaign=partial(campaign, faults=BitErrorRate(ber, exact=False), trials=trials),
+        metric=metric,
         names=[site.name for site in sites],
         options=options,
         device=check_device(model, device),
@@ -159,7 +168,12 @@ def explore_mixed(
     found = do_all(measuring, keys, question, file, workers=workers, client=client, progress=progress)
     table = pd.DataFrame(
         [
-            (site.name, repr(option), option.stored_bits(site.shape), found[i, k].doubt - whole.golden["doubt"])
+            (
+                site.name,
+                repr(option),
+                option.stored_bits(site.shape),
+                found[i, k].doubt - measuring.doubt_of(whole.golden[metric]),
+            )
             for i, site in enumerate(sites)
             for k, option in enumerate(options)
         ],
@@ -202,6 +216,7 @@ class _Measuring:
     """Measures one tensor in one option: a campaign in which nothing else is stored or hit."""
 
     campaign: Callable[..., Assessment]
+    metric: str
     names: Sequence[str]
     options: Sequence[Format]
     device: torch.device
@@ -210,7 +225,11 @@ class _Measuring:
     def __call__(self, tensor: int, option: int) -> _Measurement:
         name = self.names[tensor]
         found = self.campaign(format={name: self.options[option]}, where=Parameters(include=name))
-        return _Measurement(tensor, option, float(found.summary["doubt"].iloc[0]))
+        return _Measurement(tensor, option, self.doubt_of(float(found.summary[self.metric].iloc[0])))
+
+    def doubt_of(self, value: float) -> float:
+        """What is lacking to a task's main metric at its best, 1; of a classification the doubt itself."""
+        return value if self.metric == "doubt" else 1 - value
 
     @property
     def serial_only(self) -> str:

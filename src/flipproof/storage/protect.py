@@ -54,10 +54,12 @@ from flipproof.hardening.methods.base import Hardening
 from flipproof.hardening.methods.guard import Guard
 from flipproof.hardening.overhead import time_ratio
 from flipproof.running.data import Data, Output
+from flipproof.running.decision import DecisionChoice
 from flipproof.running.deployment import Deployment
 from flipproof.running.device import check_device, device_of
 from flipproof.running.evaluation import one_thread
-from flipproof.running.outcomes import DecisionChoice
+from flipproof.running.tasks.base import Task
+from flipproof.running.tasks.classification import task_of
 from flipproof.spaces.parameters import FaultSpace
 from flipproof.spaces.sites import Parameters, check_where
 from flipproof.spaces.tensors import Candidate, inventory
@@ -76,7 +78,7 @@ from flipproof.storage.codes import LINE, ideal_rate, untouched
 from flipproof.storage.explore import Question, file_name
 from flipproof.storage.files import save_packed
 from flipproof.storage.pack import pack_, unpack_
-from flipproof.storage.survival import AT, FRONT, LADDER, Form, Tried, Trying, bisected, inject, labelled, least_on
+from flipproof.storage.survival import AT, FRONT, LADDER, Form, Tried, Trying, bisected, inject, least_on
 
 PROTECTED = "protected"
 """The form that was chosen, in tables."""
@@ -157,6 +159,7 @@ class Protection:
             survive the next one: the highest, where accuracy falls with the rate; 0 if there is none), `accuracy`
             there, `limit` (what its memory could survive at best, if its data bits were coded ideally).
         assessments: the campaigns of `evidence` by name, for `compare` and `report`.
+        metric: the task's main metric, by which all this is judged: what is called accuracy here, and its column.
         deployment: whether the protected model answers alike one sample at a time and exported (`check_deployment`);
             None if that was not asked for (``gate=False``).
     """
@@ -175,6 +178,7 @@ class Protection:
     front: pd.DataFrame
     assessments: dict[str, Assessment]
     hardened: nn.Module | None = field(default=None, repr=False)
+    metric: str = "accuracy"
     deployment: Deployment | None = None
 
     @property
@@ -183,13 +187,14 @@ class Protection:
         return self.least / self.golden
 
     def __str__(self) -> str:
-        shown = self.evidence[["form", "memory", "time", "clean", "accuracy", "accuracy_low", "accuracy_high"]].copy()
-        shown["accuracy_low"] = shown["accuracy_low"].clip(lower=self.evidence["certain"])
-        shown["accuracy_high"] = shown["accuracy_high"].clip(upper=self.evidence["certain_high"])
-        for column in ("memory", "clean", "accuracy", "accuracy_low", "accuracy_high"):
+        low, high, name = f"{self.metric}_low", f"{self.metric}_high", self.metric.replace("_", " ")
+        shown = self.evidence[["form", "memory", "time", "clean", self.metric, low, high]].copy()
+        shown[low] = shown[low].clip(lower=self.evidence["certain"])
+        shown[high] = shown[high].clip(upper=self.evidence["certain_high"])
+        for column in ("memory", "clean", self.metric, low, high):
             shown[column] = (100 * shown[column]).round(2)
         shown["time"] = shown["time"].round(3)
-        shown.columns = ["form", "memory %", "time", "clean %", "accuracy %", "low", "high"]
+        shown.columns = ["form", "memory %", "time", "clean %", f"{name} %", "low", "high"]
         text = (
             f"{self.why}\n\nAt a bit error rate of {self.ber:g}, with 95 % intervals over trials, narrowed by what is "
             f"certain:\n{shown.to_string(index=False)}"
@@ -201,7 +206,7 @@ class Protection:
             front["limit"] = ["" if rate != rate else f"{rate:.3g}" for rate in front["limit"]]
             front.columns = ["form", "memory %", "survives", "ideal"]
             text += (
-                f"\n\nHighest bit error rate at which {100 * self.kept:.2f} % of the accuracy without "
+                f"\n\nHighest bit error rate at which {100 * self.kept:.2f} % of the {name} without "
                 f"faults are kept (none: not even without faults, or at no rate that was tried):\n"
                 f"{front.to_string(index=False)}"
             )
@@ -251,6 +256,7 @@ def protect(
     workers: int = 1,
     client: Client | None = None,
     output: Output = None,
+    task: Task | None = None,
     decision: DecisionChoice = None,
     device: str | torch.device | None = None,
     progress: bool | None = None,
@@ -294,6 +300,7 @@ def protect(
         workers: processes.
         client: see `assess`.
         output: see `assess`.
+        task: see `assess`.
         decision: see `assess`.
         device: see `assess`.
         progress: see `assess`.
@@ -327,11 +334,12 @@ def protect(
     if place.type == "meta":
         raise ConfigError("protect runs the model, and nothing runs on device='meta'")
     work = copy_in_eval_mode(model).to(place)
-    choosing = Calibration.read(work, data, place, output, decision)
+    chosen_task = task_of(task, decision)
+    choosing = Calibration.read(work, data, place, output, chosen_task)
     if verify is None:
         choosing, verifying = choosing.split(0.5, seed)
     else:
-        verifying = Calibration.read(work, verify, place, output, decision)
+        verifying = Calibration.read(work, verify, place, output, chosen_task)
     golden = verifying.accuracy
     if golden == 0 or choosing.accuracy == 0:
         raise DataError(
@@ -344,7 +352,7 @@ def protect(
     if folder is not None and folder.is_file():
         raise JournalError(f"{folder} is a file; protect takes journal= a folder, for a journal of each form")
     question = Question(
-        _fingerprint(work, some, output, decision, device),
+        _fingerprint(work, some, device),
         {"tensors": [[c.name, list(c.tensor.shape)] for c in weights], "inners": [*map(repr, inners)], "seed": seed},
     )
     file = None if folder is None else Journal(folder / "drift.jsonl", Question, Drift, kind="protection")
@@ -360,10 +368,10 @@ def protect(
     least = KEPT * golden if accuracy is None else accuracy
     choices = {
         "where": where,
-        "metrics": ("accuracy",),
+        "metrics": (verifying.judge.main,),
         "seed": seed,
-        "output": output,
-        "decision": decision,
+        "output": verifying.output,
+        "task": verifying.task,
         "device": device,
     }
     making = _Making(
@@ -398,7 +406,7 @@ def protect(
                 making.found[name] = Assessment.load(trying.path(AT, name, ber))
     if all(site.name in plan.formats for site in FaultSpace(work, where=where, format=plan.formats).sites):
         sure = prod(untouched(f, tuple(work.get_parameter(n).shape), ber) for n, f in plan.formats.items())
-        clean = making.found[PROTECTED].golden["accuracy"]
+        clean = making.found[PROTECTED].golden[making.metric]
         making.certain[PROTECTED] = (sure * clean, sure * clean + 1 - sure)
     else:
         sure = 0.0
@@ -406,7 +414,7 @@ def protect(
     hardened: nn.Module | None = None
     refused: list[str] = []
     if sure < 1 - _SURE and hardenings != {}:
-        bounds, hardened, refused = _bounded(making, plan, memory, hardenings, choosing, output, decision)
+        bounds, hardened, refused = _bounded(making, plan, memory, hardenings, choosing)
     chosen = PROTECTED if bounds is None else f"{PROTECTED}, {bounds}"
     safe = _packed(work if hardened is None else hardened, plan.formats)
     evidence = making.evidence()
@@ -441,6 +449,7 @@ def protect(
         front=table,
         assessments=making.found,
         hardened=hardened,
+        metric=making.metric,
         deployment=deployed(safe, work, verifying, unpack_(deepcopy(safe))) if gate else None,
     )
 
@@ -463,6 +472,11 @@ class _Making:
     found: dict[str, Assessment] = field(default_factory=dict)
     certain: dict[str, tuple[float, float]] = field(default_factory=dict)
     cleaned: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def metric(self) -> str:
+        """By which forms are judged: the task's main one."""
+        return self.verifying.judge.main
 
     def within(self, memory: float, time: float | None) -> Plan:
         """The plan for a budget: for the rate that was asked for, or a higher one if that costs no more.
@@ -535,7 +549,7 @@ class _Making:
         """Of the mean accuracy: over trials, narrowed by what is certain without any."""
         row = self.found[name].summary.iloc[0]
         low, high = self.certain.get(name, (0.0, 1.0))
-        return max(low, float(row["accuracy_low"])), min(high, float(row["accuracy_high"]))
+        return max(low, float(row[f"{self.metric}_low"])), min(high, float(row[f"{self.metric}_high"]))
 
     def evidence(self) -> pd.DataFrame:
         """One row a form at the rate."""
@@ -543,16 +557,16 @@ class _Making:
         for name, found in self.found.items():
             point = found.point(0)
             assert point is not None  # every form was injected
-            gained = gain(point, base, "accuracy")
+            gained = gain(point, base, self.metric)
             first = {
                 "form": name,
                 "memory": self.forms[name].memory,
                 "time": float("nan"),
-                "clean": found.golden["accuracy"],
+                "clean": found.golden[self.metric],
             }
             certain = self.certain.get(name, (0.0, 1.0))
             more = {"certain": certain[0], "certain_high": certain[1], "draws": gained.draws}
-            rows.append(first | found.summary.iloc[0].to_dict() | gained.estimate.columns("accuracy_gain") | more)
+            rows.append(first | found.summary.iloc[0].to_dict() | gained.estimate.columns(f"{self.metric}_gain") | more)
         return pd.DataFrame(rows)
 
     def front(self, reached: Sequence[Tried]) -> pd.DataFrame:
@@ -567,7 +581,7 @@ class _Making:
                     "ours": form.ours,
                     "memory": form.memory,
                     "ber": found.ber,
-                    "accuracy": found.accuracy,
+                    self.metric: found.accuracy,
                     "next": found.next,
                     "limit": ideal_rate(form.data, (1 + form.memory) * self.planner.now / values),
                 }
@@ -661,8 +675,6 @@ def _bounded(
     memory: float,
     hardenings: Mapping[str, Hardening] | None,
     choosing: Calibration,
-    output: Output,
-    decision: DecisionChoice,
 ) -> tuple[str | None, nn.Module | None, list[str]]:
     """The bounds that help the stored form most, and those that do not fit; all judged on the data of the choice."""
     named = {"Guard": Guard()} if hardenings is None else hardenings
@@ -672,21 +684,27 @@ def _bounded(
         path = None if making.folder is None else making.folder / file_name(f"{name} {making.ber:g} {stored}")
         return inject(making.choices, model, plan.formats, data, making.ber, making.trials, path)
 
-    mean = float(judged(making.model, "choose plain", making.choosing).summary["accuracy"].iloc[0])
+    mean = float(judged(making.model, "choose plain", making.choosing).summary[making.metric].iloc[0])
     if mean >= least_on(making.choosing, making.least, making.verifying):
         return None, None, []
     best: tuple[float, str, nn.Module, float] | None = None
     refused, own = [], {name for name, _ in making.model.named_parameters()}
     for name, method in named.items():
         safe = harden(
-            making.model, method, data=labelled(choosing), output=output, decision=decision, progress=False, gate=False
+            making.model,
+            method,
+            data=choosing.batches.pairs,
+            output=choosing.output,
+            task=choosing.task,
+            progress=False,
+            gate=False,
         )
         extra = sum(p.numel() * p.element_size() * 8 for n, p in safe.named_parameters() if n not in own)
         takes = (plan.bits + extra) / making.planner.now - 1
         if takes > memory:
             refused.append(f"{name} ({100 * takes:+.2f} %)")
             continue
-        bounded = float(judged(safe, f"choose {name}", making.choosing).summary["accuracy"].iloc[0])
+        bounded = float(judged(safe, f"choose {name}", making.choosing).summary[making.metric].iloc[0])
         if bounded > (mean if best is None else best[0]):
             best = (bounded, name, safe, takes)
     if best is None:
@@ -706,17 +724,18 @@ def _why(making: _Making, chosen: str, verdict: str, plan: Plan, evidence: pd.Da
     counts = weights.groupby("data")["values"].sum()
     widths = ", ".join(f"{100 * n / counts.sum():.0f} % in {bits}" for bits, n in counts.items())
     low, high = making.interval(chosen)
+    word = making.metric.replace("_", " ")
     sentences = [
         f"{verdict.capitalize()}: at a bit error rate of "
-        f"{making.ber:g} the mean accuracy is {100 * row['accuracy']:.2f} % [{100 * low:.2f}, {100 * high:.2f}]; asked "
-        f"for were {100 * making.least:.2f} %. "
+        f"{making.ber:g} the mean {word} is {100 * row[making.metric]:.2f} % [{100 * low:.2f}, {100 * high:.2f}]; "
+        f"asked for were {100 * making.least:.2f} %. "
         + (
             f"Whatever the trials show, {100 * making.certain[chosen][0]:.2f} % are certain: the chance that no code "
-            f"word has more faults than its code corrects, × the accuracy without faults."
+            f"word has more faults than its code corrects, × the {word} without faults."
             if making.certain.get(chosen, (0.0, 1.0))[0] > making.least
             else ""
         ),
-        f"The model as it came has {100 * plain['clean']:.2f} % without faults and {_percent(plain, 'accuracy')} at "
+        f"The model as it came has {100 * plain['clean']:.2f} % without faults and {_percent(plain, making.metric)} at "
         f"that rate; without faults the protected one has {100 * row['clean']:.2f} %.",
         f"Of the weights that are packed, {widths} bits, coded for {plan.ber:g}; memory {100 * row['memory']:+.1f} %, "
         f"with the constants of formats, which are taken to lie in protected memory, charged as if the same codes "
@@ -729,10 +748,10 @@ def _why(making: _Making, chosen: str, verdict: str, plan: Plan, evidence: pd.Da
     rivals = evidence[~evidence["form"].isin([AS_IT_CAME, PROTECTED, chosen])]
     fair = rivals[rivals["memory"] - max(added, 0.0) <= max(float(row["memory"]), 0.0) + 1e-9]
     if len(fair):
-        best = fair.sort_values("accuracy").iloc[-1]
+        best = fair.sort_values(making.metric).iloc[-1]
         sentences.append(
             f"The best of {len(fair)} other forms whose weights take no more memory than the model had is "
-            f"{best['form']!r} with {_percent(best, 'accuracy')}."
+            f"{best['form']!r} with {_percent(best, making.metric)}."
         )
     found = making.found[chosen]
     if found.coverage < 1:
@@ -787,8 +806,8 @@ def _drawn(part: Calibration, count: int, seed: int) -> Calibration:
         return part
 
 
-def _fingerprint(model: nn.Module, data: Calibration, output: Output, decision: DecisionChoice, device: Any) -> Any:
-    choices = {"output": output, "decision": decision, "device": device}
+def _fingerprint(model: nn.Module, data: Calibration, device: Any) -> Any:
+    choices = {"output": data.output, "task": data.task, "metrics": data.judge.main, "device": device}
     return inject(choices, model, None, data, 0.0, 1, None).header.fingerprint
 
 

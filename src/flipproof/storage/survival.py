@@ -12,7 +12,6 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from flipproof._fields import Fields
@@ -112,17 +111,13 @@ def bisected(enough: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
-def survived(ask: Callable[[int, int], list[Trial]], least: float, golden: float, trials: int) -> Survival:
-    """`survival` of a campaign on demand over the `LADDER`, whose model has the accuracy `golden` without faults."""
+def survived(ask: Callable[[int, int], list[Trial]], metric: str, least: float, golden: float, trials: int) -> Survival:
+    """`survival` of a campaign on demand over the `LADDER`, whose model has `golden` of a metric without faults."""
 
     def mean(point: int, count: int) -> float:
-        return fmean(trial.metrics["accuracy"] for trial in ask(point, count))
+        return fmean(trial.metrics[metric] for trial in ask(point, count))
 
     return survival(mean, least, trials=trials, best=min(1.0, golden + LUCK))
-
-
-def _mean(found: Assessment) -> float:
-    return float(found.summary["accuracy"].iloc[0])
 
 
 AT, FRONT = "at the rate", "front"
@@ -230,13 +225,13 @@ class Trying:
     def _tried(self, kind: str, name: str) -> Tried:
         if kind == AT:
             found = self.at(name)
-            return Tried(kind, name, self.ber, _mean(found), nan)
+            return Tried(kind, name, self.ber, self._mean(found), nan)
         trials = max(3, self.trials)
         with (
             _known_warnings_off(),
             on_demand(
                 self.model,
-                labelled(self.some),
+                self.some.batches.pairs,
                 format=self.forms[name].formats,
                 faults=BitErrorRate(LADDER, exact=False),
                 trials=trials,
@@ -245,7 +240,7 @@ class Trying:
             ) as ask,
         ):
             least = least_on(self.some, self.least, self.verifying)
-            reached = survived(ask, least, self.some.accuracy, trials)
+            reached = survived(ask, self.some.judge.main, least, self.some.accuracy, trials)
         return Tried(kind, name, *reached)
 
     def at(self, name: str) -> Assessment:
@@ -253,7 +248,7 @@ class Trying:
         if name in self.whole:
             return self._inject(name, AT, self.verifying, self.ber, self.trials, audit=0.01)
         found = self._inject(name, AT, self.verifying, self.ber, min(self.few, self.trials))
-        if _mean(found) < self.least - CLEAR:
+        if self._mean(found) < self.least - CLEAR:
             return found
         return self._inject(name, AT, self.verifying, self.ber, self.trials)
 
@@ -262,6 +257,9 @@ class Trying:
     ) -> Assessment:
         path = self.path(kind, name, ber)
         return inject(self.choices, self.model, self.forms[name].formats, data, ber, trials, path, audit)
+
+    def _mean(self, found: Assessment) -> float:
+        return float(found.summary[self.verifying.judge.main].iloc[0])
 
     def path(self, kind: str, name: str, ber: float) -> Path:
         """The journal of a form: another one if it is stored otherwise."""
@@ -330,7 +328,7 @@ def inject(
     with _known_warnings_off():
         return assess(
             model,
-            labelled(data),
+            data.batches.pairs,
             format=formats,
             faults=BitErrorRate(ber, exact=False),
             trials=trials,
@@ -340,11 +338,6 @@ def inject(
             progress=False,
             **choices,
         )
-
-
-def labelled(data: Calibration) -> list[Any]:
-    """Batches as `assess` takes them."""
-    return list(zip(data.batches.inputs, torch.split(data.batches.targets, list(data.batches.sizes)), strict=True))
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from flipproof.hardening.bounds.bounded import Bounded
-from flipproof.hardening.fitting.acceptance import disturbed, usual_lead
 from flipproof.hardening.fitting.calibration import Calibration
 from flipproof.hardening.fitting.profile import Per, Range
 from flipproof.hardening.rewriting.sites import ActivationSite, Rewritten
@@ -112,14 +111,15 @@ def search_slack(
     if len(parts) < 2:
         return Slack(UNKNOWN, 0, 0, 0)
     others = [union([ranges for j, ranges in enumerate(seen) if j != i]) for i in range(len(parts))]
-    teacher, decision = torch.cat([part.teacher for part in parts]), parts[0].decision
-    lead, samples = usual_lead(teacher, decision), len(teacher)
+    teacher, judge = torch.cat([part.teacher for part in parts]), parts[0].judge
+    lead, samples = judge.lead(teacher), len(teacher)
     count = 0
     for rung, slack in enumerate(LADDER):
         count = 0
         for part, ranges in zip(parts, others, strict=True):
             set_bounds(bounds, ranges, per, slack)
-            count += int(disturbed(part.outputs(rewritten.model), part.teacher, decision, lead).sum())
+            after = part.outputs(rewritten.model)
+            count += int(judge.disturbed(after, part.teacher, part.batches.targets, lead).sum())
             spend(part, 1.0)
         if count <= SHARE * samples:
             more = 1 if samples < FEW else 0

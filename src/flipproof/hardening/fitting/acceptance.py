@@ -8,19 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from flipproof._hooks import hooked
-from flipproof.campaigns.statistics import wilson_interval
+from flipproof.campaigns.statistics import mean_interval, wilson_interval
 from flipproof.hardening.bounds.bounded import Bounded
 from flipproof.hardening.fitting.calibration import Calibration
 from flipproof.hardening.rewriting.sites import Rewritten
 from flipproof.running.data import answered, call
 from flipproof.running.evaluation import eval_mode
-from flipproof.running.outcomes import Decision
 
 LIMIT = 0.01
 """`harden` warns if more accuracy than this is lost on the held-out samples, or any loss is significant."""
-
-HALF = 0.5
-"""A sample is disturbed if a score moves by more than this share of the usual lead, or its class changes."""
 
 ROUNDING_SAMPLES = 32
 """So many held-out samples are run alone and together, to see whether rounding alone changes answers."""
@@ -56,20 +52,23 @@ class Acceptance:
     @classmethod
     def of(cls, held: Calibration, hardened: nn.Module) -> Acceptance:
         """Judge a hardened model on samples of which the unbounded model's answers are known."""
-        after, targets = held.outputs(hardened), held.batches.targets
-        before_class, after_class = held.decision.classes_of(held.teacher), held.decision.classes_of(after)
-        before, now = before_class == targets, after_class == targets
-        lost, won, n = int((before & ~now).sum()), int((~before & now).sum()), held.samples
-        low, high = paired_interval(lost, won, int((before & now).sum()), n)
-        moved = disturbed(after, held.teacher, held.decision, usual_lead(held.teacher, held.decision))
+        judge, after, targets = held.judge, held.outputs(hardened), held.batches.targets
+        before, now = (judge.quality(each, targets, held.teacher) for each in (held.teacher, after))
+        lost, won, n = int((now < before).sum()), int((now > before).sum()), held.samples
+        whole = bool((((before == 0) | (before == 1)) & ((now == 0) | (now == 1))).all())
+        if whole:  # each answer is right or wrong
+            low, high = paired_interval(lost, won, int((before + now == 2).sum()), n)
+        else:
+            low, high = mean_interval((before - now).numpy(), bounds=(-1, 1))
+        moved = judge.disturbed(after, held.teacher, targets, judge.lead(held.teacher))
         return cls(
             samples=n,
-            right=int(before.sum()),
+            right=int((before == 1).sum()),
             lost=lost,
             won=won,
-            changed=int((before_class != after_class).sum()),
+            changed=int(judge.critical(held.teacher, after, targets).sum()),
             disturbed=int(moved.sum()),
-            drop=(lost - won) / n,
+            drop=float((before - now).mean()) if not whole else (lost - won) / n,
             low=low,
             high=high,
         )
@@ -119,21 +118,6 @@ def paired_interval(lost: int, won: int, both: int, samples: int, *, confidence:
     up = (below**2 - 2 * phi * below * above + above**2) ** 0.5
     drop = first - second
     return max(-1.0, drop - down), min(1.0, drop + up)
-
-
-def usual_lead(teacher: Tensor, decision: Decision) -> float:
-    """The median distance of the best score to the second, or of a single score to its threshold."""
-    scores = teacher.double()
-    if decision.threshold is not None:
-        return float((scores.reshape(-1) - decision.threshold).abs().median())
-    best = scores.topk(2, dim=1).values if scores.shape[1] > 1 else torch.zeros(len(scores), 2)
-    return float((best[:, 0] - best[:, 1]).median())
-
-
-def disturbed(outputs: Tensor, teacher: Tensor, decision: Decision, lead: float) -> Tensor:
-    """Which samples' scores moved by more than half of `lead`, or whose class changed; bool (N,)."""
-    moved = (outputs.double() - teacher.double()).abs().reshape(len(teacher), -1).amax(dim=1)
-    return ~(moved <= HALF * lead) | (decision.classes_of(outputs) != decision.classes_of(teacher))
 
 
 def unsteady_layers(model: nn.Module, rewritten: Rewritten, held: Calibration) -> list[str]:

@@ -14,12 +14,13 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from flipproof.errors import DataError
-from flipproof.running.data import Batches, Data, Output, answered, call, check_labels, pick, read_batches
-from flipproof.running.decision import decide
+from flipproof.running.data import Batches, Data, Output, answered, call, pick
 from flipproof.running.evaluation import eval_mode, golden_run, is_infrastructure
-from flipproof.running.metrics import accuracy
-from flipproof.running.outcomes import Decision, DecisionChoice
+from flipproof.running.judge import Judge
 from flipproof.running.snapshots import Snapshot
+from flipproof.running.tasks.base import Task
+from flipproof.running.tasks.recognise import read
+from flipproof.running.tasks.settled import Settled
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,14 @@ class Calibration:
     Attributes:
         batches: inputs and targets.
         teacher: the unbounded model's outputs, on the CPU.
-        decision: how outputs become classes.
-        output: picks the tensor to judge out of what the model returns.
+        judge: of answers.
+        output: makes one row a sample of what the model returns.
         cut: for each input tensor, the dimension that counts samples; None if samples cannot be taken apart.
     """
 
     batches: Batches
     teacher: Tensor
-    decision: Decision
+    judge: Judge
     output: Output = None
     cut: tuple[int, ...] | None = None
 
@@ -47,7 +48,7 @@ class Calibration:
         data: Data,
         device: torch.device,
         output: Output = None,
-        decision: DecisionChoice = None,
+        task: Task | None = None,
     ) -> Calibration:
         """Read the data and run the unbounded model on it; what its forwards write is put back.
 
@@ -55,7 +56,8 @@ class Calibration:
             DataError: if there is none, inputs hold NaN or ±∞, or labels do not fit the model.
             ModelError: if the model itself gives NaN or is not repeatable.
         """
-        batches = read_batches(data, device)
+        with eval_mode(model):
+            batches, known, reading = read(model, data, device, task, output)
         for i, inputs in enumerate(batches.inputs):
             for leaf in pytree.tree_leaves(inputs):
                 if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
@@ -67,13 +69,13 @@ class Calibration:
         with eval_mode(model):
             state = Snapshot(model)
             try:
-                teacher = golden_run(model, batches, output, state)
-                rule = decide(model, batches, output, teacher, decision)
-                check_labels(batches.targets, rule.classes)
-                cut = _samples_lie_in(model, batches, teacher, output)
+                teacher = golden_run(model, batches, reading, state)
+                judge = known.judge(model, batches, reading, teacher)
+                judge.check_targets(batches.targets)
+                cut = _samples_lie_in(model, batches, teacher, reading)
             finally:
                 state.restore()
-        return cls(batches, teacher, rule, output, cut)
+        return cls(batches, teacher, judge, reading, cut)
 
     @property
     def samples(self) -> int:
@@ -81,9 +83,14 @@ class Calibration:
         return self.batches.samples
 
     @property
+    def task(self) -> Task:
+        """For verbs that are called on these targets and with this `output`."""
+        return Settled(self.judge)
+
+    @property
     def accuracy(self) -> float:
-        """Of the unbounded model."""
-        return accuracy(self.teacher, self.batches.targets, self.decision)
+        """The task's main metric, from 0 to 1, of the unbounded model: of a classification its accuracy."""
+        return self.accuracy_from(self.teacher)
 
     def split(self, share: float, seed: int) -> tuple[Calibration, Calibration]:
         """A part to fit on and a held-out part to accept on, drawn at random by samples.
@@ -126,7 +133,7 @@ class Calibration:
         chunks = torch.split(index, size) if index.numel() else ()
         inputs = tuple(_rows(whole, chunk, self.cut) for chunk in chunks)
         batches = Batches(inputs, tuple(chunk.numel() for chunk in chunks), self.batches.targets[index])
-        return Calibration(batches, self.teacher[index], self.decision, self.output, self.cut)
+        return Calibration(batches, self.teacher[index], self.judge, self.output, self.cut)
 
     def shuffled(self, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor | None, Any, Tensor, Tensor]]:
         """Once through in random order: sample numbers, inputs, targets, teacher outputs, `size` samples at a time.
@@ -158,8 +165,12 @@ class Calibration:
             return torch.cat([answered(call(model, x), self.output) for x in self.batches.inputs])
 
     def accuracy_of(self, model: nn.Module) -> float:
-        """Share of samples that a model gets right."""
-        return accuracy(self.outputs(model), self.batches.targets, self.decision)
+        """The task's main metric of a model."""
+        return self.accuracy_from(self.outputs(model))
+
+    def accuracy_from(self, outputs: Tensor) -> float:
+        """The task's main metric of a model that answers this."""
+        return float(self.judge.quality(outputs, self.batches.targets, self.teacher).mean())
 
     def _units(self, index: Tensor) -> Calibration:
         """Samples, or batches where samples cannot be taken apart, in their own order."""
@@ -180,7 +191,7 @@ class Calibration:
         index = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
         sizes = tuple(self.batches.sizes[i] for i in chosen)
         batches = Batches(tuple(self.batches.inputs[i] for i in chosen), sizes, self.batches.targets[index])
-        return Calibration(batches, self.teacher[index], self.decision, self.output, self.cut)
+        return Calibration(batches, self.teacher[index], self.judge, self.output, self.cut)
 
 
 def _samples_lie_in(model: nn.Module, batches: Batches, teacher: Tensor, output: Output) -> tuple[int, ...] | None:
@@ -237,24 +248,6 @@ def _rows(inputs: Any, index: Tensor, cut: tuple[int, ...]) -> Any:
     return pytree.tree_unflatten(
         [leaf.index_select(d, index.to(leaf.device)) for leaf, d in zip(leaves, cut, strict=True)], tree
     )
-
-
-def logits(outputs: Tensor, decision: Decision) -> Tensor:
-    """Model outputs as logits (N, classes), whichever convention the model follows; differentiable.
-
-    Example:
-        >>> logits(torch.tensor([[0.5, 0.5]]), Decision("probabilities", 2, None)).softmax(dim=1)
-        tensor([[0.5000, 0.5000]])
-    """
-    if decision.threshold is not None:
-        single = outputs.reshape(-1)
-        border = torch.full_like(single, decision.threshold)
-        if decision.outputs == "probabilities":
-            single, border = (torch.logit(part, eps=torch.finfo(part.dtype).tiny) for part in (single, border))
-        return torch.stack([border, single], dim=1)
-    if decision.outputs == "probabilities":
-        return outputs.clamp_min(torch.finfo(outputs.dtype).tiny).log()
-    return outputs
 
 
 DistillationLoss = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -156,6 +156,6 @@ class _Line(StageRun):
         """Mean loss over the data to fit on."""
         total, audited = 0.0, self.audited()
         for rows, inputs, targets, teacher in self.fit.ordered(self.stage.schedule.batch_size):
-            total += float(self.loss_of(rows, inputs, targets, teacher)) * targets.numel()
+            total += float(self.loss_of(rows, inputs, targets, teacher)) * len(targets)
         self.spend_pass(1.0 - (0.0 if self.prefix is None else self.prefix.share), audited)
         return total / self.fit.samples

@@ -17,10 +17,9 @@ from flipproof.engine.progress import Step, progress_bar
 from flipproof.errors import ConfigError, ModelError
 from flipproof.hardening.bounds.bounded import Bounded
 from flipproof.hardening.fitting._prefix import Prefix, PrefixDiffers, Prefixes
-from flipproof.hardening.fitting.calibration import Calibration, DistillationLoss, logits
+from flipproof.hardening.fitting.calibration import Calibration, DistillationLoss
 from flipproof.hardening.fitting.work import Work
 from flipproof.running.data import call, pick
-from flipproof.running.metrics import accuracy
 from flipproof.running.values import same
 
 T = TypeVar("T")
@@ -188,7 +187,7 @@ class StageRun:
             self.work.spend(self.held, 1.0)
             if not same(whole, self.prefix.outputs(self.held)):
                 raise PrefixDiffers
-        return accuracy(whole, self.held.batches.targets, self.held.decision)
+        return self.held.accuracy_from(whole)
 
     def accuracy(self) -> float:
         """On what the stage is accepted on."""
@@ -196,15 +195,15 @@ class StageRun:
             self.work.spend(self.held, 1.0)
             return self.held.accuracy_of(self.work.model)
         self.work.spend(self.held, 1.0 - self.prefix.share)
-        return accuracy(self.prefix.outputs(self.held), self.held.batches.targets, self.held.decision)
+        return self.held.accuracy_from(self.prefix.outputs(self.held))
 
     def loss_of(self, rows: Tensor | None, inputs: Any, targets: Tensor, teacher: Tensor) -> Tensor:
         """The mean loss of some samples, without γ‖λ‖²."""
         prefix = self.prefix
         raw = call(self.work.model, inputs) if prefix is None or rows is None else prefix.run(inputs, rows)
         outputs = pick(raw, self.fit.output)
-        golden = logits(teacher.to(outputs.device), self.fit.decision)
-        return self.loss(logits(outputs, self.fit.decision), targets.to(outputs.device), golden)
+        place = outputs.device
+        return self.loss(*self.fit.judge.as_classes(outputs, targets.to(place), teacher.to(place)))
 
     def spend_pass(self, cost: float, audited: int) -> None:
         """Count a pass over the data to fit on.
@@ -267,7 +266,7 @@ class _Training(StageRun):
         total, audited = 0.0, self.audited()
         for rows, inputs, targets, teacher in self.fit.shuffled(self.stage.schedule.batch_size, generator):
             value = self._step(optimiser, rows, inputs, targets, teacher)
-            total += value * targets.numel()
+            total += value * len(targets)
         assert self.cost is not None
         self.spend_pass(self.cost, audited)
         return total / self.fit.samples

@@ -132,23 +132,23 @@ class FTClipAct(Hardening):
         return rows
 
     def _area(self, work: Work, part: Calibration, bers: tuple[float, ...]) -> float:
-        targets = torch.split(part.batches.targets, list(part.batches.sizes))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the user was told of rates without effect
             result = assess(
                 work.model,
-                data=list(zip(part.batches.inputs, targets, strict=True)),
+                data=part.batches.pairs,
                 faults=BitErrorRate(bers),
                 format=self.format,
                 trials=self.trials,
                 seed=self.seed,
                 workers=work.workers,
                 output=part.output,
-                decision=part.decision.choice,
+                task=part.task,
+                metrics=part.judge.main,
                 progress=False,
             )
         work.spend(part, 1.0 + self.trials * len(bers))
-        return area(bers, result.summary["accuracy"].to_numpy())
+        return area(bers, result.summary[part.judge.main].to_numpy())
 
 
 def area(bers: Sequence[float], accuracy: Any) -> float:

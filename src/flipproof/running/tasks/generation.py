@@ -1,0 +1,218 @@
+"""Whole answers: sequences that a model writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from flipproof.errors import ConfigError, DataError, MetricError
+from flipproof.running.data import Batches, Output, describe
+from flipproof.running.judge import Judge, holds_nan
+from flipproof.running.scales import Scale, scale_of
+from flipproof.running.tasks.base import Rows, Task, padded, unlabelled
+
+Scorer = Callable[[Any, Any], float]
+"""``score(answer, reference)``, from 0 to 1: both as texts, or as lists of token numbers."""
+
+
+@dataclass(frozen=True)
+class Generation(Task):
+    """The model's forward writes an answer to each sample: token numbers (N, L), or a list of texts.
+
+    Decoding has to be greedy: what is random cannot be compared. Targets are references of the same kind (texts, or
+    token numbers), or nothing.
+
+    An answer is critical if it is another one than without faults; with a `scorer`, if its score falls by more than
+    `tolerance`. It is right if it is the reference; with a scorer, if its score is 1.
+
+    Args:
+        scorer: function (answer, reference) → score from 0 to 1; None asks for an exact match.
+        tolerance: by how much a score may fall.
+        end: token number at which an answer ends; what follows it does not count.
+        longest: characters or tokens of an answer that are kept, the same for all samples.
+
+    Example:
+        >>> import flipproof as fp, torch
+        >>> class Count(torch.nn.Module):  # writes three numbers
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.step = torch.nn.Parameter(torch.ones(()))
+        ...     def forward(self, x):
+        ...         return (x[:, None] + self.step * torch.arange(1, 4)).round().long()
+        >>> data = [(torch.tensor([1.0, 5.0]), [[2, 3, 4], [6, 7, 8]])]
+        >>> result = fp.assess(Count(), data, faults=fp.RandomBits(1), trials=5, task=fp.Generation())
+        >>> result.golden
+        {'exact_match': 1.0}
+    """
+
+    scorer: Scorer | None = None
+    tolerance: float = 0.0
+    end: int | None = None
+    longest: int = 512
+
+    name: ClassVar[str] = "generation"
+
+    def __post_init__(self) -> None:
+        if self.scorer is not None and not callable(self.scorer):
+            raise ConfigError(f"Generation: scorer= takes a function (answer, reference), got {self.scorer!r}")
+        if not isinstance(self.tolerance, (int, float)) or not 0 <= self.tolerance <= 1:
+            raise ConfigError(f"Generation: tolerance= takes a number from 0 to 1, got {self.tolerance!r}")
+        if isinstance(self.longest, bool) or not isinstance(self.longest, int) or self.longest < 1:
+            raise ConfigError(f"Generation: longest= takes a whole number from 1, got {self.longest!r}")
+
+    def read_targets(self, given: Any, inputs: Any, batch: int) -> Tensor:
+        if given is None:
+            return torch.full((len(unlabelled(given, inputs, batch)), 2), -1.0, dtype=torch.float64)
+        return _rows(given, self.longest, self.end, f"batch {batch}: targets")
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        return padded(parts, -1.0)
+
+    def reading(self, output: Output, batches: Batches) -> Output:
+        return Answers(output, self.longest, self.end)
+
+    def judge(self, model: nn.Module, batches: Batches, output: Output, golden: Tensor) -> Judge:
+        return AnswerJudge(self.scorer, float(self.tolerance), not bool((batches.targets[:, 0] < 0).any()))
+
+
+def _rows(given: Any, longest: int, end: int | None, what: str) -> Tensor:
+    """Rows (N, 1 + L), float64: 1 for a text and 0 for token numbers, then its characters or tokens; −1 behind them.
+
+    Raises:
+        DataError: if these are neither texts nor token numbers.
+    """
+    if isinstance(given, Tensor) and given.dim() == 2 and not given.is_floating_point():
+        given = given.tolist()
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise DataError(f"{what} must be a list of texts or token numbers (samples, length), got {describe(given)}")
+    rows = []
+    for one in given:
+        if isinstance(one, Tensor):
+            one = one.tolist()
+        if isinstance(one, str):
+            kind, numbers = 1, [ord(letter) for letter in one]
+        elif isinstance(one, (list, tuple)) and all(isinstance(n, int) and n >= 0 for n in one):
+            kind, numbers = 0, list(one)
+            if end is not None and end in numbers:
+                numbers = numbers[: numbers.index(end) + 1]
+        else:
+            raise DataError(f"{what} must be texts or token numbers from 0, got {describe(one)}")
+        if len(numbers) > longest:
+            raise DataError(f"{what} has an answer of {len(numbers)}, longer than Generation(longest={longest}) keeps")
+        rows.append([kind, *numbers, *[-1] * (longest - len(numbers))])
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), 1 + longest)
+
+
+@dataclass(frozen=True)
+class Answers(Rows):
+    """Rows (N, 1 + longest), see `_rows`."""
+
+    longest: int
+    end: int | None
+
+    def rows(self, picked: Any) -> Tensor:
+        """See `Rows`.
+
+        Raises:
+            DataError: if these are neither texts nor token numbers.
+        """
+        return _rows(picked, self.longest, self.end, "what the model writes")
+
+
+@dataclass(frozen=True)
+class AnswerJudge(Judge):
+    """How answers are compared.
+
+    Attributes:
+        scorer: of an answer against its reference.
+        tolerance: by how much a score may fall.
+        referenced: whether every sample has a reference.
+    """
+
+    scorer: Scorer | None
+    tolerance: float
+    referenced: bool
+
+    task: ClassVar[str] = Generation.name
+    sample: ClassVar[str] = "answer"
+
+    @property
+    def main(self) -> str:  # type: ignore[override]
+        """Against references if there are any, else against the answers without faults."""
+        return "unchanged" if not self.referenced else "exact_match" if self.scorer is None else "score"
+
+    @property
+    def usual(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The main one."""
+        return (self.main,)
+
+    def describe(self) -> str:
+        if self.scorer is None or not self.referenced:
+            return "answers, critical if another one is written"
+        return f"answers, critical if their score falls by more than {self.tolerance:g}"
+
+    def scores(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The user's score of each answer, float64 (N,).
+
+        Raises:
+            MetricError: if it is no number from 0 to 1.
+        """
+        assert self.scorer is not None
+        found = []
+        for row, target in zip(outputs, targets, strict=True):
+            value = float(self.scorer(_read(row), _read(target)))
+            if not 0 <= value <= 1:
+                raise MetricError(f"Generation: scorer= gives {value!r}, expected a number from 0 to 1")
+            found.append(value)
+        return torch.tensor(found, dtype=torch.float64)
+
+    def critical(self, golden: Tensor, faulty: Tensor, targets: Tensor) -> Tensor:
+        other = (golden != faulty).any(dim=1)
+        nan = holds_nan(faulty)
+        if self.scorer is None or not self.referenced:
+            return other | nan
+        found = other & ~nan
+        if bool(found.any()):
+            lost = self.scores(golden[found], targets[found]) - self.scores(faulty[found], targets[found])
+            found[found.clone()] = lost > self.tolerance
+        return found | nan
+
+    def correct(self, outputs: Tensor, targets: Tensor, golden: Tensor) -> Tensor:
+        if not self.referenced:
+            return ~self.critical(golden, outputs, targets)
+        if self.scorer is not None:
+            return self.quality(outputs, targets, golden) >= 1
+        width = max(outputs.shape[1], targets.shape[1])
+        one, other = (nn.functional.pad(t, (0, width - t.shape[1]), value=-1.0) for t in (outputs, targets))
+        return (one == other).all(dim=1)
+
+    def quality(self, outputs: Tensor, targets: Tensor, golden: Tensor) -> Tensor:
+        if self.scorer is None or not self.referenced:
+            return self.correct(outputs, targets, golden).double()
+        nan = holds_nan(outputs)
+        return torch.where(nan, 0.0, self.scores(torch.where(nan[:, None], -1.0, outputs), targets))
+
+    def scale(self, name: str) -> Scale:
+        return scale_of(self.known(name, (*self.usual, "unchanged")))
+
+    def measure(self, name: str, outputs: Tensor, targets: Tensor, golden: Tensor) -> float:
+        if self.known(name, (*self.usual, "unchanged")) == self.main:
+            return float(self.quality(outputs, targets, golden).mean())
+        return float((~self.critical(golden, outputs, targets)).double().mean())
+
+    def disturbed(self, outputs: Tensor, teacher: Tensor, targets: Tensor, lead: float) -> Tensor:
+        return self.critical(teacher, outputs, targets)
+
+    def drift(self, outputs: Tensor, teacher: Tensor, targets: Tensor) -> float:
+        """Share of answers that are others."""
+        return float((teacher != outputs).any(dim=1).double().mean())
+
+
+def _read(row: Tensor) -> Any:
+    """An answer as the user has it: a text, or a list of token numbers."""
+    numbers = [int(number) for number in row[1:].tolist() if number >= 0]
+    return "".join(map(chr, numbers)) if row[0] == 1 else numbers
