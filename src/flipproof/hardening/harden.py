@@ -160,7 +160,7 @@ def harden(
             FlipproofWarning,
             stacklevel=3,
         )
-    if deployment is not None and not deployment.agrees:
+    if deployment is not None and not deployment.agrees and not unsteady:  # once is enough
         warnings.warn(
             f"the hardened copy answers otherwise where it is deployed. {deployment}", FlipproofWarning, stacklevel=3
         )
