@@ -25,6 +25,8 @@ PAGES = (
     "docs/recurrent.md",
     "docs/architecture.md",
     "docs/references.md",
+    "docs/formats.md",
+    "docs/deployment.md",
 )
 
 
