@@ -27,6 +27,8 @@ PAGES = (
     "docs/transformers.md",
     "docs/architecture.md",
     "docs/references.md",
+    "docs/formats.md",
+    "docs/deployment.md",
 )
 
 

@@ -248,6 +248,33 @@ def test_a_campaign_and_what_the_space_holds():
     assert fp.assess(packed, **setup).trials[columns].equals(found.trials[columns])
 
 
+def test_every_single_bit_is_tried_as_whole_runs_have_it():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.ReLU(), torch.nn.Linear(9, 3)).eval()
+    x, format = torch.randn(20, 6), {"*": fp.MX("MXFP4")}
+    found = fp.inject_all(net, [(x, net(x).argmax(dim=1))], format=format, audit=1.0, progress=False)
+    space, critical, due = fp.FaultSpace(net, format=format), 0, 0
+    with torch.no_grad(), space.stored():
+        golden = net(x).argmax(dim=1)
+        for bit in range(space.bits):
+            with space.corrupted(Faults(np.array([bit]))):
+                scores = net(x)
+            nan = torch.isnan(scores).any(dim=1)
+            due += int(nan.sum())
+            critical += int(((scores.argmax(dim=1) != golden) & ~nan).sum())
+    assert (found.bits["critical_sdc"].sum(), found.bits["due"].sum()) == (critical, due)
+    assert critical > 0
+
+
+def test_a_profile_counts_the_words_that_have_a_bit():
+    net = torch.nn.Linear(50, 4, bias=False)
+    stored = fp.MX("MXFP4").encode(net.weight)
+    scales = torch.tensor([scale for scale, _ in blocks_of(stored)])
+    profile = fp.bit_profile(net, fp.MX("MXFP4"))
+    assert profile[4:].tolist() == [float(((scales >> bit) & 1).double().mean()) for bit in range(8)]
+    assert profile[0] == float((stored.words & 1).double().mean())
+
+
 def test_what_it_cannot_do_is_said():
     with pytest.raises(FormatError, match="MX takes one of MXFP8E4M3"):
         fp.MX("MXFP5")

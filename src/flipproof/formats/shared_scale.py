@@ -117,7 +117,7 @@ class BlockFloat(SharedScale):
     Raises:
         FormatError: for other numbers, and on NaN or infinite values.
 
-    Sources: Drumond et al. 2018; Darvish Rouhani et al. 2020 (MSFP); Mahmoud et al. 2022, who hit shared exponents too.
+    Sources: Drumond et al. 2018; Rouhani et al. 2020 (MSFP); Mahmoud et al. 2022, who hit shared exponents too.
 
     Example:
         >>> import flipproof as fp, torch
@@ -174,7 +174,8 @@ class BlockFloat(SharedScale):
 
     def read_elements(self, words: Tensor) -> Tensor:
         magnitude = (words & ((1 << self.mantissa) - 1)).to(torch.float64)
-        return torch.where(words >= 1 << self.mantissa, -magnitude, magnitude)
+        negative = (words >= 1 << self.mantissa).to(torch.float64)
+        return magnitude * (1 - 2 * negative)  # a product, not a choice: onnxruntime's loses the sign of 0
 
 
 def exponents(x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from flipproof.running.data import Data, Output, tensor_bytes
 from flipproof.running.decision import DecisionChoice
 from flipproof.running.deployment import Deployment
 from flipproof.running.device import device_of
-from flipproof.running.tasks.base import Rows, Task
+from flipproof.running.tasks.base import Task
 from flipproof.running.tasks.classification import task_of
 from flipproof.running.ways import DEPLOYMENT, OPERATIONS, SAMPLES, Few
 
@@ -160,7 +160,7 @@ def harden(
             FlipproofWarning,
             stacklevel=3,
         )
-    if deployment is not None and not deployment.agrees:
+    if deployment is not None and not deployment.agrees and not unsteady:  # once is enough
         warnings.warn(
             f"the hardened copy answers otherwise where it is deployed. {deployment}", FlipproofWarning, stacklevel=3
         )
@@ -223,10 +223,8 @@ def _steady(model: nn.Module, method: Hardening, work: Work, held: Calibration) 
 def deployed(model: nn.Module, plain: nn.Module, held: Calibration, decoded: nn.Module | None = None) -> Deployment:
     """Whether a model answers a few samples alike one by one and exported, as far as the plain one; kept with it."""
     count = min(SAMPLES, held.samples)
-    some, reading = held.some(torch.arange(count), count), held.output
-    rows = reading if isinstance(reading, Rows) else None
-    output = reading if rows is None else rows.output
-    few = Few(some.batches.inputs[0], held.cut, count, output, held.judge, some.batches.targets, rows)
+    some = held.some(torch.arange(count), count).batches
+    few = Few(some.inputs[0], held.cut, count, held.output, some.targets, held.judge)
     found = vars(model)[DEPLOYMENT] = few.compared(model, plain, operations=OPERATIONS, decoded=decoded)
     return found
 

@@ -22,7 +22,8 @@ class Way:
             installed" if what runs it is not there.
         difference: the largest |output − output|; None where nothing was run.
         room: the largest that is put down to rounding, see `check_deployment`; None where nothing was run.
-        changed: samples whose decision differs; None where nothing was run, or outputs are no scores of classes.
+        changed: samples whose decision is another one, by the task (a critical SDC, if it were by a fault); None where
+            nothing was run, or nothing says what outputs are for.
         reason: why it was refused; "" otherwise.
         seconds: it took.
     """

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from importlib.util import find_spec
@@ -22,15 +22,16 @@ from torch.utils import _pytree as pytree
 from flipproof._interrupts import check, gives_back
 from flipproof.errors import ConfigError, DataError, FlipproofError, ModelError
 from flipproof.formats.base import bit_pattern
-from flipproof.running.data import Batches, Data, Output, answered, call, describe, own, pick
-from flipproof.running.decision import Decision, DecisionChoice
+from flipproof.running.data import Batches, Data, Output, answered, call, own, pick, read_batches
+from flipproof.running.decision import DecisionChoice
 from flipproof.running.deployment import Deployment, Way
 from flipproof.running.device import device_of
-from flipproof.running.evaluation import eval_mode
+from flipproof.running.evaluation import eval_mode, golden_run
 from flipproof.running.judge import Judge
 from flipproof.running.snapshots import Snapshot
-from flipproof.running.tasks.base import Rows, Task
+from flipproof.running.tasks.base import Rows, Task, unlabelled
 from flipproof.running.tasks.classification import task_of
+from flipproof.running.tasks.recognise import read
 
 SAMPLES = 8
 """So many samples are run each way."""
@@ -87,7 +88,7 @@ def check_deployment(
             when `harden`, `protect` or `pack_` (with `check=`) made this model.
         plain: the model as it was before it was hardened or packed.
         output: picks the tensor to compare, as for `assess`.
-        task: what the model is for, as for `assess`; by default a classification, where outputs are scores of classes.
+        task: what the model is for, and so what another decision is, as for `assess`.
         decision: how outputs become classes, as for `assess`.
         samples: how many are run, 2 at least.
 
@@ -117,26 +118,24 @@ def check_deployment(
 
 @dataclass(frozen=True)
 class Few:
-    """A few samples, and how answers to them become decisions.
+    """A few samples, and what is critical in answers to them.
 
     Attributes:
         inputs: a batch of `samples` or more.
         axes: for each leaf of `inputs`, the dimension that counts samples, None for none; None where samples cannot be
             taken apart.
         samples: how many are run.
-        output: see `check_deployment`.
-        judge: of answers; None where there is no decision that could change.
-        targets: one row a sample.
-        rows: makes what is judged of what `output` picks, where that is another thing.
+        output: makes one row a sample of what a model returns, as the task reads it.
+        targets: of these samples.
+        judge: of answers; None where nothing says what they are for.
     """
 
     inputs: Any
     axes: Sequence[int | None] | None
     samples: int
     output: Output
-    judge: Judge | None
     targets: Tensor
-    rows: Rows | None = None
+    judge: Judge | None
 
     @classmethod
     def of(cls, model: nn.Module, data: Data, samples: int, output: Output, task: Task | None) -> Few:
@@ -145,41 +144,41 @@ class Few:
         Raises:
             DataError: if there are none, or they do not fit.
         """
-        inputs, given = _first_batch(data, device_of(model))
+        known: Task | None = task
         with eval_mode(model):
             state = Snapshot(model)
             try:
-                raw = call(model, inputs)
-            except Exception as error:
-                raise DataError(f"the model rejects the first batch: {type(error).__name__}: {error}") from error
+                lazy = isinstance(data, Iterable) and not isinstance(data, tuple)
+                first = list(islice(data, 1)) if lazy else data
+                try:
+                    batches, known, reading = read(model, first, device_of(model), task, output)
+                except DataError:
+                    if task is not None:
+                        raise
+                    # targets that nothing is known of: answers are compared all the same
+                    batches, reading = read_batches(first, device_of(model), unlabelled), output
+                rows = golden_run(model, batches, reading, state)
+                judge = (
+                    None if known is None else _judge_of(known, model, batches, reading, rows, asked=task is not None)
+                )
             finally:
                 state.restore()
-            answers = answered(raw, output)
-        if answers.dim() == 0 or not len(answers):
-            raise DataError(
-                f"check_deployment: outputs have the shape {tuple(answers.shape)}; one row a sample is expected"
-            )
-        axes, count = _axes(inputs, len(answers)), min(samples, len(answers))
-        if task is None:
-            try:
-                judge: Judge | None = Decision.from_golden(answers)
-            except DataError:
-                judge = None  # no scores of classes: there is no decision to change
-            return cls(inputs, axes, count, output, judge, torch.zeros(len(answers), dtype=torch.int64))
-        targets = task.read_targets(given, inputs, 0)
-        batches = Batches((inputs,), (len(targets),), targets)
-        reading = task.reading(output, batches)
-        rows = reading if isinstance(reading, Rows) else None
-        judged = answers if rows is None else rows.rows(answers)
-        with eval_mode(model):
-            judge = task.judge(model, batches, reading, judged)
-        return cls(inputs, axes, count, output, judge, targets, rows)
+        inputs, count = batches.inputs[0], min(samples, len(rows))
+        return cls(inputs, _axes(inputs, len(rows)), count, reading, batches.targets[:count], judge)
 
-    def changed(self, found: Tensor, known: Tensor) -> Tensor:
-        """Which answers are others, bool (n,), for the first n samples."""
-        assert self.judge is not None
-        golden, other = (known, found) if self.rows is None else (self.rows.rows(known), self.rows.rows(found))
-        return self.judge.critical(golden, other, self.targets[: len(known)])
+    @property
+    def picks(self) -> Output:
+        """What picks the tensor to compare out of what a model returns."""
+        return self.output.output if isinstance(self.output, Rows) else self.output
+
+    def changed(self, found: Tensor, known: Tensor) -> Tensor | None:
+        """Which of so many first samples are answered otherwise, bool; None where nothing says what answers are."""
+        if self.judge is None:
+            return None
+        pair = (known, found)
+        if isinstance(self.output, Rows):
+            pair = (self.output.rows(known), self.output.rows(found))
+        return self.judge.critical(*pair, self.targets[: len(known)])
 
     def compared(
         self,
@@ -214,7 +213,7 @@ class Few:
         other = None if plain is None else cache(partial(_Ways, plain, self, self.axes, operations, None))
         for name in names:
             began = time.perf_counter()
-            way = _judged(name, mine, other, self)
+            way = _judged(name, mine, other, self.changed)
             yield replace(way, seconds=time.perf_counter() - began)
 
 
@@ -237,7 +236,7 @@ class _Ways:
         operations: float,
         decoded: nn.Module | None,
     ) -> None:
-        self.model, self.inputs, self.axes, self.output = model, few.inputs, axes, few.output
+        self.model, self.inputs, self.axes, self.output = model, few.inputs, axes, few.picks
         self.samples, self.operations = few.samples, operations
         self.exported = model if decoded is None else decoded
         self.sizes = (few.samples, max(few.samples // 2, 1))
@@ -387,7 +386,12 @@ class _Picked(nn.Module):
         return pick(self.model(*given, **named), self.output)
 
 
-def _judged(name: str, mine: _Ways, plain: Callable[[], _Ways] | None, few: Few) -> Way:
+def _judged(
+    name: str,
+    mine: _Ways,
+    plain: Callable[[], _Ways] | None,
+    differ: Callable[[Tensor, Tensor], Tensor | None],
+) -> Way:
     """One way: run and compared; where it differs by more than rounding, beside what the plain model differs by."""
     try:
         pairs = mine.pairs(name)
@@ -398,12 +402,13 @@ def _judged(name: str, mine: _Ways, plain: Callable[[], _Ways] | None, few: Few)
     if other := [(found, known) for found, known in pairs if found.shape != known.shape]:
         shapes = [tuple(tensor.shape) for tensor in other[0]]
         return Way(name, "refused", reason=f"it answers in the shape {shapes[0]}, the model in {shapes[1]}")
-    changed: int | None = None
-    if few.judge is not None:
-        differ = torch.zeros(mine.samples, dtype=torch.bool)
-        for found, known in pairs:
-            differ[: len(known)] |= few.changed(found, known)
-        changed = int(differ.sum())
+    changed: int | None = 0
+    others = torch.zeros(mine.samples, dtype=torch.bool)
+    for found, known in pairs:
+        here = differ(found, known)
+        if here is not None:
+            others[: len(known)] |= here
+        changed = None if here is None else int(others.sum())
     difference = max(_difference(*pair) for pair in pairs)
     room = max(_room(known) for _, known in pairs)
     if all(torch.equal(bit_pattern(found), bit_pattern(known)) for found, known in pairs):
@@ -436,15 +441,16 @@ def _reason(error: Exception) -> str:
     return said if isinstance(error, FlipproofError) else f"{type(error).__name__}: {said[:300]}"
 
 
-def _first_batch(data: Data, device: torch.device) -> tuple[Any, Any]:
-    """The first batch: its inputs on the model's device, and its targets."""
-    for batch in islice(data, 1):
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise DataError(f"check_deployment takes batches (inputs, targets), got {describe(batch)}")
-        given = dict(batch[0]) if isinstance(batch[0], Mapping) else batch[0]
-        moved = pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, given)
-        return moved, batch[1]
-    raise DataError("check_deployment: data= holds no batch")
+def _judge_of(
+    task: Task, model: nn.Module, batches: Batches, reading: Output, rows: Tensor, *, asked: bool
+) -> Judge | None:
+    """How answers are judged; None if nobody said what they are for and they do not fit what targets look like."""
+    try:
+        return task.judge(model, batches, reading, rows)
+    except DataError:
+        if asked:
+            raise
+        return None
 
 
 def _axes(inputs: Any, samples: int) -> list[int | None] | None:

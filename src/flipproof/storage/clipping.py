@@ -16,6 +16,7 @@ from flipproof.campaigns.assess import assess
 from flipproof.errors import FlipproofWarning, FormatError
 from flipproof.faults import BitPosition
 from flipproof.formats import BitClipped, Float32, Format
+from flipproof.formats.layout import Layout
 from flipproof.running.data import Data, Output
 from flipproof.running.metrics import Metrics
 from flipproof.running.tasks.base import Task
@@ -27,7 +28,8 @@ from flipproof.spaces.tensors import FormatChoice
 def bit_profile(model: nn.Module, format: FormatChoice = None, *, where: Parameters | None = None) -> pd.Series:
     """How often each stored bit is 1, over all stored words of a model.
 
-    mean_b = (number of words whose bit b is 1) / (number of words); exactly 0.0 or 1.0 where the bit is constant.
+    mean_b = (number of words whose bit b is 1) / (number of words that have a bit b); exactly 0.0 or 1.0 where the bit
+    is constant.
 
     Args:
         model: any module.
@@ -49,8 +51,8 @@ def bit_profile(model: nn.Module, format: FormatChoice = None, *, where: Paramet
         >>> float(profile[30]), len(profile)
         (0.0, 32)
     """
-    total = 0
     ones: np.ndarray | None = None
+    total = np.zeros((), np.int64)
     for _, format_, words in _stored_words(model, format, where):
         counts = _ones(words, format_.width)
         if ones is not None and ones.size != counts.size:
@@ -59,7 +61,7 @@ def bit_profile(model: nn.Module, format: FormatChoice = None, *, where: Paramet
                 f"profile them apart with where=fp.Parameters(include=…)"
             )
         ones = counts if ones is None else ones + counts
-        total += words.numel()
+        total = total + _having(format_.layout(words.numel()), format_.width)
     assert ones is not None  # FaultSpace refuses an empty space
     return pd.Series(ones / total, index=pd.RangeIndex(ones.size, name="bit"), name="mean")
 
@@ -77,6 +79,13 @@ def _stored_words(
 def _ones(words: Tensor, width: int) -> np.ndarray:
     flat = words.reshape(-1)
     return np.array([int(((flat >> bit) & 1).sum(dtype=torch.int64)) for bit in range(width)], np.int64)
+
+
+def _having(layout: Layout, width: int) -> np.ndarray:
+    """How many words have each bit: words of a block may differ in width."""
+    whole, over = (np.array(widths, np.int64)[:, None] > np.arange(width) for widths in (layout.block, layout.tail))
+    having: np.ndarray = layout.blocks * whole.sum(axis=0) + over.sum(axis=0)
+    return having
 
 
 def bit_criticality(

@@ -14,6 +14,7 @@ from flipproof.errors import FlipproofWarning, FormatError
 from flipproof.formats.base import Format
 from flipproof.formats.packing import Packed
 from flipproof.running.data import Data, Output
+from flipproof.running.tasks.base import Task
 from flipproof.running.ways import DEPLOYMENT, OPERATIONS, SAMPLES, Few
 from flipproof.spaces.sites import Parameters, check_where
 from flipproof.spaces.tensors import FormatChoice, asked_format, check_format, check_hit, inventory
@@ -26,6 +27,7 @@ def pack_(
     where: Parameters | None = None,
     check: Data | None = None,
     output: Output = None,
+    task: Task | None = None,
 ) -> nn.Module:
     """Turn a model, in place, into one whose parameters are bit-packed words in memory, decoded at every use.
 
@@ -45,6 +47,7 @@ def pack_(
             which a copy is kept meanwhile. It warns if answers differ by more than rounding;
             ``fp.check_deployment(model)`` gives what was found.
         output: picks the tensor to compare then, as for `assess`.
+        task: what the model is for, as for `assess`.
 
     Returns:
         The model itself.
@@ -93,7 +96,7 @@ def pack_(
         chosen.append((candidate.name, found))
     if not chosen:
         raise FormatError(f"pack_: no parameter of this {type(model).__name__} is stored by {format!r}")
-    few = None if check is None else Few.of(model, check, SAMPLES, output, None)
+    few = None if check is None else Few.of(model, check, SAMPLES, output, task)
     plain = None if check is None else deepcopy(model)
     with held():
         for name, found in chosen:
