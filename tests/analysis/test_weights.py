@@ -266,5 +266,5 @@ def test_a_selection_of_another_map_is_refused():
 def test_packed_models_are_refused_by_name():
     net, data = made(Tokens)
     packed = fp.pack_(net, {"conv.weight": fp.Affine(bits=4)})
-    with pytest.raises(fp.FlipproofError, match=r"conv\.weight is stored as packed words"):
+    with pytest.raises(fp.FlipproofError, match=r"conv\.weight is stored as packed words or integers"):
         fp.analyze(packed, data, where=fp.Parameters(), output="logits")

@@ -212,6 +212,37 @@ def with_halves(proto: Any) -> Any:
     return found
 
 
+PACKED = {
+    "float": {"*.weight": fp.Affine(5)},
+    "QDQ": {"*.weight_quantized": fp.SECDED(fp.Integer(8), block=64), "*.bias_quantized": fp.SECDED(fp.Integer(32))},
+    "QOperator": {"*.weight_quantized": fp.BCH(fp.Integer(8), t=1)},
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_numbers_of_a_graph_are_really_packed_as_they_are_simulated(kind, graphs):
+    net, x = fp.OnnxModel(graphs[kind]), images()
+    packed = fp.pack_(fp.OnnxModel(graphs[kind]), PACKED[kind])
+    space, really = FaultSpace(net, format=PACKED[kind]), FaultSpace(packed)
+    assert [(s.name, s.kind, s.format) for s in really.sites] == [(s.name, s.kind, s.format) for s in space.sites]
+    with space.stored():
+        assert same(net(x), packed(x))
+        for trial in range(20):
+            draw = Faults(TrialGenerator(0, "packed", trial).distinct(20, space.bits))
+            with space.corrupted(draw), really.corrupted(draw):
+                assert space.word_outcomes == really.word_outcomes
+                assert same(net(x), packed(x))
+
+
+def test_protect_chooses_how_the_numbers_of_a_graph_are_stored(graphs):
+    net = fp.OnnxModel(graphs["float"])
+    x = torch.randn(160, 1, 6, 6, generator=torch.Generator().manual_seed(2))
+    found = fp.protect(net, [(x, net(x).argmax(dim=1))], ber=1e-3, trials=3, front=0, hardenings={}, rivals={})
+    assert found.verdict == "met"
+    assert set(found.formats) == {site.name for site in FaultSpace(net).sites}
+    assert isinstance(found.model, fp.OnnxModel)
+
+
 def test_paths_bytes_and_messages_are_one_graph(graphs, tmp_path):
     x = images()
     onnx.save(graphs["QDQ"], tmp_path / "graph.onnx")

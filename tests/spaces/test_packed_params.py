@@ -381,6 +381,26 @@ def test_what_does_not_give_its_words_away_is_left_out_by_name_with_its_bits():
         FaultSpace(part)
 
 
+def test_what_writes_to_memory_itself_is_refused_in_a_sentence():
+    """Nothing that is written to our copies elsewhere would reach the model."""
+    net = dynamic()
+    data = [(rows(), run(net, "dynamic").argmax(dim=1))]
+    with pytest.raises(
+        fp.errors.FormatError, match=r"scrub_ writes where parameters lie, and 0\.weight\.scale lies in"
+    ):
+        fp.scrub_(net, fp.BitClipped(fp.formats.Float64(), zeros=(62,)), where=fp.Parameters(kinds="scale"))
+    with pytest.raises(
+        fp.errors.FaultSpaceError, match=r"0\.bias lies in an object of torch\.ao, which takes no writes"
+    ):
+        fp.analyze(net, data, fp.DeepVigor(), where=fp.Parameters(kinds="bias"))
+    with pytest.raises(fp.errors.ConfigError, match=r"0\.weight is quantised already, in words that a library reads"):
+        fp.protect(net, data, ber=1e-3)
+    with pytest.raises(
+        fp.errors.FormatError, match=r"0\.bias is part of 0\._packed_params\._packed_params, which a library"
+    ):
+        fp.pack_(net, {"0.bias": fp.Float16()})
+
+
 class Contract(SpaceContract):
     def space(self, network: nn.Module) -> Space:
         return FaultSpace(network)

@@ -272,6 +272,21 @@ def test_a_copy_shares_nothing():
         assert space.again(other).bits == space.bits
 
 
+def test_what_would_decode_a_librarys_words_is_refused_in_a_sentence():
+    net = quantised("int8")
+    with pytest.raises(fp.errors.ConfigError, match=r"0\.weight\.qdata is quantised already, in words"):
+        fp.protect(net, data(net), ber=1e-3)
+    with pytest.raises(fp.errors.FormatError, match=r"0\.weight\.scale is part of 0\.weight, which a library reads"):
+        fp.pack_(net, fp.Float16())
+    with pytest.raises(fp.errors.FaultSpaceError, match=r"0\.weight\.qdata is stored as packed words or integers"):
+        fp.analyze(net, data(net), fp.DeepVigor(), where=fp.Parameters())
+    assert fp.scrub_(net, fp.BitClipped(fp.Float32(), zeros=(30,))) == 0  # scales and floats; words are not theirs
+    words = net[0].weight.qdata.clone()
+    packed = fp.pack_(net, fp.Affine(8))  # the one float weight
+    assert torch.equal(packed[0].weight.qdata, words)
+    assert packed[2].parametrizations.weight.original0.numel() == 96
+
+
 class TestQuantised(SpaceContract):
     def network(self) -> nn.Module:
         net = quantised("int8")

@@ -74,17 +74,17 @@ def test_a_program_is_no_module():
         fp.assess(program, [], faults=fp.RandomBits(1))
 
 
-def test_compiled_code_that_copies_its_weights_is_refused(monkeypatch):
+def test_compiled_code_that_copies_its_weights_is_refused():
     import torch._inductor.config as inductor
 
     compiled = torch.compile(network(), backend="eager")
     assert FaultSpace(compiled).coverage < 1
-    monkeypatch.setattr(inductor, "freezing", True)
-    with pytest.raises(FaultSpaceError, match=r"this model is compiled with torch\._inductor\.config\.freezing"):
-        FaultSpace(compiled)
-    with pytest.raises(FaultSpaceError, match=r"^1 of this model is compiled"):
-        FaultSpace(nn.Sequential(nn.Linear(8, 8), compiled))
-    FaultSpace(network())
+    with inductor.patch(freezing=True):
+        with pytest.raises(FaultSpaceError, match=r"this model is compiled with torch\._inductor\.config\.freezing"):
+            FaultSpace(compiled)
+        with pytest.raises(FaultSpaceError, match=r"^1 of this model is compiled"):
+            FaultSpace(nn.Sequential(nn.Linear(8, 8), compiled))
+        FaultSpace(network())
 
 
 def test_an_exported_model_keeps_its_refusal_to_change_modes():

@@ -27,6 +27,7 @@ from flipproof.running.neurons import neuron_space
 from flipproof.running.snapshots import Snapshot
 from flipproof.running.values import bytes_of, rows_of
 from flipproof.spaces.parameters import FaultSpace
+from flipproof.spaces.quantised import is_wrapper
 from flipproof.spaces.sites import Neurons, NeuronSite, Site
 
 CHECKED = 16
@@ -61,8 +62,13 @@ class ParameterProber(Prober):
         self.space = space
         if packed := [name for name, tensor in space.tensors.items() if not tensor.is_floating_point()]:
             raise FaultSpaceError(
-                f"{packed[0]} is stored as packed words: analyse the model before fp.pack_, with format= for what it "
-                f"will be stored as"
+                f"{packed[0]} is stored as packed words or integers: analyse the model before fp.pack_ or quantising, "
+                f"with format= for what it will be stored as; fp.inject_all tries words as they are"
+            )
+        if space.copies:
+            raise FaultSpaceError(
+                f"{space.copies[0]} lies in an object of torch.ao, which takes no writes: analyse the floating-point "
+                f"model, or try every bit with fp.inject_all"
             )
         modules = dict(model.named_modules())
         self._sites = {site.name: site for site in space.sites}
@@ -332,6 +338,7 @@ def _moves_on_a_line(modules: dict[str, nn.Module], site: Site) -> bool:
         and attribute in ("weight", "bias")
         and not site.aliases
         and not parametrize.is_parametrized(module)
+        and not any(is_wrapper(parameter) for parameter in module.parameters(recurse=False))
         and not (module._forward_hooks or module._forward_pre_hooks)
     )
 

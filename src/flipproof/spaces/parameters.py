@@ -178,8 +178,13 @@ class FaultSpace(Space):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The live tensor of each site, by its name."""
+        """The live tensor of each site, by its name; of `copies`, what the model is given within `corrupted`."""
         return {cell.site.name: cell.tensor for cell in self.cells}
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """Sites that the model keeps in objects of C++: what is written to their tensors elsewhere, it never reads."""
+        return tuple(self._packing_of)
 
     def table(self) -> pd.DataFrame:
         """What is stored how: one row a site, and what its share of the space is."""

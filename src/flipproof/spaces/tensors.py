@@ -258,7 +258,9 @@ def _listing(model: nn.Module) -> tuple[list[_Named], frozenset[str] | None]:
             name = f"{layer}.{own}".lstrip(".")
             held = f"{layer}.{own.partition('.')[0]}".lstrip(".")
             listing.append(_Named(name, held, tensor, "attribute"))
-    packed = any(isinstance(v, torch.ScriptObject) for module in model.modules() for v in vars(module).values())
+    modules = [*model.modules()]
+    packed = any(isinstance(module, Packed) and module.dtype in INTEGERS for module in modules)
+    packed |= any(isinstance(value, torch.ScriptObject) for module in modules for value in vars(module).values())
     return listing, frozenset(layers) if layers or packed else None
 
 
@@ -301,7 +303,7 @@ def _describe(model: nn.Module, named: list[_Named], memory: _Memory, quantised:
         decoder = cast(Packed, owner[0])
         full = f"{owner_name}.{attribute}".lstrip(".")
         if first.held.endswith(".original0"):
-            kind = _kind(attribute, place)
+            kind = _kind_of_parameter(attribute, place, quantised is not None)
             bits = decoder.format.stored_bits(decoder.shape)
             rest = tuple(constant for label, constant in owner.named_buffers() if label != "original0")
             return Candidate((full,), owner_name, kind, tensor, bits, decoder, rest)
@@ -320,19 +322,26 @@ def _describe(model: nn.Module, named: list[_Named], memory: _Memory, quantised:
 
 def _kind_of(model: nn.Module, one: _Named, quantised: frozenset[str] | None) -> Kind:
     layer, attribute, owner = _owner(model, one.held)
-    if isinstance(owner, Initialisers):  # the graph says it
-        return cast(Kind, owner.kinds.get(attribute, "buffer"))
-    if quantised is None or isinstance(owner, _NORMS):
-        return "buffer" if one.source == "buffer" else _kind(attribute, owner)
+    if one.source == "parameter" and one.name == one.held:
+        return _kind_of_parameter(attribute, owner, quantised is not None)
+    if one.source == "buffer" and (quantised is None or isinstance(owner, (*_NORMS, Initialisers))):
+        return "buffer"
     if (role := role_of(one.name)) is not None:
         return role
-    if one.source == "buffer":
-        if one.name != one.held or is_words(one.name, one.tensor):
+    if one.source == "buffer" and one.name == one.held:
+        if is_words(one.name, one.tensor):
             return "weight"
-        return "bias" if layer in quantised and "bias" in attribute else "buffer"
+        return "bias" if quantised is not None and layer in quantised and "bias" in attribute else "buffer"
     if one.source == "attribute" and one.name != one.held:
         return "weight" if is_words(one.name, one.tensor) else "other"
     return _kind(attribute, owner)
+
+
+def _kind_of_parameter(attribute: str, owner: nn.Module, quantised: bool) -> Kind:
+    if isinstance(owner, Initialisers):  # the graph says it
+        return cast(Kind, owner.kinds[attribute])
+    role = role_of(attribute) if quantised and not isinstance(owner, _NORMS) else None
+    return _kind(attribute, owner) if role is None else role
 
 
 def _kind(attribute: str, owner: nn.Module) -> Kind:

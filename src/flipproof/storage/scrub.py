@@ -77,7 +77,15 @@ def scrub_(model: nn.Module, format: Format | None = None, *, where: Parameters 
                     candidate.tensor.copy_(fresh)
             written += count
         return written
-    tensors = [t.data for t in FaultSpace(model, where=where, format={"*": format}).tensors.values()]
+    space = FaultSpace(model, where=where, format={"*": format})
+    if space.copies:
+        raise FormatError(
+            f"scrub_ writes where parameters lie, and {space.copies[0]} lies in an object of torch.ao, which takes no "
+            f"writes; scrub the checkpoint before it is loaded"
+        )
+    tensors = [space.tensors[site.name].data for site in space.sites if site.format == format]
+    if not tensors:
+        raise FormatError(f"scrub_: no parameter of this {type(model).__name__} is stored by {format!r}")
     if isinstance(format, BitClipped) and all(format.inner.is_native(t.dtype) for t in tensors):
         return sum(_clip_(tensor, format) for tensor in tensors)
     inner = format
