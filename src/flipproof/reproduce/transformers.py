@@ -40,8 +40,8 @@ from flipproof.spaces.sites import NEURON_KINDS, NeuronKind
 Batches = list[tuple[Any, Tensor]]
 
 SAMPLES, BATCH = 2000, 250
-FEW = 500
-"""Samples of campaigns that compare no accuracy: the first so many."""
+TEXTS = 500
+"""Prompts that a cache is hit for: the first so many windows."""
 WORDS, LENGTH = 5000, 32
 PROMPT, WRITTEN = 32, 16
 """Characters of a prompt, and characters that are written behind it."""
@@ -212,7 +212,7 @@ def values(
     for kind in kinds:
         try:
             found = assess(
-                network.model, network.test[: FEW // BATCH], faults=RandomBits(1), where=Neurons(kinds=kind),
+                network.model, network.test, faults=RandomBits(1), where=Neurons(kinds=kind),
                 trials=trials, output=network.output, journal=_journal(journals, name, kind),
             )  # fmt: skip
         except FaultSpaceError:  # the network has no such values
@@ -230,7 +230,7 @@ def cache(network: Network, trials: int, journals: Path | None = None) -> pd.Dat
     """Faults in the KV cache of the GPT while it writes: a row a phase and bit error rate."""
     assert isinstance(network.model, GPT)
     writer = Greedy(network.model, WRITTEN)
-    prompts: list[Any] = [(tokens[:, :PROMPT], None) for tokens, _ in network.test[: FEW // BATCH]]
+    prompts: list[Any] = [(tokens[:, :PROMPT], None) for tokens, _ in network.test[: TEXTS // BATCH]]
     tables = []
     for phase in PHASES:
         found = assess(
@@ -271,7 +271,7 @@ def write_page(tables: dict[str, pd.DataFrame], out: Path) -> None:
         path = out / name
         write_table(table, path, title=ABOUT[name][0])
         page = path.with_suffix(".md")
-        samples = SAMPLES if name in ("networks", "weights") else FEW
+        samples = TEXTS if name == "cache" else SAMPLES
         notes = NOTES.format(
             date=date.today().isoformat(), torch=torch.__version__, samples=samples, about=ABOUT[name][1]
         )
