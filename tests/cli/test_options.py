@@ -123,7 +123,7 @@ def test_a_verb_declares_its_options_by_signature_and_docstring(mine):
     assert found == {"where": fp.Neurons("a*"), "coats": 2, "widths": (2, 4), "shine": True}
     with pytest.raises(ConfigError, match=r"expected NARROWEST:WIDEST, e.g. 3:8, got '3-8'"):
         arguments(options, {"widths": Given("3-8", "test")})
-    with pytest.raises(ConfigError, match="Everything is not among Neurons, Parameters"):
+    with pytest.raises(ConfigError, match="Everything is not among Cache, Neurons, Parameters"):
         arguments(options, {"where": Given("Everything()", "test")})
 
 

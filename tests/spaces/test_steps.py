@@ -19,6 +19,7 @@ from flipproof.faults import TrialGenerator
 from flipproof.models.transformer import Block
 from flipproof.running.data import read_batches
 from flipproof.running.neurons import neuron_space
+from flipproof.running.resume import Suffixes
 from flipproof.spaces.contract import Upsets
 from flipproof.spaces.neurons import NeuronSpace
 from flipproof.spaces.sites import Fold
@@ -413,3 +414,59 @@ def test_an_exception_in_a_forward_takes_the_mode_along():
             model(x + 100)
         assert torch.overrides._get_current_function_mode() is None
         assert torch.equal(model(x), golden)
+
+
+@pytest.mark.parametrize("kinds", [FUSED, ("functional", "residual", "norm", "activation")])
+def test_trials_start_where_a_trace_holds_the_value(kinds, monkeypatch):
+    """Records are those of whole runs, and cuts are really used, at every kind of value."""
+    model, x = lively(Eager()), torch.randn(SAMPLES, 4, 8)
+    data = [(x, torch.arange(SAMPLES)), (torch.randn(2, 4, 8), torch.arange(2))]
+    used: set[str] = set()
+    resume, point = Suffixes.resume_changed, Suffixes.point_of
+
+    def resumed(self: Suffixes, *args: Any, **kwargs: Any) -> Any:
+        used.add("node" if kwargs.get("node") is not None else "layer")
+        return resume(self, *args, **kwargs)
+
+    def asked(self: Suffixes, site: str) -> Any:
+        found = point(self, site)
+        used.update([] if found is None else [site])
+        return found
+
+    monkeypatch.setattr(Suffixes, "resume_changed", resumed)
+    monkeypatch.setattr(Suffixes, "point_of", asked)
+    setup: dict[str, Any] = {
+        "faults": fp.RandomBits(1), "where": fp.Neurons(kinds=kinds), "trials": 40, "audit": 0.1, "seed": 2,
+    }  # fmt: skip
+    cut = fp.assess(model, data, **setup)
+    assert "node" in used
+    roles = {site.partition(":")[2].partition("[")[0] for site in used if ":" in site}
+    hit = {record.where[0][0] for record in cut.records}
+    assert roles == {site.partition(":")[2].partition("[")[0] for site in hit if ":" in site}
+    assert len(roles) > 2
+    whole_runs = fp.assess(model, data, **setup, cache_bytes=0)
+    assert [{**a.to_json(), "seconds": 0} for a in cut.records] == [
+        {**b.to_json(), "seconds": 0} for b in whole_runs.records
+    ]
+
+
+class Eager(nn.Module):
+    """Fused attention, attention step by step, a tied product, functions and a sum in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.mix, self.norm, self.head = (
+            Block(8, 2, causal=True),
+            nn.Linear(8, 24),
+            nn.LayerNorm(8),
+            nn.Linear(8, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x)
+        q, k, v = self.mix(self.norm(x)).chunk(3, dim=2)
+        mixed = torch.softmax(q @ k.transpose(1, 2) / 8**0.5, dim=-1) @ v
+        x = x + F.gelu(mixed)
+        y = F.layer_norm(x, (8,))
+        y += torch.tanh(x)
+        return F.linear(y[:, -1], self.head.weight) * 2

@@ -40,6 +40,8 @@ from flipproof.spaces.sites import NEURON_KINDS, NeuronKind
 Batches = list[tuple[Any, Tensor]]
 
 SAMPLES, BATCH = 2000, 250
+TEXTS = 500
+"""Prompts that a cache is hit for: the first so many windows."""
 WORDS, LENGTH = 5000, 32
 PROMPT, WRITTEN = 32, 16
 """Characters of a prompt, and characters that are written behind it."""
@@ -54,7 +56,7 @@ NOTES = """
 python -m flipproof.reproduce.transformers --data-root DATA --out docs/results/transformers
 ```
 
-Made on {date} with torch {torch}, seed 0, float32, {samples:,} held-out samples of each network. {about}
+Made on {date} with torch {torch}, seed 0, float32, on {samples:,} held-out samples. {about}
 """
 
 
@@ -184,12 +186,13 @@ def clean(name: str, network: Network) -> dict[str, object]:
     }
 
 
-def weights(name: str, network: Network, trials: int) -> pd.DataFrame:
+def weights(name: str, network: Network, trials: int, journals: Path | None = None) -> pd.DataFrame:
     """Faults in the stored weights: a row a bit error rate, and one without."""
     judged = reading(network) if name == "gpt" else network
     found = assess(
-        judged.model, judged.test, faults=BitErrorRate(RATES), trials=trials, output=judged.output, task=judged.task
-    )
+        judged.model, judged.test, faults=BitErrorRate(RATES), trials=trials, output=judged.output, task=judged.task,
+        journal=_journal(journals, name, "weights"),
+    )  # fmt: skip
     metrics = [column for metric in found.metrics for column in _with_bounds(metric)]
     table = found.summary[["ber", "flips", *metrics, "due"]]
     golden = pd.DataFrame([{"ber": 0.0, "flips": 0.0, "due": 0.0} | found.golden])
@@ -197,14 +200,20 @@ def weights(name: str, network: Network, trials: int) -> pd.DataFrame:
     return table.assign(network=name)[["network", *table.columns]]
 
 
-def values(name: str, network: Network, trials: int, kinds: Sequence[NeuronKind] = NEURON_KINDS) -> pd.DataFrame:
+def values(
+    name: str,
+    network: Network,
+    trials: int,
+    journals: Path | None = None,
+    kinds: Sequence[NeuronKind] = NEURON_KINDS,
+) -> pd.DataFrame:
     """Single upsets in what is computed: a row a kind of values that the network has."""
     rows = []
     for kind in kinds:
         try:
             found = assess(
-                network.model, network.test, faults=RandomBits(1), where=Neurons(kinds=kind), trials=trials,
-                output=network.output,
+                network.model, network.test, faults=RandomBits(1), where=Neurons(kinds=kind),
+                trials=trials, output=network.output, journal=_journal(journals, name, kind),
             )  # fmt: skip
         except FaultSpaceError:  # the network has no such values
             continue
@@ -217,21 +226,29 @@ def values(name: str, network: Network, trials: int, kinds: Sequence[NeuronKind]
     return pd.DataFrame(rows)
 
 
-def cache(network: Network, trials: int) -> pd.DataFrame:
+def cache(network: Network, trials: int, journals: Path | None = None) -> pd.DataFrame:
     """Faults in the KV cache of the GPT while it writes: a row a phase and bit error rate."""
     assert isinstance(network.model, GPT)
     writer = Greedy(network.model, WRITTEN)
-    prompts: list[Any] = [(tokens[:, :PROMPT], None) for tokens, _ in network.test]
+    prompts: list[Any] = [(tokens[:, :PROMPT], None) for tokens, _ in network.test[: TEXTS // BATCH]]
     tables = []
     for phase in PHASES:
         found = assess(
             writer, prompts, faults=BitErrorRate(CACHE_RATES), where=Cache(phase), trials=trials, output=written,
-            task=Generation(longest=WRITTEN),
+            task=Generation(longest=WRITTEN), journal=_journal(journals, "gpt", phase),
         )  # fmt: skip
         columns = ["ber", "flips", *_with_bounds("unchanged")]
         tables.append(found.summary[columns].assign(phase=phase, bits=found.bits))
     table = pd.concat(tables, ignore_index=True)
     return table[["phase", "bits", *[name for name in table.columns if name not in ("phase", "bits")]]]
+
+
+def _journal(folder: Path | None, network: str, what: str) -> Path | None:
+    """Where a campaign's trials are written, to be gone on with."""
+    if folder is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{network}-{what}.jsonl"
 
 
 def written(logits: Tensor) -> Tensor:
@@ -254,8 +271,9 @@ def write_page(tables: dict[str, pd.DataFrame], out: Path) -> None:
         path = out / name
         write_table(table, path, title=ABOUT[name][0])
         page = path.with_suffix(".md")
+        samples = TEXTS if name == "cache" else SAMPLES
         notes = NOTES.format(
-            date=date.today().isoformat(), torch=torch.__version__, samples=SAMPLES, about=ABOUT[name][1]
+            date=date.today().isoformat(), torch=torch.__version__, samples=samples, about=ABOUT[name][1]
         )
         page.write_text(page.read_text(encoding="utf-8") + notes, encoding="utf-8")
 
@@ -291,6 +309,7 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, default=Path("results/transformers"))
     parser.add_argument("--trials", type=int, default=TRIALS, help="of each point")
+    parser.add_argument("--journals", type=Path, help="a folder for the trials, which are then not done again")
     parser.add_argument("--network", choices=sorted(NETWORKS), action="append", help="only this one; may be repeated")
     chosen = parser.parse_args()
     rows: list[dict[str, object]] = []
@@ -298,10 +317,10 @@ def main() -> None:
     for name in chosen.network or NETWORKS:
         network = NETWORKS[name](chosen.data_root)
         rows.append(clean(name, network))
-        found["weights"].append(weights(name, network, chosen.trials))
-        found["values"].append(values(name, network, chosen.trials))
+        found["weights"].append(weights(name, network, chosen.trials, chosen.journals))
+        found["values"].append(values(name, network, chosen.trials, chosen.journals))
         if name == "gpt":
-            found["cache"].append(cache(network, chosen.trials))
+            found["cache"].append(cache(network, chosen.trials, chosen.journals))
         tables = {"networks": pd.DataFrame(rows)} | {
             table: pd.concat(parts, ignore_index=True) for table, parts in found.items() if parts
         }

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from flipproof.faults.sampling import TrialGenerator
 from flipproof.running.data import Batches, Output, call
@@ -164,6 +164,13 @@ class FaultyModel:
         if change is None:
             cut, looks = suffixes.cut_of(start.names), suffixes.looks_after(start.names)
             return (lambda batch: suffixes.resume(cut, batch, looks, start.rows)) if cut else None
+        if start.site is not None:
+            point = suffixes.point_of(start.site)
+            if point is None:
+                return None
+            at, node, turned = point
+            put = (lambda value: change(value.mT).mT) if turned else change
+            return lambda batch: suffixes.resume_changed(at, batch, put, node=node)
         behind = None if start.layer is None else suffixes.behind(start.layer)
         if behind is None or not suffixes.cached(behind):
             return None
@@ -183,13 +190,42 @@ class FaultyModel:
             saved = [suffixes.position_of(self.space.start(draw).names) for draw in draws if len(draw)]
             if not saved or sum(saved) / len(saved) < 0.05:
                 return False
-        elif not starts:
-            return False
-        else:  # right behind the layers: worth the share of runs that start there × how far in they lie
+        points = self._points(suffixes)
+        if starts is not None:
+            if not starts and not points:
+                return False
+            # right behind the layers: worth the share of runs that start there × how far in they lie
             cuts = {suffixes.behind(layer): bits for layer, bits in starts.items()}
             worth = {cut: bits * cut for cut, bits in cuts.items() if cut is not None}
+            bits = {site.name: site.bits for site in self.space.sites}
+            for name, (cut, _, _) in points.items():
+                worth[cut] = worth.get(cut, 0.0) + bits[name] * cut
         suffixes.prepare(self.model, self.batches.inputs, self.batches.sizes, self.output, budget, worth)
+        if points:
+            suffixes.set_points(points)
+            suffixes.set_points({name: points[name] for name in self._proved(suffixes, points)})
         return True
+
+    def _points(self, suffixes: Suffixes) -> dict[str, tuple[int, fx.Node, bool]]:
+        """Where sites can be changed that no module gives: cut, node, whether its last axes are exchanged."""
+        found: dict[str, tuple[int, fx.Node, bool]] = {}
+        for name, where in self.space.traced(suffixes.nodes).items():
+            point = suffixes.point(where.node, where.argument)
+            if point is not None:
+                found[name] = (*point, where.turned)
+        return found
+
+    def _proved(self, suffixes: Suffixes, points: dict[str, tuple[int, fx.Node, bool]]) -> set[str]:
+        """Those at which the trace has the bits that a run of the model has."""
+        held: dict[str, Tensor] = {}
+        for name, (cut, node, turned) in points.items():
+            if suffixes.cached(cut):
+                value = suffixes.cache(cut, 0)[suffixes.place(cut, node)]
+                held[name] = value.mT if turned else value
+        self.randomness.pin()
+        found = self.space.agreeing(lambda: call(self.model, self.batches.inputs[0]), held)
+        self._clean()
+        return found
 
     def mixes_rows(self, seed: int) -> bool:
         """Whether an upset in one row of a batch changes what another row answers.

@@ -68,6 +68,7 @@ class Suffixes:
         self._by_channels: dict[int, nn.Conv2d] = {}
         self._windows: dict[int, Windows] = {}
         self._images: list[dict[fx.Node, Tensor]] = []
+        self._points: dict[str, tuple[int, fx.Node, bool]] = {}
         self._inputs: Sequence[Any] = ()
         self._row_wise: frozenset[fx.Node] | None = None
         self._prepared: tuple[Any, ...] | None = None
@@ -156,6 +157,33 @@ class Suffixes:
             sizes = {len(leaf) for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim()}
             self._row_wise = row_wise(self._traced, arguments, sizes.pop()) if len(sizes) == 1 else frozenset()
         return all(node in self._row_wise for node in self._nodes[cut:])
+
+    @property
+    def nodes(self) -> Sequence[fx.Node]:
+        """Of the graph, in order."""
+        return self._nodes
+
+    def point(self, node: fx.Node, argument: int | None) -> tuple[int, fx.Node] | None:
+        """(cut, node) at which a value that this node gives, or takes as this argument, can be changed.
+
+        None if nothing reads what it gives, or something else reads what it takes.
+        """
+        index = self._nodes.index(node)
+        if argument is None:
+            return (index + 1, node) if node.users else None
+        given = node.args[argument] if argument < len(node.args) else None
+        if not isinstance(given, fx.Node) or sum(one is given for one in [*node.args, *node.kwargs.values()]) != 1:
+            return None
+        later = [user for user in given.users if self._nodes.index(user) >= index]
+        return (index, given) if later == [node] else None
+
+    def set_points(self, points: Mapping[str, tuple[int, fx.Node, bool]]) -> None:
+        """Remember where sites are changed that no module gives: cut, node, and whether its last axes are exchanged."""
+        self._points = {name: point for name, point in points.items() if point[0] in self._caches}
+
+    def point_of(self, site: str) -> tuple[int, fx.Node, bool] | None:
+        """Where this site is changed; None if that is not known."""
+        return self._points.get(site)
 
     def uses(self, names: Iterable[str]) -> list[int]:
         """The cuts right before the first uses of these tensors, ascending."""
@@ -360,12 +388,19 @@ class Suffixes:
         live[self.place(cut + 1)][:, first : first + _BLOCK] = _channels(layer, x, layer.weight, first)
         return live
 
-    def resume_changed(self, cut: int, batch: int, change: Callable[[Any], Any], plain: bool = False) -> Any:
-        """What the model returns on a batch if the output of the layer right before a cut is changed.
+    def resume_changed(
+        self,
+        cut: int,
+        batch: int,
+        change: Callable[[Any], Any],
+        plain: bool = False,
+        node: fx.Node | None = None,
+    ) -> Any:
+        """What the model returns on a batch if the output of a node, by default the one right before a cut, is changed.
 
         `plain` says that the layers behind it give what they compute: no format stores it, nothing else changes it.
         """
-        place = self.place(cut)
+        place = self.place(cut, node)
         if plain and cut in self._windows:
             way, golden = self._windows[cut], self._caches[cut][batch][place]
             start = changed_window(change(golden), golden)
@@ -516,7 +551,7 @@ def _is_opaque(module: nn.Module, traced_through: bool) -> bool:
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     users = [hook for hook in hooks if not _module_of(hook).startswith(("torch.", "flipproof."))]
     if traced_through:  # tracing runs through it without calling it
-        return bool(hooks)
+        return any(not _module_of(hook).startswith("flipproof.spaces.steps.") for hook in hooks)
     return any(refers_to_tensors(hook) for hook in users)
 
 

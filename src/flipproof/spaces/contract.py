@@ -229,6 +229,7 @@ class Start:
         layer: the module whose output is hit, and
         change: makes the faulty output of the golden one.
         plain: whether layers behind it give what they compute: no format stores it, and nothing else is hit.
+        site: the value that is hit, where no module gives it; a trace may hold it (`Space.traced`).
     """
 
     names: Sequence[str] = ()
@@ -236,6 +237,7 @@ class Start:
     layer: str | None = None
     change: Callable[[Any], Any] | None = None
     plain: bool = False
+    site: str | None = None
 
 
 class Space(ABC):
@@ -360,6 +362,14 @@ class Space(ABC):
     def start(self, draw: Draw) -> Start:
         """Where these faults act first."""
         return Start()
+
+    def traced(self, nodes: Sequence[Any]) -> Mapping[str, Any]:
+        """Where a trace of the model (`torch.fx` nodes) holds sites that no module gives, by their names."""
+        return {}
+
+    def agreeing(self, forward: Callable[[], object], held: Mapping[str, Tensor]) -> set[str]:
+        """Which of these sites have, while `forward` runs the model, the bits that a trace of it has."""
+        return set()
 
     def starts(self) -> Mapping[str, int] | None:
         """Layers right behind whose outputs runs may start, with their bits; None where that depends on the draw."""

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from flipproof._hooks import hooked
 from flipproof._tensors import copy_alike
 from flipproof.errors import FaultSpaceError, FormatError
+from flipproof.formats.base import bit_pattern
 from flipproof.spaces._observer import Observer, name_of
 from flipproof.spaces.contract import Draw, Forwards, Positions, Space, Start, Upsets
 from flipproof.spaces.sites import LAYERS, Neurons, NeuronSite, choose_neuron_format
-from flipproof.spaces.steps import Place, Steps, kind_of
+from flipproof.spaces.steps import Place, Steps, Traced, kind_of
 from flipproof.spaces.tensors import FormatChoice, check_format, check_model
 
 Change = Callable[[NeuronSite, Tensor], Tensor | None]
@@ -180,22 +181,59 @@ class NeuronSpace(Space):
         return self.site_of(draw).name
 
     def start(self, draw: Draw) -> Start:
-        """Right behind the layer that the upsets share; from the beginning where functions compute sites."""
-        if self.follows:
-            return Start()
+        """Right behind the layer that the upsets share, or where a trace holds the value."""
         site = self.site_of(draw)
 
         def change(output: Any) -> Any:
+            if site.fold is not None:
+                return site.fold.closed(self.hit(site, site.fold.opened(output)))
             return (self.hit(site, output[0]), *output[1:]) if isinstance(output, tuple) else self.hit(site, output)
 
-        return Start(layer=site.layer, change=change, plain=all(s.format.is_native(s.dtype) for s in self.sites))
+        if site.role:
+            return Start(site=site.name, change=change)
+        if self.follows and not self._starts:
+            return Start()
+        return Start(layer=site.layer, change=change, plain=self._plain)
 
     def starts(self) -> dict[str, int]:
-        """Every layer whose output counts samples first; none where a layer is called again, or functions compute
-        sites, since calls are counted from the start of a forward.
+        """Every layer whose output counts samples first; none where a layer is called again, since calls are counted
+        from the start of a forward, or where what runs behind it would not be what runs in a whole forward.
         """
-        repeated = self.follows or any(count > 1 for count in self.calls.values())
-        return {} if repeated else {site.layer: site.bits for site in self.sites if site.axis == 0}
+        repeated = any(count > 1 for count in self.calls.values())
+        layers = [site for site in self.sites if not site.role and site.axis == 0]
+        return {} if repeated or not self._starts else {site.layer: site.bits for site in layers}
+
+    @property
+    def _plain(self) -> bool:
+        """Whether no format changes what is computed."""
+        return all(site.format.is_native(site.dtype) for site in self.sites)
+
+    @property
+    def _starts(self) -> bool:
+        """Whether a run from a cut computes as a whole forward: with no function mode on, as with one."""
+        return not self.follows or (self._plain and self._steps.keeps_kernels)
+
+    def traced(self, nodes: Sequence[Any]) -> dict[str, Traced]:
+        """Where a trace of the model holds sites that no module gives."""
+        if not self._starts:
+            return {}
+        found = self._steps.traced(nodes)
+        return {site.name: found[place] for place, site in self._by_place.items() if site.role and place in found}
+
+    def agreeing(self, forward: Callable[[], object], held: Mapping[str, Tensor]) -> set[str]:
+        """Which of these sites have, while `forward` runs the model, the bits that a trace of it has."""
+        found: set[str] = set()
+
+        def look(site: NeuronSite, value: Tensor) -> None:
+            if site.name in held:
+                other = held[site.name] if site.fold is None else site.fold.opened(held[site.name])
+                if other.shape == value.shape and torch.equal(bit_pattern(other), bit_pattern(value)):
+                    found.add(site.name)
+
+        self.begin(0)
+        with self.changed(look):
+            forward()
+        return found
 
     @contextmanager
     def stored(self) -> Iterator[None]:

@@ -7,13 +7,14 @@ taken. So one forward is looked at first, in which values are followed from the 
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -97,6 +98,32 @@ _RECURRENT: dict[Any, Callable[..., Any]] = {torch.lstm: _unfused.lstm, torch.gr
 _CELLS = (torch.lstm_cell, torch.gru_cell)
 
 
+_TRACED: Mapping[Any, Any] = {
+    operator.add: Tensor.add,
+    operator.iadd: Tensor.add_,
+    operator.mul: Tensor.mul,
+    operator.imul: Tensor.mul_,
+    operator.matmul: Tensor.matmul,
+}
+"""What a run calls where a trace holds an operator of Python's."""
+_TAKEN_APART = frozenset({"scores", "gates", "cell"})
+"""Kinds for which kernels are computed step by step."""
+
+
+class Traced(NamedTuple):
+    """Where a trace holds a value.
+
+    Attributes:
+        node: that gives it, or takes it.
+        argument: which argument of the node it is; None for what it gives.
+        turned: whether the node has it with its last two axes exchanged.
+    """
+
+    node: fx.Node
+    argument: int | None = None
+    turned: bool = False
+
+
 class _Raw(NamedTuple):
     """A call of a function: in which module's forward, of which name, and how many were before it."""
 
@@ -122,6 +149,12 @@ class Steps:
         """Whether any kind is asked for that a function may compute."""
         return not self.kinds <= set(LAYERS)
 
+    @property
+    def keeps_kernels(self) -> bool:
+        """Whether a forward computes the same bits while it is followed as while it is not."""
+        fused = any(isinstance(module, nn.MultiheadAttention) for module in self._model.modules())
+        return not fused and not self.kinds & _TAKEN_APART
+
     def again(self, model: nn.Module) -> Steps:
         """The same of a copy of the model."""
         found = Steps(model, self.kinds)
@@ -134,6 +167,54 @@ class Steps:
         with _active(self._model, follow):
             forward()
         self._meaning = follow.meaning
+
+    def traced(self, nodes: Sequence[fx.Node]) -> dict[Place, Traced]:
+        """Where a trace of the model holds these values; none of those inside of modules that it does not enter.
+
+        Calls are counted along the trace as they are in a run. Nothing is found where kernels are taken apart: no trace
+        does that.
+        """
+        if not self.keeps_kernels:
+            return {}
+        found: dict[Place, Traced] = {}
+        calls: Counter[tuple[str, str]] = Counter()
+
+        def note(layer: str, kind: NeuronKind, role: str, where: Traced) -> None:
+            if kind in self.kinds:
+                found[layer, role, calls[layer, f":{role}"]] = where
+                calls[layer, f":{role}"] += 1
+
+        modules = dict(self._model.named_modules())
+        for node in nodes:
+            if node.op not in ("call_function", "call_method"):
+                continue
+            stack = list(node.meta.get("nn_module_stack", {}).values())
+            layer = str(stack[-1][0]) if stack else ""
+            target: Any = getattr(Tensor, str(node.target), None) if node.op == "call_method" else node.target
+            func = _TRACED.get(target, target)
+            name, kind = str(getattr(func, "__name__", "")), kind_of(modules[layer])
+            if func is _ATTENTION:
+                roles: tuple[NeuronKind, ...] = ("query", "key", "value")
+                for argument, role in enumerate(roles):
+                    note(layer, role, role, Traced(node, argument))
+                note(layer, "context", "context", Traced(node))
+            elif func in _PRODUCTS or func in _SOFTMAX or func in _SUMS or func in _SCALED:
+                meaning = self._meaning.get(_Raw(layer, name, calls[layer, name]))
+                calls[layer, name] += 1
+                if meaning == "scores":
+                    first = 1 if name == "baddbmm" else 0
+                    note(layer, "query", "query", Traced(node, first))
+                    note(layer, "key", "key", Traced(node, first + 1, turned=True))
+                elif meaning == "context":
+                    note(layer, "value", "value", Traced(node, 1))
+                    note(layer, "context", "context", Traced(node))
+                elif meaning == "residual":
+                    note(layer, "residual", "residual", Traced(node))
+                elif meaning is None and func in _PRODUCTS and kind is None:
+                    note(layer, "functional", name, Traced(node))
+            elif (other := _OTHERS.get(func)) is not None and kind != other:
+                note(layer, other, name.rstrip("_"), Traced(node))
+        return found
 
     @contextmanager
     def watched(self, look: Look) -> Iterator[None]:
