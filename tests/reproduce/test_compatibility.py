@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import sys
+import multiprocessing
+import os
+import time
 import warnings
 
 import pytest
@@ -151,27 +153,27 @@ def test_the_page_says_what_was_refused_and_why():
     assert "2 networks × 9 verbs: 16 works, 2 refused. about" in text
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="processes are ended by signals")
-def test_a_cell_that_never_comes_back_ends_its_process(monkeypatch, tmp_path):
-    """The other verbs are tried in another process."""
-    monkeypatch.setattr(table.subprocess, "run", lambda command, **options: died(command, calls))
-    calls: list[list[str]] = []
-    cells = table.in_a_process(NETWORKS[0], tmp_path)
-    assert [cell.state for cell in cells] == [table.WORKS, table.CRASHED, *[table.WORKS] * (len(table.VERBS) - 2)]
-    assert "ended with -6: Timeout" in cells[1].said
-    assert len(calls) == 2
+def never_comes_back(bench):
+    os._exit(3)
 
 
-def died(command, calls):
-    """Stands for a child that is ended in its second cell, and for one that is not."""
-    import json
-    from dataclasses import asdict
-    from pathlib import Path
-    from types import SimpleNamespace
+def test_a_cell_that_ends_its_process_is_a_crash_and_the_others_are_tried(monkeypatch, tmp_path):
+    monkeypatch.setattr(table, "NETWORKS", (PLAIN,))
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("what is patched here reaches a process that is forked")
+    fine = {verb: lambda bench: "fine" for verb in ("one", "three")}
+    monkeypatch.setattr(table, "VERBS", {"one": fine["one"], "two": never_comes_back, "three": fine["three"]})
+    cells = table.in_a_process(PLAIN, tmp_path)
+    assert [cell.state for cell in cells] == [table.WORKS, table.CRASHED, table.WORKS]
+    assert "ended with 3" in cells[1].said
 
-    calls.append(command)
-    verbs = command[command.index("--verbs") + 1 : command.index("--to")]
-    done = verbs[:1] if len(calls) == 1 else verbs
-    lines = [json.dumps(asdict(table.Cell(NETWORKS[0].name, verb, table.WORKS, "", 1.0))) for verb in done]
-    Path(command[-1]).write_text("\n".join(lines) + "\n")
-    return SimpleNamespace(returncode=-6, stderr="Timeout (0:02:00)!")
+
+def test_a_cell_that_never_comes_back_is_ended(monkeypatch, tmp_path):
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("what is patched here reaches a process that is forked")
+    monkeypatch.setattr(table, "NETWORKS", (PLAIN,))
+    monkeypatch.setattr(table, "_KILLED", 0.5)
+    monkeypatch.setattr(table, "VERBS", {"one": lambda bench: time.sleep(60)})
+    (cell,) = table.in_a_process(PLAIN, tmp_path)
+    assert cell.state == table.CRASHED
+    assert "Timeout" in cell.said

@@ -11,10 +11,8 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import json
-import os
 import platform
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,10 +23,12 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from functools import cached_property
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
@@ -422,13 +422,20 @@ def _exported(model: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) ->
 # --- cells ---------------------------------------------------------------------------------------------------------
 
 
-def tried(network: Network, verbs: Sequence[str] = tuple(VERBS), *, end_after: float | None = None) -> Iterable[Cell]:
+def tried(
+    network: Network,
+    verbs: Sequence[str] = tuple(VERBS),
+    *,
+    end_after: float | None = None,
+    trace: IO[str] = sys.stderr,
+) -> Iterable[Cell]:
     """Try verbs on one network, here.
 
     Args:
         network: which one.
         verbs: names in `VERBS`.
         end_after: seconds after which this process is ended, for cells that never come back.
+        trace: where it is written what such a cell was doing.
 
     Yields:
         A cell a verb.
@@ -436,7 +443,7 @@ def tried(network: Network, verbs: Sequence[str] = tuple(VERBS), *, end_after: f
     bench = Bench(network.subject())
     for verb in verbs:
         if end_after is not None:
-            faulthandler.dump_traceback_later(end_after, exit=True)
+            faulthandler.dump_traceback_later(end_after, exit=True, file=trace)
         began = time.process_time()  # of this core, whatever else the machine does
         state, said = _state(VERBS[verb], bench)
         elapsed = time.process_time() - began
@@ -470,22 +477,37 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}"
 
 
-def in_a_process(network: Network, log: Path) -> list[Cell]:
-    """All cells of one network, in processes of their own; one that dies is followed by one for the other verbs."""
+def in_a_process(network: Network, folder: Path) -> list[Cell]:
+    """All cells of one network, in processes of their own; one that dies is followed by one for the other verbs.
+
+    Processes are forked where that can be done: everything is imported then.
+    """
     cells: list[Cell] = []
+    context = get_context("fork" if "fork" in get_all_start_methods() else "spawn")
     while len(cells) < len(VERBS):
         verbs = list(VERBS)[len(cells) :]
-        target = log / "cells.jsonl"
-        target.unlink(missing_ok=True)
-        command = [sys.executable, "-m", __spec__.name, "--child", network.name, "--verbs", *verbs, "--to", str(target)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        lines = target.read_text(encoding="utf-8").splitlines() if target.exists() else []
+        target, trace = folder / "cells.jsonl", folder / "trace.txt"
+        target.write_text("", encoding="utf-8")
+        process = context.Process(target=_try, args=(network.name, verbs, target, trace))
+        process.start()
+        process.join()
+        lines = target.read_text(encoding="utf-8").splitlines()
         cells += [Cell(**json.loads(line)) for line in lines]
         if len(lines) < len(verbs):
-            said = f"its process ended with {done.returncode}: {done.stderr[-2000:]}"
+            where = trace.read_text(encoding="utf-8")[:2000] if trace.exists() else ""
+            said = f"its process ended with {process.exitcode}: {where}"
             cells.append(Cell(network.name, verbs[len(lines)], CRASHED, said, _KILLED))
     return cells
+
+
+def _try(name: str, verbs: Sequence[str], target: Path, trace: Path) -> None:
+    """In a process of its own: a line a cell."""
+    torch.set_num_threads(1)
+    (network,) = [each for each in NETWORKS if each.name == name]
+    with target.open("w", encoding="utf-8") as lines, trace.open("w", encoding="utf-8") as traces:
+        faulthandler.enable(traces)
+        for cell in tried(network, verbs, end_after=_KILLED, trace=traces):
+            print(json.dumps(asdict(cell)), file=lines, flush=True)
 
 
 # --- the page ------------------------------------------------------------------------------------------------------
@@ -578,17 +600,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/compatibility.md"))
     parser.add_argument("--cells", type=Path, default=Path("docs/results/compatibility/cells.csv"))
     parser.add_argument("--only", default="", help="networks whose name (family) this pattern finds; others are kept")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--verbs", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.child:
-        torch.set_num_threads(1)
-        (network,) = [each for each in NETWORKS if each.name == given.child]
-        with given.to.open("w", encoding="utf-8") as file:
-            for cell in tried(network, given.verbs, end_after=_KILLED):
-                print(json.dumps(asdict(cell)), file=file, flush=True)
-        return
+    torch.set_num_threads(1)
+    for package in {network.package for network in NETWORKS if network.installed} | {"onnxscript", "onnxruntime"}:
+        import_module(package)  # once for all processes
     known: dict[str, list[Cell]] = {}
     if given.only and given.cells.exists():
         for row in pd.read_csv(given.cells, keep_default_na=False).itertuples(index=False):

@@ -179,6 +179,13 @@ def _resnext(models: Any) -> Any:
     )
 
 
+def _regnet(models: Any) -> Any:
+    setting = models.regnet.BlockParams.from_init_params(
+        depth=4, w_0=16, w_a=16.0, w_m=2.0, group_width=8, se_ratio=0.25
+    )
+    return models.RegNet(setting, num_classes=CLASSES)
+
+
 def _densenet(models: Any) -> Any:
     return models.DenseNet(growth_rate=8, block_config=(2, 2, 2, 2), num_init_features=16, num_classes=CLASSES)
 
@@ -524,7 +531,7 @@ NETWORKS: tuple[Network, ...] = (
     Network("MobileNet v3 small", "mobile", "torchvision", _vision("mobilenet_v3_small", 32)),
     Network("EfficientNet B0", "mobile", "torchvision", _vision("efficientnet_b0", 32)),
     Network("EfficientNet v2, 3 blocks", "mobile", "torchvision", _small_vision(_efficientnet_v2, 32)),
-    Network("RegNet Y 400MF", "ResNet", "torchvision", _vision("regnet_y_400mf", 32)),
+    Network("RegNet Y, 4 blocks", "ResNet", "torchvision", _small_vision(_regnet, 32)),
     Network("ShuffleNet v2 ×0.5", "mobile", "torchvision", _vision("shufflenet_v2_x0_5", 32)),
     Network("MNASNet 0.5", "mobile", "torchvision", _vision("mnasnet0_5", 32)),
     Network("ConvNeXt, 4 blocks", "ConvNeXt", "torchvision", _small_vision(_convnext, 32)),

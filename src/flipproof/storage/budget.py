@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from math import inf, isfinite, prod
+from math import ceil, inf, isfinite, prod
 from typing import Any
 
 import pandas as pd
@@ -370,7 +370,7 @@ def held_by(format: Format, tensor: Tensor) -> Tensor | None:
 
 def _row(candidate: Candidate, code: Format, inner: Format, lost: float, cost: float) -> dict[str, Any]:
     shape = tuple(candidate.tensor.shape)
-    stored = code.stored_bits(shape)
+    stored = 8 * ceil(code.stored_bits(shape) / 8)  # packed words take whole bytes
     # constants are taken to lie in protected memory: they are charged as if the same code protected them
     charged = round(constant_bits(code, candidate.tensor) * stored / (inner.width * max(prod(shape), 1)))
     return {

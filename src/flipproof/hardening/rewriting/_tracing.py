@@ -248,7 +248,10 @@ def _trace(module: nn.Module, pattern: Pattern, training: bool) -> fx.Graph:
         raise
     except Exception as error:  # whatever a forward does with a proxy
         lines = str(error).strip().splitlines() or [""]
-        raise Untraceable(f"cannot be traced ({type(error).__name__}: {lines[0][:200]})") from error
+        raise Untraceable(
+            f"cannot be traced ({type(error).__name__}: {lines[0][:200]}); an activation that is a module of its own, "
+            f"such as nn.ReLU, needs no trace"
+        ) from error
     finally:
         module.__class__ = current
         module.training = flag
