@@ -483,7 +483,7 @@ def in_a_process(network: Network, folder: Path) -> list[Cell]:
     Processes are forked where that can be done: everything is imported then.
     """
     cells: list[Cell] = []
-    context = get_context("fork" if "fork" in get_all_start_methods() else "spawn")
+    context: Any = get_context("fork" if "fork" in get_all_start_methods() else "spawn")
     while len(cells) < len(VERBS):
         verbs = list(VERBS)[len(cells) :]
         target, trace = folder / "cells.jsonl", folder / "trace.txt"

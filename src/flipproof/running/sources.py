@@ -26,6 +26,7 @@ class Sources(TorchFunctionMode):
     """Context that notes which tensors a sigmoid, a softmax or a linear layer gave, also when they are cut or reshaped.
 
     Example:
+        >>> import torch
         >>> with Sources() as sources:
         ...     made = torch.sigmoid(torch.zeros(3, 1)).squeeze(1)
         >>> sources.of(made), sources.of(torch.zeros(3))
