@@ -35,8 +35,7 @@ class Choices(nn.Module):
             tokens (rows, T), as they are or as its ``logits``; also a `flipproof.models.small_gpt`.
 
     Source:
-        S. Biderman et al. 2024, "Lessons from the Trenches on Reproducible Evaluation of Language Models", 2405.14782,
-        and lm-evaluation-harness, which computes the same (`HFLM.loglikelihood`).
+        Biderman et al. 2024; lm-evaluation-harness computes the same (`HFLM.loglikelihood`).
 
     Example:
         >>> from flipproof.models import small_gpt
