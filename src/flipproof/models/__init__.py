@@ -1,6 +1,7 @@
 """Networks of the papers and of the demo, each `f(num_classes=…)`, and the loader of trained weights."""
 
 from flipproof.models.alexnet import alexnet, alexnet_227
+from flipproof.models.choices import Choices
 from flipproof.models.compact_cnn import compact_cnn
 from flipproof.models.digits_cnn import digits_cnn
 from flipproof.models.gpt import small_gpt
@@ -17,6 +18,7 @@ from flipproof.models.vit import small_vit
 from flipproof.models.weights import load_weights
 
 __all__ = [
+    "Choices",
     "Greedy",
     "KeyValues",
     "alexnet",
