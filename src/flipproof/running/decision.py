@@ -285,7 +285,7 @@ CLASS_METRICS = ("accuracy", "auroc", "average_precision")
 def drift(outputs: Tensor, golden: Tensor) -> float:
     """Divergence of two rows of logits, mean over rows, in nats; at most `WORST`, as NaN counts."""
     p, q = F.log_softmax(golden.double(), dim=1), F.log_softmax(outputs.double(), dim=1)
-    apart = (p.exp() * (p - q)).sum(dim=1)
+    apart = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(dim=1)  # what has no probability adds nothing
     return float(torch.nan_to_num(apart, nan=WORST, posinf=WORST).clamp(0, WORST).mean())
 
 

@@ -107,7 +107,7 @@ class Judge(ABC):
 
     def disturbed(self, outputs: Tensor, teacher: Tensor, targets: Tensor, lead: float) -> Tensor:
         """Which answers moved by more than `HALF` of a lead, or are others; bool (N,)."""
-        moved = (outputs.double() - teacher.double()).abs().reshape(len(teacher), -1).amax(dim=1)
+        moved = _moved(outputs, teacher)
         return ~(moved <= HALF * lead) | self.critical(teacher, outputs, targets)
 
     def drift(self, outputs: Tensor, teacher: Tensor, targets: Tensor) -> float:
@@ -116,7 +116,7 @@ class Judge(ABC):
         By default ½ (Δ / lead)², with Δ the largest change of a number in a row: the divergence of two normal
         distributions as wide as the lead.
         """
-        moved = (outputs.double() - teacher.double()).abs().reshape(len(teacher), -1).amax(dim=1)
+        moved = _moved(outputs, teacher)
         lead = self.lead(teacher)
         apart = (moved / lead).square() / 2 if lead > 0 else torch.where(moved > 0, WORST, 0.0)
         return float(torch.nan_to_num(apart, nan=WORST, posinf=WORST).clamp(0, WORST).mean())
@@ -141,6 +141,12 @@ class Judge(ABC):
                 f"(outputs, targets)"
             )
         return name
+
+
+def _moved(outputs: Tensor, teacher: Tensor) -> Tensor:
+    """The largest change of a number in each row, float64 (N,); equal infinities did not move."""
+    gap = torch.where(outputs == teacher, 0.0, (outputs.double() - teacher.double()).abs())
+    return gap.reshape(len(teacher), -1).amax(dim=1)
 
 
 def holds_nan(outputs: Tensor) -> Tensor:
