@@ -64,6 +64,41 @@ def test_what_no_step_of_a_traced_graph_reads_is_not_counted():
     never = "a graph was traced of the model, and no step of it reads this"
     assert space.left_out == {"spare.weight": never, "spare.bias": never}
     assert space.coverage == 1
+    inside = FaultSpace(nn.Sequential(exported))
+    assert inside.left_out == {"0.spare.weight": never, "0.spare.bias": never}
+
+    class Around(nn.Module):
+        """Goes past the graph."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.graph = exported
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.graph(x) + nn.functional.linear(x, self.graph.spare.weight)
+
+    assert FaultSpace(Around()).left_out == {}
+
+
+def test_what_a_traced_graph_reads_through_a_decoder_is_read():
+    """The graph reads `0.weight`, which is computed from packed words, or from two parameters."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(torch.relu(self.one(x)), self.two.weight, self.two.bias)
+
+    for make in (
+        lambda net: fp.pack_(net, fp.Affine(8)),
+        lambda net: nn.utils.parametrizations.weight_norm(net.two) and net,
+    ):
+        plain, traced = make(Net().eval()), make(fx.symbolic_trace(Net().eval()))
+        assert FaultSpace(traced).bits == FaultSpace(plain).bits
+        assert {site.name for site in FaultSpace(traced).sites} == {site.name for site in FaultSpace(plain).sites}
+        assert FaultSpace(traced).coverage == 1
 
 
 def test_a_program_is_no_module():

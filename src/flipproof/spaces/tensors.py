@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, cast
@@ -27,6 +28,9 @@ FormatChoice = Format | Mapping[str, Format] | None
 
 Kind = Literal["weight", "bias", "norm", "buffer", "other", "scale", "zero_point"]
 KINDS: tuple[Kind, ...] = ("weight", "bias", "norm", "buffer", "other", "scale", "zero_point")
+
+_PARAMETRISED = re.compile(r"(^|\.)parametrizations\.([^.]+)\..*$")
+"""What computes a parameter, which the rest of a model reads under its own name."""
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _NATIVE: dict[torch.dtype, Format] = {
@@ -225,17 +229,24 @@ def _tensors(model: nn.Module, memory: _Memory) -> list[Candidate]:
 def _unread(model: nn.Module, names: Sequence[str]) -> set[str]:
     """Tensors that a traced module keeps and that none of its steps reads, such as what PT2E quantised."""
     unread: set[str] = set()
-    for place, module in model.named_modules():
-        if not isinstance(module, fx.GraphModule):
-            continue
+    for place, module in _graphs(model):
         prefix = f"{place}." if place else ""
         used = [node for node in module.graph.nodes if node.users or node.op == "call_module"]
         steps = [(node.op, prefix + str(node.target)) for node in used]
         read = {target for op, target in steps if op == "get_attr"}
         called = tuple(f"{target}." for op, target in steps if op in ("call_module", "get_attr"))
-        inside = [name for name in names if name.startswith(prefix)]
-        unread |= {name for name in inside if name not in read and not name.startswith(called)}
+        inside = {name: _PARAMETRISED.sub(r"\1\2", name) for name in names if name.startswith(prefix)}
+        unread |= {name for name, seen in inside.items() if seen not in read and not seen.startswith(called)}
     return unread
+
+
+def _graphs(model: nn.Module, place: str = "") -> Iterator[tuple[str, fx.GraphModule]]:
+    """Traced modules that are only ever called: the model itself, or one inside what does nothing but call it."""
+    if isinstance(model, fx.GraphModule):
+        yield place, model
+    elif type(model) in (nn.Sequential, nn.DataParallel) or type(model).__name__ == "OptimizedModule":
+        for name, child in model.named_children():
+            yield from _graphs(child, f"{place}.{name}".lstrip("."))
 
 
 def _listing(model: nn.Module) -> tuple[list[_Named], frozenset[str] | None]:
