@@ -109,6 +109,7 @@ class AmongOthers(nn.Module):
         return scores - scores.mean(dim=0)
 
 
+@pytest.mark.usefixtures("no_onnx")
 def test_a_program_that_answers_otherwise_is_found():
     torch.manual_seed(0)
     net, x = OtherwiseWhereItIsExported(), torch.randn(12, 4)
@@ -122,6 +123,7 @@ def test_a_program_that_answers_otherwise_is_found():
     assert by_name(found)["batch 1 against N"].result in ("bit-equal", "within rounding")
 
 
+@pytest.mark.usefixtures("no_onnx")
 def test_a_sample_that_depends_on_others_is_found():
     torch.manual_seed(0)
     net, x = AmongOthers(), torch.randn(12, 4)
@@ -303,6 +305,7 @@ def test_what_is_not_asked_rightly_is_refused():
         fp.check_deployment(net, [x])
 
 
+@pytest.mark.usefixtures("no_onnx")
 def test_harden_pack_and_protect_end_with_it(tmp_path):
     net, x = network().eval(), images(64)
     with torch.no_grad():
@@ -355,6 +358,7 @@ def test_pack_refuses_data_that_do_not_fit_before_it_packs():
     assert type(net[0]) is nn.Conv2d
 
 
+@pytest.mark.usefixtures("no_onnx")
 def test_the_fingerprint_of_a_campaign_does_not_see_what_was_found():
     net, x = network().eval(), images(30)
     data = [(x, torch.zeros(30, dtype=torch.int64))]
