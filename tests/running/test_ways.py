@@ -16,6 +16,11 @@ from flipproof.running.deployment import Deployment, Way
 pytestmark = pytest.mark.usefixtures("gated")
 
 
+@pytest.fixture
+def no_onnx(monkeypatch):
+    monkeypatch.setattr(ways, "find_spec", lambda name: None)
+
+
 def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
@@ -104,6 +109,7 @@ class AmongOthers(nn.Module):
         return scores - scores.mean(dim=0)
 
 
+@pytest.mark.usefixtures("no_onnx")
 def test_a_program_that_answers_otherwise_is_found():
     torch.manual_seed(0)
     net, x = OtherwiseWhereItIsExported(), torch.randn(12, 4)
@@ -117,6 +123,7 @@ def test_a_program_that_answers_otherwise_is_found():
     assert by_name(found)["batch 1 against N"].result in ("bit-equal", "within rounding")
 
 
+@pytest.mark.usefixtures("no_onnx")
 def test_a_sample_that_depends_on_others_is_found():
     torch.manual_seed(0)
     net, x = AmongOthers(), torch.randn(12, 4)
@@ -130,6 +137,35 @@ def test_a_sample_that_depends_on_others_is_found():
     # a plain model of which the same is true leaves room for it
     alike = by_name(fp.check_deployment(net, [(x, torch.zeros(12))], plain=copy.deepcopy(net)))["batch 1 against N"]
     assert (alike.result, alike.room) == ("within rounding", pytest.approx(10 * way.difference))
+
+
+@pytest.mark.usefixtures("no_onnx")
+def test_the_task_says_what_another_decision_is():
+    torch.manual_seed(0)
+    net, x = AmongOthers(), torch.randn(12, 4)
+    with torch.no_grad():
+        scores = net(x[:8])  # alone, they are 0
+    for tolerance in (0.2, 0.4):
+        asked = fp.check_deployment(net, [(x, torch.randn(12, 2))], task=fp.Regression(tolerance=tolerance))
+        moved = (scores.abs() > tolerance).any(dim=1)
+        assert by_name(asked)["batch 1 against N"].changed == int(moved.sum()) > 0
+
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 11))
+
+        def forward(self, tokens):
+            scores = self.layers(tokens)
+            if torch.compiler.is_compiling():  # other words where a sample begins with word 9
+                return scores + 50.0 * torch.eye(11)[4] * (tokens[:, :1, None] == 9)
+            return scores
+
+    words, following = torch.randint(9, (10, 6)), torch.randint(11, (10, 6))
+    words[2, 0] = 9
+    way = by_name(fp.check_deployment(Text(), [(words, following)], task=fp.Tokens()))["torch.export"]
+    assert (way.result, way.changed) == ("beyond rounding", 1)
+    assert by_name(fp.check_deployment(Text(), [(words, following)]))["torch.export"].changed == 1  # recognised
 
 
 class Eight(nn.Module):
@@ -164,11 +200,6 @@ def test_what_cannot_be_exported_is_refused_with_its_reason_and_leaves_no_trace(
     branches = by_name(fp.check_deployment(Branches(), [(x, torch.zeros(12))]))["torch.export"]
     assert branches.result == "refused"
     assert "data-dependent" in branches.reason
-
-
-@pytest.fixture
-def no_onnx(monkeypatch):
-    monkeypatch.setattr(ways, "find_spec", lambda name: None)
 
 
 @pytest.mark.usefixtures("no_onnx")
@@ -274,6 +305,7 @@ def test_what_is_not_asked_rightly_is_refused():
         fp.check_deployment(net, [x])
 
 
+@pytest.mark.usefixtures("no_onnx")
 def test_harden_pack_and_protect_end_with_it(tmp_path):
     net, x = network().eval(), images(64)
     with torch.no_grad():
@@ -326,6 +358,7 @@ def test_pack_refuses_data_that_do_not_fit_before_it_packs():
     assert type(net[0]) is nn.Conv2d
 
 
+@pytest.mark.usefixtures("no_onnx")
 def test_the_fingerprint_of_a_campaign_does_not_see_what_was_found():
     net, x = network().eval(), images(30)
     data = [(x, torch.zeros(30, dtype=torch.int64))]
