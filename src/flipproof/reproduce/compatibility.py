@@ -13,6 +13,7 @@ import faulthandler
 import json
 import platform
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -58,7 +59,9 @@ SECONDS = 30.0
 """A cell may take on one core."""
 
 _KILLED = 4 * SECONDS
-"""After which a cell's process is ended."""
+"""Of one core, after which a cell's process is ended."""
+_WAITED = 20
+"""So many times as long it may wait for its core."""
 
 WORKS, REFUSED, OUTSIDE, SILENT, CRASHED, SLOW = "works", "refused", "outside", "silent", "crashed", "slow"
 GOOD = (WORKS, REFUSED, OUTSIDE)
@@ -434,7 +437,7 @@ def tried(
     Args:
         network: which one.
         verbs: names in `VERBS`.
-        end_after: seconds after which this process is ended, for cells that never come back.
+        end_after: seconds of a core after which this process is ended, for cells that never come back.
         trace: where it is written what such a cell was doing.
 
     Yields:
@@ -443,12 +446,22 @@ def tried(
     bench = Bench(network.subject())
     for verb in verbs:
         if end_after is not None:
-            faulthandler.dump_traceback_later(end_after, exit=True, file=trace)
+            faulthandler.dump_traceback_later(_WAITED * end_after, exit=True, file=trace)
+            _end_after(end_after, trace)
         began = time.process_time()  # of this core, whatever else the machine does
         state, said = _state(VERBS[verb], bench)
         elapsed = time.process_time() - began
         faulthandler.cancel_dump_traceback_later()
+        if end_after is not None:
+            _end_after(0.0, trace)
         yield Cell(network.name, verb, SLOW if elapsed > SECONDS and state in GOOD else state, said, elapsed)
+
+
+def _end_after(seconds: float, trace: IO[str]) -> None:
+    """End this process after so much time of its core, where a system counts that; 0 for never."""
+    if hasattr(signal, "setitimer"):
+        faulthandler.register(signal.SIGPROF, trace, chain=True)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _state(verb: Callable[[Bench], str], bench: Bench) -> tuple[str, str]:
