@@ -150,7 +150,7 @@ def test_the_page_says_what_was_refused_and_why():
     text = table.page(cells, "about")
     assert text.count("refused [1]") == 2
     assert "\n1. ModelError: not so \\| but so\n" in text
-    assert "2 networks × 9 verbs: 16 works, 2 refused. about" in text
+    assert f"2 of {len(NETWORKS)} networks × 9 verbs: 16 works, 2 refused. about" in text
 
 
 def never_comes_back(bench):

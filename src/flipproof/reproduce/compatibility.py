@@ -496,7 +496,7 @@ def in_a_process(network: Network, folder: Path) -> list[Cell]:
     Processes are forked where that can be done: everything is imported then.
     """
     cells: list[Cell] = []
-    context = get_context("fork" if "fork" in get_all_start_methods() else "spawn")
+    context: Any = get_context("fork" if "fork" in get_all_start_methods() else "spawn")
     while len(cells) < len(VERBS):
         verbs = list(VERBS)[len(cells) :]
         target, trace = folder / "cells.jsonl", folder / "trace.txt"
@@ -542,14 +542,14 @@ def page(cells: Sequence[Cell], about: str) -> str:
         for cell in group:
             mark = _MARKS[cell.state]
             if cell.state != WORKS:
-                mark += f" [{notes.setdefault(_sentence(cell.said), len(notes) + 1)}]"
+                mark += f" [{notes.setdefault(_sentence(cell), len(notes) + 1)}]"
             marks.append(mark)
         rows.append(f"| {name} | {_package_of(name)} | " + " | ".join(marks) + " |")
     counts = pd.Series([cell.state for cell in cells]).value_counts()
     lines = [
         "# What works on which network",
         "",
-        f"{len(rows)} networks × {len(VERBS)} verbs: "
+        f"{len(rows)} of {len(NETWORKS)} networks × {len(VERBS)} verbs: "
         + ", ".join(f"{count} {state}" for state, count in counts.items())
         + f". {about}",
         "",
@@ -585,7 +585,9 @@ PyTorch's exporter takes the network as it came no more than the hardened one.
 """
 
 
-def _sentence(said: str) -> str:
+def _sentence(cell: Cell) -> str:
+    """What a cell says in one line: of a crash, what was raised and not where."""
+    said = (cell.said.strip().splitlines() or [""])[-1] if cell.state == CRASHED else cell.said
     return " ".join(said.split())[:700].replace("|", "\\|")
 
 
@@ -629,7 +631,8 @@ def main() -> None:
                 print(f"{network.name}: {states}", flush=True)
                 cells = [cell for each in NETWORKS for cell in known.get(each.name, ())]
                 given.cells.parent.mkdir(parents=True, exist_ok=True)
-                pd.DataFrame([asdict(cell) for cell in cells]).to_csv(given.cells, index=False, float_format="%.2f")
+                rows = [asdict(cell) | {"said": _sentence(cell)} for cell in cells]
+                pd.DataFrame(rows).to_csv(given.cells, index=False, float_format="%.2f")
     given.out.write_text(page(cells, _about()), encoding="utf-8")
     if bad := [cell for cell in cells if cell.state not in GOOD]:
         sys.exit("\n".join(f"{cell.network}, {cell.verb}: {cell.state}: {cell.said}" for cell in bad))
