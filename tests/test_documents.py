@@ -22,6 +22,8 @@ PAGES = (
     "benchmarks/README.md",
     "docs/honest-numbers.md",
     "docs/cluster.md",
+    "docs/compatibility.md",
+    "docs/results/trained/README.md",
     "docs/recurrent.md",
     "docs/quantised.md",
     "docs/transformers.md",

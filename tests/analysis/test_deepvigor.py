@@ -369,3 +369,23 @@ def test_protection_pays_where_the_map_says_so():
     assert table.loc["selected", "gain_over_random_low"] > 0
     assert table.loc["random", "bits"] == table.loc["selected", "bits"] <= 0.05
     assert table.loc["selected", "gain"] == table.loc["nothing", "critical"] - table.loc["selected", "critical"]
+
+
+class Counts(nn.Module):
+    """Takes the number of samples from its inputs, as torchvision's ViT does: other rows do not fit what it cuts."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv2d(1, 4, 3), nn.Linear(16, 3)
+
+    def forward(self, x):
+        n, _, high, wide = x.shape
+        return self.head(self.conv(x).reshape(n, 4, (high - 2) * (wide - 2)).permute(0, 2, 1).flatten(1))
+
+
+def test_a_suffix_that_takes_no_other_rows_is_left_without_a_word(capfd):
+    net, x = Counts().eval(), torch.randn(4, 1, 4, 4)
+    found = fp.analyze(net, [(x, torch.zeros(4))], fp.DeepVigor(factors="exhaustive", neurons=2))
+    assert list(found.layers["layer"]) == ["conv", "head"]
+    assert "FX-traced" not in capfd.readouterr().err

@@ -61,7 +61,7 @@ class Suffix:
         if change is not None:
             change(live[self._place])
         self._space.begin(self._batch, self._made)
-        return self._graph(*live)
+        return self._graph.forward(*live)  # called as a module, it would print what it raises
 
     @property
     def live(self) -> list[Any]:

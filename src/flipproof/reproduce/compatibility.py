@@ -13,6 +13,7 @@ import faulthandler
 import json
 import platform
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -58,7 +59,9 @@ SECONDS = 30.0
 """A cell may take on one core."""
 
 _KILLED = 4 * SECONDS
-"""After which a cell's process is ended."""
+"""Of one core, after which a cell's process is ended."""
+_WAITED = 20
+"""So many times as long it may wait for its core."""
 
 WORKS, REFUSED, OUTSIDE, SILENT, CRASHED, SLOW = "works", "refused", "outside", "silent", "crashed", "slow"
 GOOD = (WORKS, REFUSED, OUTSIDE)
@@ -434,7 +437,7 @@ def tried(
     Args:
         network: which one.
         verbs: names in `VERBS`.
-        end_after: seconds after which this process is ended, for cells that never come back.
+        end_after: seconds of a core after which this process is ended, for cells that never come back.
         trace: where it is written what such a cell was doing.
 
     Yields:
@@ -443,12 +446,22 @@ def tried(
     bench = Bench(network.subject())
     for verb in verbs:
         if end_after is not None:
-            faulthandler.dump_traceback_later(end_after, exit=True, file=trace)
+            faulthandler.dump_traceback_later(_WAITED * end_after, exit=True, file=trace)
+            _end_after(end_after, trace)
         began = time.process_time()  # of this core, whatever else the machine does
         state, said = _state(VERBS[verb], bench)
         elapsed = time.process_time() - began
         faulthandler.cancel_dump_traceback_later()
+        if end_after is not None:
+            _end_after(0.0, trace)
         yield Cell(network.name, verb, SLOW if elapsed > SECONDS and state in GOOD else state, said, elapsed)
+
+
+def _end_after(seconds: float, trace: IO[str]) -> None:
+    """End this process after so much time of its core, where a system counts that; 0 for never."""
+    if hasattr(signal, "setitimer"):
+        faulthandler.register(signal.SIGPROF, trace, chain=True)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _state(verb: Callable[[Bench], str], bench: Bench) -> tuple[str, str]:
@@ -529,14 +542,14 @@ def page(cells: Sequence[Cell], about: str) -> str:
         for cell in group:
             mark = _MARKS[cell.state]
             if cell.state != WORKS:
-                mark += f" [{notes.setdefault(_sentence(cell.said), len(notes) + 1)}]"
+                mark += f" [{notes.setdefault(_sentence(cell), len(notes) + 1)}]"
             marks.append(mark)
         rows.append(f"| {name} | {_package_of(name)} | " + " | ".join(marks) + " |")
     counts = pd.Series([cell.state for cell in cells]).value_counts()
     lines = [
         "# What works on which network",
         "",
-        f"{len(rows)} networks × {len(VERBS)} verbs: "
+        f"{len(rows)} of {len(NETWORKS)} networks × {len(VERBS)} verbs: "
         + ", ".join(f"{count} {state}" for state, count in counts.items())
         + f". {about}",
         "",
@@ -572,7 +585,9 @@ PyTorch's exporter takes the network as it came no more than the hardened one.
 """
 
 
-def _sentence(said: str) -> str:
+def _sentence(cell: Cell) -> str:
+    """What a cell says in one line: of a crash, what was raised and not where."""
+    said = (cell.said.strip().splitlines() or [""])[-1] if cell.state == CRASHED else cell.said
     return " ".join(said.split())[:700].replace("|", "\\|")
 
 
@@ -616,7 +631,8 @@ def main() -> None:
                 print(f"{network.name}: {states}", flush=True)
                 cells = [cell for each in NETWORKS for cell in known.get(each.name, ())]
                 given.cells.parent.mkdir(parents=True, exist_ok=True)
-                pd.DataFrame([asdict(cell) for cell in cells]).to_csv(given.cells, index=False, float_format="%.2f")
+                rows = [asdict(cell) | {"said": _sentence(cell)} for cell in cells]
+                pd.DataFrame(rows).to_csv(given.cells, index=False, float_format="%.2f")
     given.out.write_text(page(cells, _about()), encoding="utf-8")
     if bad := [cell for cell in cells if cell.state not in GOOD]:
         sys.exit("\n".join(f"{cell.network}, {cell.verb}: {cell.state}: {cell.said}" for cell in bad))

@@ -287,9 +287,11 @@ def _detector(name: str, **options: Any) -> Callable[[], tuple[nn.Module, Callab
                 **more,
             ),
             "RetinaNet": lambda **more: detection.RetinaNet(
-                _backbone(), CLASSES, anchor_generator=anchors, score_thresh=0.0, **more
+                _backbone(), CLASSES, anchor_generator=anchors, score_thresh=0.0, detections_per_img=10, **more
             ),
-            "FCOS": lambda **more: detection.FCOS(_backbone(), CLASSES, anchor_generator=one, score_thresh=0.0, **more),
+            "FCOS": lambda **more: detection.FCOS(
+                _backbone(), CLASSES, anchor_generator=one, score_thresh=0.0, detections_per_img=10, **more
+            ),
         }
         net = classes[name](min_size=64, max_size=64, **options)
         return net, lambda samples: ([*torch.rand(samples, 3, 64, 64)],)
@@ -300,7 +302,7 @@ def _detector(name: str, **options: Any) -> Callable[[], tuple[nn.Module, Callab
 def _ssdlite() -> tuple[nn.Module, Callable[[int], Any]]:
     detection = _package("torchvision.models.detection")
     net = detection.ssdlite320_mobilenet_v3_large(
-        weights=None, weights_backbone=None, num_classes=CLASSES, score_thresh=0.0
+        weights=None, weights_backbone=None, num_classes=CLASSES, score_thresh=0.0, detections_per_img=10
     )
     return net, lambda samples: ([*torch.rand(samples, 3, 320, 320)],)
 

@@ -182,8 +182,8 @@ def write_pages(found: list[Seen], out: Path) -> None:
                         "form": row["form"],
                         "memory %": round(100 * row["memory"], 1),
                         "without faults %": percent(row["clean"]),
-                        f"at {PROTECTED_AT:g} %": f"{percent(row['accuracy'])} [{percent(row['accuracy_low'])}, "
-                        f"{percent(row['accuracy_high'])}]",
+                        f"at {PROTECTED_AT:g} %": f"{percent(row[each.metric])} [{percent(row[f'{each.metric}_low'])}, "
+                        f"{percent(row[f'{each.metric}_high'])}]",
                         "verdict": each.protection.verdict if row["form"].startswith("protected") else "",
                     }
                 )

