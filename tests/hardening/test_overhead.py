@@ -101,7 +101,7 @@ def test_time_ratio_is_measured() -> None:
     hardened = nn.Sequential(Slower(), nn.Linear(4, 3))
     ratio = overhead(plain, hardened, inputs=torch.randn(2, 4), repeats=5).time_ratio
     assert ratio is not None
-    assert 2.0 < ratio < 4.0
+    assert 1.5 < ratio < 8.0  # three times as long, and a busy machine wakes late
 
 
 def test_inputs_come_from_the_report_where_none_are_given() -> None:
