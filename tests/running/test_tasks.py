@@ -341,8 +341,120 @@ def test_token_numbers_end_where_they_end():
     reading = task.reading(None, None)
     one, other = reading(torch.tensor([[4, 5, 0, 7]])), reading([[4, 5, 0, 9, 9]])
     assert torch.equal(one, other)
-    with pytest.raises(DataError, match="longer than"):
-        reading([[1] * 7])
+    long = reading([[1] * 7, [1] * 6])
+    assert not torch.equal(long[0], long[1])  # beyond what is kept, and another answer all the same
+    with pytest.raises(DataError, match=r"an answer of 7 characters or tokens, and 6 are kept"):
+        task.judge(None, None, None, long)
+
+
+class Endless(nn.Module):
+    """Writes three letters a sample, and no end of them where a bias is huge."""
+
+    def __init__(self):
+        super().__init__()
+        self.more = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return ["abc" if more.abs() < 1 else "abc" * 50 for more in self.more + 0 * x[:, 0]]
+
+
+def test_endless_answers_are_others_and_spoil_no_other_sample():
+    net, x = Endless(), torch.zeros(4, 1)
+    found = fp.assess(
+        net, [(x, ["abc"] * 4)], faults=fp.BitPosition(30), trials=3, task=fp.Generation(longest=5), progress=False
+    )
+    assert found.trials["critical_sdc"].tolist() == [4] * len(found.trials)
+    one = fp.assess(
+        net,
+        [(x, ["abc"] * 4)],
+        faults=fp.BitPosition(30, share=0.25),
+        trials=3,
+        task=fp.Generation(longest=5),
+        progress=False,
+    )
+    assert one.trials["critical_sdc"].tolist() == [1, 1, 1]
+    assert one.trials["due"].sum() == 0
+
+
+def apart(limit):
+    return lambda golden, faulty: (golden - faulty).abs().amax(dim=1) > limit
+
+
+@pytest.mark.parametrize("verb", ["assess", "inject_all", "analyze", "estimate_factors", "harden"])
+def test_another_function_is_another_campaign(verb, tmp_path):
+    net, data, _ = numbers()
+    path = tmp_path / "journal.jsonl"
+    calls = {
+        "assess": lambda task: fp.assess(net, data, **SETUP, task=task, journal=path),
+        "inject_all": lambda task: fp.inject_all(
+            net, data, where=fp.Parameters(include="*.bias"), task=task, journal=path, progress=False
+        ),
+        "analyze": lambda task: fp.analyze(net, data, fp.DeepVigor(neurons=1), task=task, journal=path, progress=False),
+        "estimate_factors": lambda task: fp.estimate_factors(
+            net, data, margin=0.2, task=task, journal=path, progress=False
+        ),
+        "harden": lambda task: fp.harden(
+            net, data, fp.FTClipAct(trials=1, rounds=1, bers=(1e-3, 1e-2)), task=task, journal=path, progress=False
+        ),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        calls[verb](fp.Custom(wrong=apart(0.1)))
+        with pytest.raises(fp.FlipproofError, match=r"another|other|differ|expected"):
+            calls[verb](fp.Custom(wrong=apart(5.0)))
+
+
+def test_classes_that_no_mask_can_have():
+    net, data, task = masks()
+    wrong = [(x, torch.where(y == 3, 7, y)) for x, y in data]
+    with pytest.raises(DataError, match=r"image \d+ has pixels of the class 7, but the model answers classes 0 to 3"):
+        fp.assess(net, wrong, **SETUP, task=task)
+    with pytest.raises(DataError, match=r"image 0: all of its pixels|image 0: all pixels"):
+        fp.assess(net, [(data[0][0], torch.full_like(data[0][1], 255))], **SETUP, task=task)
+
+
+def test_boxes_without_area_are_themselves():
+    task = fp.Detection(score=0.0)
+    found = [boxes((3, 3, 3, 3, 0.9, 1), (INF, 0, INF, 2, 0.8, 1), (*CAR, 0.7, 1))]
+    targets = task.read_targets([{"boxes": [list(CAR)], "labels": [1]}], None, 0)
+    judge, rows = judged(task, torch.zeros(1, 1), targets, found), task.reading(None, None)(found)
+    assert judge.critical(rows, rows, targets).tolist() == [False]
+    with pytest.raises(DataError, match="ends before it begins"):
+        task.read_targets([{"boxes": [[5, 5, 2, 2]], "labels": [1]}], None, 0)
+    two = task.read_targets([{"boxes": [list(CAR), list(MAN)], "labels": [1, 2]}], None, 0)
+    with pytest.raises(DataError, match=r"2 objects, and 1 boxes are kept: say Detection\(most=2\)"):
+        judged(fp.Detection(most=1), torch.zeros(1, 1), two, found)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: fp.Generation(tolerance=0.5), "on a score only"),
+        (lambda: fp.Generation(end="x"), "number of a token"),
+    ],
+)
+def test_arguments_without_effect_are_refused(make, said):
+    with pytest.raises(ConfigError, match=said):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("task", "references", "error", "said"),
+    [
+        (fp.Generation(scorer=share), None, DataError, "has no reference"),
+        (fp.Generation(), [[1, 2]] * 20, DataError, "references of the same kind"),
+        (fp.Generation(scorer=lambda a, b: None), ["abc"] * 20, MetricError, "gives None"),
+        (fp.Generation(scorer=lambda a, b: 1 / 0), ["abc"] * 20, MetricError, "scorer= raises ZeroDivisionError"),
+    ],
+)
+def test_scorers_and_references_that_cannot_be(task, references, error, said):
+    with pytest.raises(error, match=said):
+        fp.assess(Writer(), [(torch.randn(20, 4), references)], **SETUP, task=task)
+
+
+def test_a_class_is_no_task():
+    with pytest.raises(ConfigError, match=r"an instance: Tokens\(…\)"):
+        fp.assess(nn.Linear(2, 2), [(torch.zeros(2, 2), torch.zeros(2))], faults=fp.RandomBits(1), task=fp.Tokens)
 
 
 # --- embedding, custom ---------------------------------------------------------------------------------------------

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from flipproof.analysis.probes import ProbedSite, Prober
-from flipproof.campaigns.fingerprint import attributes_digest, code_digest, digest_of
+from flipproof.campaigns.fingerprint import attributes_digest, code_digest, digest_of, rule_of
 from flipproof.campaigns.plan import Identity
 from flipproof.engine.journal import Journal, Key
 from flipproof.errors import ConfigError, JournalError
-from flipproof.running.decision import Decision
 from flipproof.running.device import release_memory
 from flipproof.running.evaluation import unlike
 
@@ -44,8 +43,7 @@ class AnalysisHeader(Identity):
                 "formats": ", ".join(sorted({repr(site.format) for site in prober.sites})),
                 "sites": digest_of([(site.name, site.values, repr(site.format)) for site in prober.sites]),
                 "output": digest_of(output) if callable(output) else output,
-                "decision": prober.judge.describe(),
-                **({} if isinstance(prober.judge, Decision) else {"judge": digest_of(prober.judge)}),
+                "decision": rule_of(prober.judge),
                 "golden_outputs": digest_of(prober.golden),
                 "device": prober.device.type,
             }

@@ -22,6 +22,7 @@ from flipproof.campaigns.trial import TrialRunner
 from flipproof.faults.base import FaultModel
 from flipproof.running.data import Output, tensor_bytes
 from flipproof.running.decision import Decision
+from flipproof.running.judge import Judge
 from flipproof.running.snapshots import LIBRARIES, RECORDS, of_library, slots_of
 from flipproof.running.straight import global_hooks, names_in
 from flipproof.running.tasks.base import Rows
@@ -45,7 +46,6 @@ def fingerprint_of(runner: TrialRunner, faults: FaultModel, where: object) -> Fi
     """
     faulty, space = runner.faulty, runner.space
     model = faulty.model
-    functions: list[Any] = [metric.function for metric in runner.metrics]
     return Fingerprint(
         model=f"{type(model).__module__}.{type(model).__qualname__}",
         structure=_hash(sub(" at 0x[0-9a-f]+", "", repr(model)).encode()),  # addresses differ every run
@@ -57,7 +57,7 @@ def fingerprint_of(runner: TrialRunner, faults: FaultModel, where: object) -> Fi
         format=_hash(repr([(s.name, s.shape, repr(s.format)) for s in space.sites]).encode()),
         bits=space.bits,
         metrics=tuple(metric.name for metric in runner.metrics),
-        metrics_code=digest_of(functions if isinstance(runner.judge, Decision) else [*functions, runner.judge]),
+        metrics_code=digest_of([metric.function for metric in runner.metrics]),
         seed=runner.seed,
         device=runner.device.type,
         output=_name_of(faulty.output.output if isinstance(faulty.output, Rows) else faulty.output),
@@ -65,7 +65,7 @@ def fingerprint_of(runner: TrialRunner, faults: FaultModel, where: object) -> Fi
         attributes=attributes_digest(model),
         code=code_digest(model),
         golden_outputs=_hash(tensor_bytes(faulty.golden)),
-        decision=runner.judge.describe(),
+        decision=rule_of(runner.judge),
     )
 
 
@@ -104,6 +104,11 @@ def digest_of(*values: Any) -> str:
     for value in values:
         walk.feed(value)
     return walk.state.hexdigest()
+
+
+def rule_of(judge: Judge) -> str:
+    """How answers are judged, in words; of tasks that may be given functions, with a digest of these."""
+    return judge.describe() if isinstance(judge, Decision) else f"{judge.describe()} ({digest_of(vars(judge))})"
 
 
 def attributes_digest(model: nn.Module) -> str:

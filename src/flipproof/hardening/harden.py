@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from flipproof._interrupts import gives_back
-from flipproof.campaigns.fingerprint import digest_of
+from flipproof.campaigns.fingerprint import rule_of
 from flipproof.errors import ConfigError, FlipproofWarning, ModelError
 from flipproof.hardening import methods
 from flipproof.hardening._example_inputs import shapes_of
@@ -25,10 +25,9 @@ from flipproof.hardening.methods.base import Hardening
 from flipproof.hardening.report import REPORT, HardeningReport
 from flipproof.hardening.rewriting.sites import Rewritten, refuse_what_hides_its_values, rewrite
 from flipproof.running.data import Data, Output, tensor_bytes
-from flipproof.running.decision import Decision, DecisionChoice
+from flipproof.running.decision import DecisionChoice
 from flipproof.running.deployment import Deployment
 from flipproof.running.device import device_of
-from flipproof.running.judge import Judge
 from flipproof.running.tasks.base import Task
 from flipproof.running.tasks.classification import task_of
 from flipproof.running.ways import DEPLOYMENT, OPERATIONS, SAMPLES, Few
@@ -103,7 +102,7 @@ def harden(
     refuse_what_hides_its_values(model)
     whole = Calibration.read(model, data, device_of(model), output, task_of(task, decision))
     calibration, held = whole.split(method.held_out, method.seed)
-    about = Fitted(repr(method), _weights(model), whole.batches.digest(), _rule(whole.judge))
+    about = Fitted(repr(method), _weights(model), whole.batches.digest(), rule_of(whole.judge))
     rewritten = rewrite(model, whole.batches.inputs[0], open_recurrent=method.open_recurrent)
     ranges = profile(rewritten, calibration)
     if whole.cut is None:  # inputs may have sizes that the data to fit on does not show
@@ -255,11 +254,6 @@ def _check(rewritten: Rewritten) -> None:
             + "\n  ".join(problems)
             + "\nWas the regularisation too strong, or the learning rate too large?"
         )
-
-
-def _rule(judge: Judge) -> str:
-    """How answers are judged; of tasks that may name functions, with a digest of these."""
-    return judge.describe() if isinstance(judge, Decision) else f"{judge.describe()} ({digest_of(judge)})"
 
 
 def _weights(model: nn.Module) -> str:

@@ -32,7 +32,7 @@ def area_of(name: str, scores: Tensor, positive: Tensor, nan: Tensor, what: str)
     if not bool(positive.any()) or bool(positive.all()):
         raise MetricError(
             f"{name} is undefined: {int(positive.sum())} of {len(positive)} targets are of {what}. Use data with every "
-            f"class that the model tells apart, or metrics=('accuracy',)"
+            f"class that the model tells apart, or leave this metric out of metrics="
         )
     ranks = 1 + torch.unique(torch.where(nan, 0.0, scores), return_inverse=True)[1]
     ranks = torch.where(nan, torch.where(positive, 0, ranks.max() + 1), ranks)  # worst, even beyond infinite scores

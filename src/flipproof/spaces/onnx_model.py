@@ -96,7 +96,7 @@ class OnnxModel(Initialisers):
     ) -> None:
         super().__init__()
         proto = _read(model)
-        self.providers = ("CPUExecutionProvider",) if providers is None else tuple(providers)
+        self.providers = _providers(providers)
         self.feeds: tuple[_Feed, ...] = ()  # before tensors, which are not to take the names of attributes
         self.graph = b""
         self.inputs: tuple[str, ...] = ()
@@ -172,6 +172,22 @@ class OnnxModel(Initialisers):
         tensor = getattr(self.get_submodule(owner), name)
         assert isinstance(tensor, Tensor)
         return tensor
+
+
+def _providers(given: Sequence[str] | None) -> tuple[str, ...]:
+    """Execution providers, all of which are there.
+
+    Raises:
+        ConfigError: naming one that is not.
+    """
+    if given is None:
+        return ("CPUExecutionProvider",)
+    import onnxruntime
+
+    known = onnxruntime.get_available_providers()
+    if isinstance(given, str) or any(one not in known for one in given):
+        raise ConfigError(f"OnnxModel: providers= takes a list of some of {', '.join(known)}, got {given!r}")
+    return tuple(given)
 
 
 class _Session:

@@ -214,6 +214,11 @@ def explore(
     def stored(width: int) -> Format:
         return protect(Affine(bits=width, axis=axis))
 
+    if not any(site.format == BASELINE for site in FaultSpace(model, format=BASELINE, where=where).sites):
+        raise ConfigError(
+            f"explore stores weights in other formats, and no weight of this {type(model).__name__} can be stored as "
+            f"{BASELINE!r}: they are quantised already, or where= leaves them out. Pass the floating-point model"
+        )
     feasible: dict[int, bool] = {}
     with exploring.resumed():
         exploring.judge(model, BASELINE, full=True)

@@ -130,6 +130,11 @@ def explore_mixed(
     if not options or not all(isinstance(option, Format) for option in options):
         raise ConfigError(f"explore_mixed takes options= formats such as fp.Affine(4), at least one, got {options!r}")
     sites = [site for site in FaultSpace(model, format=Affine(), where=WEIGHTS).sites if site.format == Affine()]
+    if not sites:
+        raise ConfigError(
+            f"explore_mixed stores weights in other formats, and this {type(model).__name__} has none that can be: "
+            f"they are quantised already. Pass the floating-point model"
+        )
     campaign = partial(
         assess,
         model,

@@ -861,7 +861,8 @@ def _check_module(model: nn.Module) -> None:
     stored = inventory(model)
     if packed := [c.name for c in stored if c.packed is not None]:
         raise ConfigError(f"{packed[0]} is packed already; protect takes the model as it was before")
-    if words := [c.name for c in stored if c.kind == "weight" and c.held and not c.problem]:
+    whole = [c.name for c in stored if c.kind == "weight" and not c.is_buffer and not c.tensor.is_floating_point()]
+    if words := [c.name for c in stored if c.kind == "weight" and c.held and not c.problem] or whole:
         raise ConfigError(
             f"{words[0]} is quantised already, in words that a library reads by itself: protect takes the model as it "
             f"was before (inners=[fp.Affine(8, axis=0)] stores 8 bits). A code around these words is measured by "

@@ -135,6 +135,8 @@ def check_task(task: object) -> None:
     Raises:
         ConfigError: saying what `task=` takes.
     """
+    if isinstance(task, type) and issubclass(task, Task):
+        raise ConfigError(f"task= takes an instance: {task.__name__}(…), not the class {task.__name__}")
     if task is not None and not isinstance(task, Task):
         raise ConfigError(
             f"task= takes what the model is for, such as fp.Classification(), fp.Tokens() or fp.Custom(wrong=…), or "

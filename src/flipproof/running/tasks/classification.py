@@ -60,8 +60,8 @@ class Classification(Task):
         found = decide(model, batches, output, golden, self.decision)
         if self.top > 1 and (found.threshold is not None or self.top >= found.classes):
             raise DataError(
-                f"Classification(top={self.top}) needs more than {self.top} classes; this model tells {found.classes} "
-                f"apart{' by a single output' if found.threshold is not None else ''}"
+                f"Classification(top={self.top}) needs at least {self.top + 1} classes; this model tells "
+                f"{found.classes} apart{' by a single output' if found.threshold is not None else ''}"
             )
         return replace(found, top=self.top, confidence_drop=self.confidence_drop)
 

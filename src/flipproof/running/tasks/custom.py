@@ -121,7 +121,10 @@ def _verdicts(function: Callable[[Tensor, Tensor], Tensor], name: str, one: Tens
     Raises:
         MetricError: if it is not one truth value a row.
     """
-    found = function(one.clone(), other.clone())
+    try:
+        found: Any = function(one.clone(), other.clone())
+    except Exception as error:  # the user's own code
+        raise MetricError(f"Custom: {name}= raises {type(error).__name__}: {error}") from error
     if not isinstance(found, Tensor) or found.dtype != torch.bool or found.shape != (len(one),):
         raise MetricError(
             f"Custom: {name}= has to give one truth value a sample, torch.bool of shape ({len(one)},), and gives "

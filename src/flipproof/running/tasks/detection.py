@@ -69,6 +69,11 @@ class Detection(Task):
                     f"batch {batch}, image {i}: expected boxes of shape (objects, 4) and as many labels, got "
                     f"{tuple(boxes.shape)} and {tuple(labels.shape)}"
                 )
+            if bool((boxes[:, 2:] < boxes[:, :2]).any()):
+                raise DataError(
+                    f"batch {batch}, image {i}: a box ends before it begins; boxes are (x₁, y₁, x₂, y₂), not "
+                    f"corner and size"
+                )
             if not bool(torch.isfinite(boxes).all()) or not bool((labels >= 0).all()):
                 raise DataError(f"batch {batch}, image {i}: boxes must be finite and labels whole numbers from 0")
             rows.append(torch.cat([boxes, labels[:, None]], dim=1))
@@ -83,6 +88,9 @@ class Detection(Task):
         return Boxes(output, self.most)
 
     def judge(self, model: nn.Module, batches: Batches, output: Output, golden: Tensor) -> Judge:
+        many = int((batches.targets[:, :, 4] >= 0).sum(dim=1).max()) if batches.targets.shape[1] else 0
+        if many > self.most:
+            raise DataError(f"an image has {many} objects, and {self.most} boxes are kept: say Detection(most={many})")
         return BoxJudge(float(self.score), float(self.iou))
 
 
@@ -171,9 +179,7 @@ class BoxJudge(Judge):
         if name == "ghosts":
             return sum(ghosts for *_, ghosts in found) / len(found)
         objects = sum(hits + misses for _, hits, misses, _ in found)
-        if not objects:
-            raise MetricError("misses is undefined: the targets name no object")
-        return sum(misses for _, _, misses, _ in found) / objects
+        return sum(misses for _, _, misses, _ in found) / objects if objects else 0.0
 
     def _average_precision(self, outputs: Tensor, targets: Tensor) -> float:
         """COCO's mean over classes and IoU 0.50 … 0.95 of the average precision, by torchmetrics, of all scores."""
@@ -242,8 +248,9 @@ def _pairs(found: Tensor, there: Tensor, least: float) -> int:
 
 
 def _overlaps(one: Tensor, other: Tensor) -> Tensor:
-    """IoU of every box with every other, float64 (N, M); 0 for boxes without area, or without end."""
+    """IoU of every box with every other, float64 (N, M); of boxes without area or without end 1 with the very same."""
     low, high = torch.maximum(one[:, None, :2], other[None, :, :2]), torch.minimum(one[:, None, 2:], other[None, :, 2:])
     shared = (high - low).clamp(min=0).prod(dim=2)
     areas = [(boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1) for boxes in (one, other)]
-    return torch.nan_to_num(shared / (areas[0][:, None] + areas[1][None] - shared), nan=0.0, posinf=0.0)
+    found = torch.nan_to_num(shared / (areas[0][:, None] + areas[1][None] - shared), nan=0.0, posinf=0.0)
+    return torch.where((one[:, None] == other[None]).all(dim=2), 1.0, found)

@@ -61,13 +61,19 @@ class Generation(Task):
             raise ConfigError(f"Generation: scorer= takes a function (answer, reference), got {self.scorer!r}")
         if not isinstance(self.tolerance, (int, float)) or not 0 <= self.tolerance <= 1:
             raise ConfigError(f"Generation: tolerance= takes a number from 0 to 1, got {self.tolerance!r}")
+        if self.tolerance and self.scorer is None:
+            raise ConfigError("Generation: tolerance= takes effect on a score only: give scorer= too")
+        if self.end is not None and type(self.end) is not int:
+            raise ConfigError(f"Generation: end= takes the number of a token, got {self.end!r}")
         if isinstance(self.longest, bool) or not isinstance(self.longest, int) or self.longest < 1:
             raise ConfigError(f"Generation: longest= takes a whole number from 1, got {self.longest!r}")
 
     def read_targets(self, given: Any, inputs: Any, batch: int) -> Tensor:
         if given is None:
-            return torch.full((len(unlabelled(given, inputs, batch)), 2), -1.0, dtype=torch.float64)
-        return _rows(given, self.longest, self.end, f"batch {batch}: targets")
+            return torch.full((len(unlabelled(given, inputs, batch)), 3), -1.0, dtype=torch.float64)
+        rows = _rows(given, self.longest, self.end, f"batch {batch}: targets")
+        _check_length(rows, self.longest, f"batch {batch} has a reference")
+        return rows
 
     def join(self, parts: list[Tensor]) -> Tensor:
         return padded(parts, -1.0)
@@ -76,11 +82,25 @@ class Generation(Task):
         return Answers(output, self.longest, self.end)
 
     def judge(self, model: nn.Module, batches: Batches, output: Output, golden: Tensor) -> Judge:
-        return AnswerJudge(self.scorer, float(self.tolerance), not bool((batches.targets[:, 0] < 0).any()))
+        _check_length(golden, self.longest, "the fault-free model writes an answer")
+        missing = batches.targets[:, 0] < 0
+        if bool(missing.any()) and (self.scorer is not None or not bool(missing.all())):
+            raise DataError(
+                f"sample {int(missing.nonzero()[0, 0])} has no reference, and others or the scorer need one: give "
+                f"every sample a reference, or none and no scorer"
+            )
+        if not bool(missing.any()) and bool((other := batches.targets[:, 0] != golden[:, 0]).any()):
+            kinds = ("token numbers", "a text")
+            sample = int(other.nonzero()[0, 0])
+            raise DataError(
+                f"sample {sample}: the model writes {kinds[int(golden[sample, 0])]}, and its reference is "
+                f"{kinds[int(batches.targets[sample, 0])]}: give references of the same kind"
+            )
+        return AnswerJudge(self.scorer, float(self.tolerance), not bool(missing.any()))
 
 
 def _rows(given: Any, longest: int, end: int | None, what: str) -> Tensor:
-    """Rows (N, 1 + L), float64: 1 for a text and 0 for token numbers, then its characters or tokens; −1 behind them.
+    """Rows (N, 2 + L), float64: 1 for a text and 0 for token numbers, their number, the first L of them, −1 behind.
 
     Raises:
         DataError: if these are neither texts nor token numbers.
@@ -95,16 +115,27 @@ def _rows(given: Any, longest: int, end: int | None, what: str) -> Tensor:
             one = one.tolist()
         if isinstance(one, str):
             kind, numbers = 1, [ord(letter) for letter in one]
-        elif isinstance(one, (list, tuple)) and all(isinstance(n, int) and n >= 0 for n in one):
+        elif isinstance(one, (list, tuple)) and all(isinstance(n, int) for n in one):
             kind, numbers = 0, list(one)
             if end is not None and end in numbers:
                 numbers = numbers[: numbers.index(end) + 1]
         else:
-            raise DataError(f"{what} must be texts or token numbers from 0, got {describe(one)}")
-        if len(numbers) > longest:
-            raise DataError(f"{what} has an answer of {len(numbers)}, longer than Generation(longest={longest}) keeps")
-        rows.append([kind, *numbers, *[-1] * (longest - len(numbers))])
-    return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), 1 + longest)
+            raise DataError(f"{what} must be texts or token numbers, got {describe(one)}")
+        kept = numbers[:longest]
+        rows.append([kind, len(numbers), *kept, *[-1] * (longest - len(kept))])
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), 2 + longest)
+
+
+def _check_length(rows: Tensor, longest: int, what: str) -> None:
+    """Refuse what is longer than is kept; under faults only, an answer may be: it is another one then.
+
+    Raises:
+        DataError: saying how long.
+    """
+    if len(rows) and float(rows[:, 1].max()) > longest:
+        raise DataError(
+            f"{what} of {int(rows[:, 1].max())} characters or tokens, and {longest} are kept: say Generation(longest=…)"
+        )
 
 
 @dataclass(frozen=True)
@@ -164,10 +195,16 @@ class AnswerJudge(Judge):
         assert self.scorer is not None
         found = []
         for row, target in zip(outputs, targets, strict=True):
-            value = float(self.scorer(_read(row), _read(target)))
-            if not 0 <= value <= 1:
-                raise MetricError(f"Generation: scorer= gives {value!r}, expected a number from 0 to 1")
-            found.append(value)
+            answer = _read(row)
+            try:
+                given = self.scorer(answer, _read(target))
+            except Exception as error:  # the user's own code
+                raise MetricError(
+                    f"Generation: scorer= raises {type(error).__name__}: {error} on {answer!r}"
+                ) from error
+            if not isinstance(given, (int, float)) or not 0 <= given <= 1:
+                raise MetricError(f"Generation: scorer= gives {given!r} for {answer!r}, expected a number from 0 to 1")
+            found.append(float(given))
         return torch.tensor(found, dtype=torch.float64)
 
     def critical(self, golden: Tensor, faulty: Tensor, targets: Tensor) -> Tensor:
@@ -194,7 +231,7 @@ class AnswerJudge(Judge):
         if self.scorer is None or not self.referenced:
             return self.correct(outputs, targets, golden).double()
         nan = holds_nan(outputs)
-        return torch.where(nan, 0.0, self.scores(torch.where(nan[:, None], -1.0, outputs), targets))
+        return torch.where(nan, 0.0, self.scores(torch.where(nan[:, None], 0.0, outputs), targets))
 
     def scale(self, name: str) -> Scale:
         return scale_of(self.known(name, (*self.usual, "unchanged")))
@@ -214,5 +251,6 @@ class AnswerJudge(Judge):
 
 def _read(row: Tensor) -> Any:
     """An answer as the user has it: a text, or a list of token numbers."""
-    numbers = [int(number) for number in row[1:].tolist() if number >= 0]
+    count = min(int(row[1]), len(row) - 2) if row[1] == row[1] else 0
+    numbers = [int(number) for number in row[2 : 2 + count].tolist()]
     return "".join(map(chr, numbers)) if row[0] == 1 else numbers

@@ -77,16 +77,21 @@ class Segmentation(Task):
                 f"the model answers masks of {golden.shape[1] - _HASH} pixels, and the targets have {expected}: give "
                 f"targets of the model's size, or output= a function that makes scores of theirs"
             )
-        return MaskJudge(self.ignore, float(self.agreement))
+        counted = (batches.targets != self.ignore).flatten(1).any(dim=1)
+        if not bool(counted.all()):
+            raise DataError(
+                f"image {int((~counted).nonzero()[0, 0])}: all pixels are of class {self.ignore}: none counts"
+            )
+        return MaskJudge(self.ignore, float(self.agreement), int(golden[0, _HASH - 1]))
 
 
-_HASH = 4
-"""Numbers before the pixels of a row: a hash of all scores, see `bits_of_rows`."""
+_HASH = 5
+"""Numbers before the pixels of a row: a hash of all scores, see `bits_of_rows`, and how many classes there are."""
 
 
 @dataclass(frozen=True)
 class Masks(Rows):
-    """Rows (N, 4 + H·W): a hash of all scores, and the class of each pixel.
+    """Rows (N, 5 + H·W): a hash of all scores, the number of classes, and the class of each pixel.
 
     Attributes:
         threshold: of a single score.
@@ -106,7 +111,8 @@ class Masks(Rows):
                 f"pass output= what picks them, such as 'out' for the models of torchvision"
             )
         found = picked.argmax(dim=1) if picked.shape[1] > 1 else (picked[:, 0] > self.threshold)
-        rows = torch.cat([bits_of_rows(picked), found.reshape(len(found), -1).to(torch.float32)], dim=1)
+        classes = torch.full((len(found), 1), float(max(2, picked.shape[1])), device=picked.device)
+        rows = torch.cat([bits_of_rows(picked), classes, found.reshape(len(found), -1).to(torch.float32)], dim=1)
         return torch.where(holds_nan(picked)[:, None], torch.nan, rows)
 
 
@@ -117,10 +123,12 @@ class MaskJudge(Judge):
     Attributes:
         ignore: class of pixels that do not count.
         agreement: the least mIoU of what is still the same mask.
+        classes: how many the model tells apart.
     """
 
     ignore: int
     agreement: float
+    classes: int
 
     task: ClassVar[str] = Segmentation.name
     sample: ClassVar[str] = "image"
@@ -141,6 +149,16 @@ class MaskJudge(Judge):
     def correct(self, outputs: Tensor, targets: Tensor, golden: Tensor) -> Tensor:
         flat = targets.reshape(len(targets), -1)
         return ((outputs[:, _HASH:] == flat) | (flat == self.ignore)).all(dim=1)
+
+    def check_targets(self, targets: Tensor) -> None:
+        outside = (targets != self.ignore) & ((targets < 0) | (targets >= self.classes))
+        if bool(outside.any()):
+            image = int(outside.flatten(1).any(dim=1).nonzero()[0, 0])
+            raise DataError(
+                f"image {image} has pixels of the class {int(targets[image][outside[image]][0])}, but the model "
+                f"answers classes 0 to {self.classes - 1}; pixels that do not count have the class "
+                f"{self.ignore} (ignore=)"
+            )
 
     def quality(self, outputs: Tensor, targets: Tensor, golden: Tensor) -> Tensor:
         """MIoU of each image with its target; 0 where it is NaN."""
