@@ -25,7 +25,7 @@ from flipproof.analysis.opened_model import opened
 from flipproof.engine.journal import Journal
 from flipproof.errors import ConfigError, JournalError, JournalMismatch, ModelError
 
-PATIENCE = 60.0
+PATIENCE = 180.0
 
 
 @pytest.fixture(autouse=True)

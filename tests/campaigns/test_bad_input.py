@@ -97,7 +97,7 @@ class TestData:
             (None, "takes an iterable of .* got a NoneType"),
             ([(X, torch.ones(6, 4).long())], "no positive labels in 6 rows; if the model .* say task=fp.MultiLabel"),
             ([(X, torch.zeros(6, 8, 8).long())], r"\(samples, 1\), got \(6, 8, 8\). If they are something else, say"),
-            ([(X, [{"boxes": X, "labels": Y}] * 6)], "detection takes one mapping an image with 'boxes'"),
+            ([(X, [{"boxes": X, "labels": Y}] * 6)], "a box ends before it begins"),
             ([(X, F.one_hot(Y))], r"one class a sample, .*got \(6, 3\); one-hot targets go through .argmax\(dim=1\)"),
             ([(X, Y + 0.5)], r"whole class numbers, got torch.float32 with \[0.5, 1.5"),
             ([(X, torch.full((6,), float("nan")))], "whole class numbers"),

@@ -184,7 +184,9 @@ def weights(bench: Bench) -> str:
 def _by_hand(bench: Bench, space: FaultSpace, count: int = 6) -> int:
     """Flip the most significant exponent bit of some values, once by the space and once in a copy's memory."""
     model, subject = bench.subject.model, bench.subject
-    plain = [s for s in space.sites if s.dtype in _EXPONENT and s.width == 8 * torch.finfo(s.dtype).bits // 8]
+    named = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # what is packed is no tensor
+    wide = [s for s in space.sites if s.dtype in _EXPONENT and s.width == torch.finfo(s.dtype).bits]
+    plain = [s for s in wide if s.name in named]
     chosen = [plain[i] for i in np.unique(np.linspace(0, len(plain) - 1, count).round().astype(int))] if plain else []
     changed = 0
     for site in chosen:
@@ -251,10 +253,10 @@ def hardening(bench: Bench) -> str:
         _check_close(bench.subject.answers(hardened), bench.golden, "hardened")
     copy = deepcopy(hardened)
     bounds = {id(p) for m in copy.modules() if isinstance(m, Bounded) for p in m.parameters(recurse=False)}
+    weights = [p for p in copy.parameters() if id(p) not in bounds and p.is_floating_point()]
     with torch.no_grad():
-        for parameter in copy.parameters():
-            if id(parameter) not in bounds and parameter.is_floating_point():
-                parameter.mul_(1e3)
+        for parameter in weights:
+            parameter.mul_(1e3)
     bitten: list[str] = []
 
     def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:  # an activation may work in place
@@ -272,7 +274,7 @@ def hardening(bench: Bench) -> str:
             module.register_forward_pre_hook(before)
             module.register_forward_hook(after)
     bench.subject.answers(copy)
-    _check(len(bitten) > 0, "no bound was reached by weights a thousand times too large")
+    _check(len(bitten) > 0 or not weights, "no bound was reached by weights a thousand times too large")
     left = f", {len(report.unreachable)} not" if report.unreachable else ""
     return f"{len(report.sites)} activations bounded{left}{warned}"
 
