@@ -141,9 +141,13 @@ class MaskJudge(Judge):
             f"{self.ignore} do not count"
         )
 
+    def _alike(self, golden: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
+        """How far each mask is the fault-free one: their mIoU over the pixels that count, float64 (N,)."""
+        counted = targets.reshape(len(targets), -1) != self.ignore
+        return _miou(golden[:, _HASH:], outputs[:, _HASH:], counted)
+
     def critical(self, golden: Tensor, faulty: Tensor, targets: Tensor) -> Tensor:
-        flat = targets.reshape(len(targets), -1)
-        agree = _miou(golden[:, _HASH:], faulty[:, _HASH:], flat != self.ignore)
+        agree = self._alike(golden, faulty, targets)
         return ~(agree >= self.agreement) | holds_nan(faulty)
 
     def correct(self, outputs: Tensor, targets: Tensor, golden: Tensor) -> Tensor:
@@ -184,14 +188,12 @@ class MaskJudge(Judge):
 
     def disturbed(self, outputs: Tensor, teacher: Tensor, targets: Tensor, lead: float) -> Tensor:
         """Masks that lost more than half of what they may lose."""
-        flat = targets.reshape(len(targets), -1)
-        agree = _miou(teacher[:, _HASH:], outputs[:, _HASH:], flat != self.ignore)
+        agree = self._alike(teacher, outputs, targets)
         return ~(1 - agree <= (1 - self.agreement) / 2) | self.critical(teacher, outputs, targets)
 
     def drift(self, outputs: Tensor, teacher: Tensor, targets: Tensor) -> float:
         """1 − mIoU with the fault-free masks, mean over images."""
-        flat = targets.reshape(len(targets), -1)
-        agree = _miou(teacher[:, _HASH:], outputs[:, _HASH:], flat != self.ignore)
+        agree = self._alike(teacher, outputs, targets)
         return float(torch.where(holds_nan(outputs), 1.0, 1 - agree).mean())
 
 
