@@ -57,6 +57,45 @@ def test_summary_is_means_and_intervals_over_trials(result):
         assert row["critical_total_tail"] == pytest.approx((1 - q) * total.mean() + q)
 
 
+def test_steps_of_nested_rates_are_of_paired_differences(mlp, blobs):
+    rates = [1e-3, 2e-3, 5e-3]
+    found = fp.assess(mlp, data=blobs, faults=fp.BitErrorRate(rates, nested=True), trials=40)
+    assert found.steps[["point", "ber_before", "ber", "draws", "trials"]].values.tolist() == [
+        [1, 1e-3, 2e-3, "paired", 40],
+        [2, 2e-3, 5e-3, "paired", 40],
+    ]
+    by_trial = found.trials.pivot(index="trial", columns="point", values="accuracy")
+    for _, row in found.steps.iterrows():
+        differences = by_trial[row["point"]] - by_trial[row["point"] - 1]
+        assert row["accuracy_step"] == pytest.approx(differences.mean())
+        ends = mean_interval(differences, bounds=(-1, 1))
+        assert (row["accuracy_step_low"], row["accuracy_step_high"]) == pytest.approx(ends)
+
+
+def test_steps_of_other_rates_are_of_two_means(result):
+    (row,) = (row for _, row in result.steps.iterrows())
+    assert (row["draws"], row["ber_before"], row["ber"]) == ("independent", 2e-3, 2e-2)
+    means = result.summary["accuracy"]
+    assert row["accuracy_step"] == pytest.approx(means[1] - means[0])
+    low, high = result.summary["accuracy_low"], result.summary["accuracy_high"]
+    assert row["accuracy_step_low"] < means[1] - means[0] < row["accuracy_step_high"]
+    assert row["accuracy_step_low"] > low[1] - high[0]
+    assert len(fp.Assessment(result.header, result.records[:5]).steps) == 0
+
+
+def test_nested_rates_survive_journal_and_extension(mlp, blobs, tmp_path):
+    """A rate's trials are the same whatever other rates are in the sweep."""
+    setup = {"data": blobs, "trials": 10, "seed": 3}
+    path = tmp_path / "nested.jsonl"
+    few = fp.assess(mlp, faults=fp.BitErrorRate([1e-3, 5e-3], nested=True), journal=path, **setup)
+    more = fp.assess(mlp, faults=fp.BitErrorRate([1e-3, 2e-3, 5e-3], nested=True), journal=path, **setup)
+    alone = fp.assess(mlp, faults=fp.BitErrorRate(5e-3, nested=True), **setup)
+    digests = [r.trials.query("ber == 0.005")["digest"].tolist() for r in (few, more, alone)]
+    assert digests[0] == digests[1] == digests[2]
+    assert fp.Assessment.load(path).steps.equals(more.steps)
+    assert set(more.steps["draws"]) == {"paired"}
+
+
 def test_a_rare_fatal_trial_is_in_the_tail_and_not_in_every_interval(mlp, blobs):
     """60 trials around 0.9 with an SD of 0.002: what a fatal one could do is not in their interval but in the tail."""
     base = fp.assess(mlp, data=blobs, faults=fp.RandomBits(1), trials=60)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import flipproof as fp
 from flipproof.campaigns.fingerprint import attributes_digest, code_digest, digest_of
-from flipproof.errors import JournalMismatch
+from flipproof.errors import ConfigError, JournalMismatch
 
 DATA = [(torch.randn(6, 4, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 3)]
 
@@ -229,3 +229,18 @@ def test_hooks_of_every_module():
     finally:
         handle.remove()
     assert code_digest(model) == before
+
+
+def test_what_refers_to_too_much_is_refused_and_asserts_refer_to_nothing(tmp_path):
+    def mine(outputs, targets):
+        assert len(outputs) == len(targets)  # rewritten by pytest, whose objects hold the whole session
+        return 0.0
+
+    assert run(tmp_path, metrics={"mine": mine}).golden == {"mine": 0.0}
+    chain = None
+    for _ in range(100_000):
+        chain = [chain]
+    with pytest.raises(ConfigError, match="nests too deep"):
+        digest_of(chain)
+    while chain:  # freed one by one: the interpreter would recurse
+        chain = chain.pop()

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from itertools import pairwise
+from math import comb
+
 import numpy as np
 import pytest
 import torch
@@ -29,6 +32,14 @@ class TestRateOverLayersIndependent(FaultModelContract):
     model = fp.BitErrorRate([1e-2], spread="layers", exact=False)
 
 
+class TestNestedRate(FaultModelContract):
+    model = fp.BitErrorRate([1e-3, 1e-2, 0.4, 0.7], nested=True)
+
+
+class TestNestedRateIndependent(FaultModelContract):
+    model = fp.BitErrorRate([1e-2, 0.4, 0.7], exact=False, nested=True)
+
+
 class TestBitPosition(FaultModelContract):
     model = fp.BitPosition([0, 30, 31])
 
@@ -50,7 +61,7 @@ class TestStuckAtZero(FaultModelContract):
 
 
 def draw(model, space, trial=0):
-    return model.draw(space, TrialGenerator(0, repr(model), trial))
+    return model.draw(space, TrialGenerator(0, model.stream, trial))
 
 
 @pytest.fixture
@@ -91,6 +102,61 @@ def test_flips_of_one_draw_are_distinct_however_dense():
     for trial in range(50):
         positions = draw(fp.BitErrorRate(0.45), space, trial).positions
         assert len(set(positions.tolist())) == positions.size == round(0.45 * space.bits)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_flips_of_a_lower_nested_rate_are_among_those_of_a_higher_one(uneven, exact):
+    rates = [0.0, 1e-4, 1e-3, 0.02, 0.3, 0.499, 0.501, 0.75, 0.9, 1.0]
+    for trial in range(20):
+        drawn = [draw(fp.BitErrorRate(rate, exact, nested=True), uneven, trial).positions for rate in rates]
+        for fewer, more in pairwise(drawn):
+            assert np.isin(fewer, more).all()
+        assert (len(drawn[0]), len(drawn[-1])) == (0, uneven.bits)
+        if exact:
+            assert [len(each) for each in drawn] == [round(rate * uneven.bits) for rate in rates]
+
+
+def test_a_nested_rate_draws_every_subset_equally_often():
+    space = FaultSpace(nn.Linear(1, 1, bias=False), format=fp.FixedPoint(integer_bits=2, fraction_bits=2))
+    bits = space.bits
+    for count in range(1, bits):
+        model, draws = fp.BitErrorRate(count / bits, nested=True), 3000
+        found: dict[bytes, int] = {}
+        for trial in range(draws):
+            key = draw(model, space, trial).positions.tobytes()
+            found[key] = found.get(key, 0) + 1
+        subsets = comb(bits, count)
+        seen = np.array([*found.values(), *[0] * (subsets - len(found))])
+        assert stats.chisquare(seen).pvalue > 1e-4, count
+
+
+@pytest.mark.parametrize("rate", [1e-4, 0.01, 0.3, 0.7])
+def test_a_nested_independent_rate_hits_a_binomial_number_of_bits(uneven, rate):
+    model, trials = fp.BitErrorRate(rate, exact=False, nested=True), 2000
+    counts = np.array([len(draw(model, uneven, trial)) for trial in range(trials)])
+    of = stats.binom(uneven.bits, rate)
+    assert counts.mean() == pytest.approx(of.mean(), abs=4.5 * of.std() / trials**0.5)
+    # the population's fourth moment gives the error of the variance
+    error = of.var() * ((2 + of.stats("k")) / trials) ** 0.5
+    assert counts.var() == pytest.approx(of.var(), abs=4.5 * error)
+    assert (
+        abs(
+            stats.kstest(of.cdf(counts) - of.pmf(counts) * np.random.default_rng(0).random(trials), "uniform").statistic
+        )
+        < 0.05
+    )
+
+
+def test_only_nested_rates_share_their_random_numbers():
+    assert len({point.stream for point in fp.BitErrorRate([1e-3, 1e-2], nested=True).points()}) == 1
+    assert len({point.stream for point in fp.BitErrorRate([1e-3, 1e-2]).points()}) == 2
+    assert fp.BitErrorRate(1e-3).stream == "BitErrorRate(ber=0.001, exact=True, spread='bits')"  # as ever
+
+
+@pytest.mark.parametrize("given", [{"nested": True, "spread": "layers"}, {"nested": 2}, {"nested": "yes"}])
+def test_nested_nonsense_is_refused(given):
+    with pytest.raises(FaultModelError, match="nested"):
+        fp.BitErrorRate(1e-3, **given)
 
 
 def test_bit_position_takes_that_bit_of_every_value_and_skips_narrow_ones():

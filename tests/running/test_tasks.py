@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torchmetrics
 import torchmetrics.functional as tm
 from torch import nn
 
@@ -750,3 +751,72 @@ def test_the_page_about_tasks(capsys):
         "Embedding",
     ):
         assert f"`{name}(" in text
+
+
+# --- what a user's own metric is given -----------------------------------------------------------------------------
+
+
+def test_a_metric_of_masks_is_given_masks():
+    """As torchmetrics takes them, also where scores are NaN: every pixel is then wrong."""
+    torch.manual_seed(0)
+    net, x = torch.nn.Conv2d(2, 3, 1).eval(), torch.randn(8, 2, 4, 5)
+    jaccard = torchmetrics.classification.MulticlassJaccardIndex(num_classes=3, average="micro")
+    seen = []
+
+    def pixels(outputs, targets):
+        seen.append((outputs.dtype, outputs.shape, targets.shape))
+        return (outputs == targets).double().mean()
+
+    found = fp.assess(
+        net,
+        [(x, net(x).argmax(dim=1))],
+        faults=fp.BitErrorRate([0.01, 0.1]),
+        trials=10,
+        task=fp.Segmentation(),
+        metrics={"mine": pixels, "iou": jaccard, "theirs": fp.Metric("pixel_accuracy")},
+    )
+    assert set(seen) == {(torch.int64, (8, 4, 5), (8, 4, 5))}
+    assert found.golden == {"mine": 1.0, "iou": 1.0, "theirs": 1.0}
+    assert found.trials["due"].sum() > 0
+    assert found.trials["mine"].tolist() == pytest.approx(found.trials["theirs"].tolist())
+
+
+def test_a_metric_of_tokens_without_scores_is_given_classes():
+    torch.manual_seed(0)
+    net, x = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9)).eval(), torch.randint(9, (6, 5))
+
+    def mine(outputs, targets):
+        assert outputs.shape == targets.shape == (6, 5)
+        return (outputs == targets).double().mean()
+
+    found = fp.assess(
+        net,
+        [(x, net(x).argmax(dim=2))],
+        faults=fp.BitErrorRate(1e-2),
+        trials=10,
+        task=fp.Tokens(perplexity=False),
+        metrics={"mine": mine, "theirs": fp.Metric("token_accuracy")},
+    )
+    assert found.golden == {"mine": 1.0, "theirs": 1.0}
+    assert found.trials["mine"].tolist() == pytest.approx(found.trials["theirs"].tolist())
+
+
+def test_labels_that_cannot_be_found_again_are_named():
+    torch.manual_seed(0)
+    net, x = torch.nn.Linear(4, 8), torch.randn(6, 4)
+    asked = {"faults": fp.RandomBits(1), "trials": 2, "task": fp.Embedding()}
+    with pytest.warns(fp.FlipproofWarning, match="no two samples show the same"):
+        assert "recall_at_1" not in fp.assess(net, [(x, torch.arange(6))], **asked).golden
+    with pytest.warns(fp.FlipproofWarning, match="some samples have no target"):
+        fp.assess(net, [(x[:3], None), (x[3:], torch.tensor([0, 0, 1]))], **asked)
+    assert "recall_at_1" in fp.assess(net, [(x, torch.arange(6) // 2)], **asked).golden
+
+
+def test_what_cannot_go_together_is_refused():
+    with pytest.raises(ConfigError, match=r"argmax.*confidence_drop"):
+        fp.Classification(decision="argmax", confidence_drop=0.1)
+    with pytest.raises(ConfigError, match="unit= takes text"):
+        fp.Regression(tolerance=1.0, unit=3)
+    net, data = torch.nn.Linear(2, 2), [(torch.eye(2), torch.tensor([0, 1]))]
+    with pytest.raises(ConfigError, match="progress= takes True, False or None"):
+        fp.assess(net, data, faults=fp.RandomBits(1), trials=2, progress="yes")

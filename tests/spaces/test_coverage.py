@@ -175,9 +175,18 @@ def test_a_mapping_means_exactly_what_it_says(name):
 
 def test_patterns_that_fit_nothing_are_said():
     net = nn.Linear(2, 2)
-    with pytest.warns(FlipproofWarning, match=r"pattern 'wieght' of format= fits nothing that this Linear stores"):
+    with pytest.warns(FlipproofWarning, match=r"pattern 'wieght' of format= fits nothing that this model stores"):
         FaultSpace(net, format={"wieght": fp.Affine(8), "bias": fp.Float16()})
     FaultSpace(net, format={"weight": fp.Affine(8)}, where=fp.Parameters(include="bias"))  # it fits, and is not asked
+
+
+def test_patterns_whose_format_stores_no_such_tensor_are_said():
+    net = nn.Linear(2, 2)
+    net.codes = nn.Parameter(torch.arange(4, dtype=torch.int8), requires_grad=False)
+    with pytest.warns(FlipproofWarning, match=r"'codes' of format= fits only tensors of torch.int8, which Float16"):
+        space = FaultSpace(net, format={"codes": fp.Float16(), "weight": fp.Float16()})
+    assert {site.name: site.width for site in space.sites} == {"weight": 16, "bias": 32, "codes": 8}
+    FaultSpace(net, format={"*": fp.Float16()})  # it stores the others
 
 
 def test_fortunes_view_is_asked_for():

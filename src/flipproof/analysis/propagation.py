@@ -122,7 +122,7 @@ def propagation(
     for point in faults.points():
         point.check(space)
         count = 1 if point.repeats(space) else trials
-        jobs += [(point, trial, point.draw(space, TrialGenerator(seed, repr(point), trial))) for trial in range(count)]
+        jobs += [(point, trial, point.draw(space, TrialGenerator(seed, point.stream, trial))) for trial in range(count)]
     seen: dict[tuple[int, str], _Seen] = {}
     with given_back(model), eval_mode(model), torch.no_grad(), space.stored():
         state = Snapshot(model)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ import pandas as pd
 
 from flipproof._files import replacing
 from flipproof.campaigns.answers import decode_answers
-from flipproof.campaigns.estimates import Point, scale_in
+from flipproof.campaigns.estimates import Point, gain, scale_in
 from flipproof.campaigns.plan import Header
 from flipproof.campaigns.record import WORD_OUTCOMES, Trial
 from flipproof.campaigns.records import Records, seconds
@@ -201,6 +202,33 @@ class Assessment:
                 row[name] = float("nan") if (words < 0).any() else float(np.mean(words))
             row |= {"audited": int(records.column("audited").sum()), "coverage": self.coverage}
             rows.append(row)
+        return pd.DataFrame(rows)
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """One row for each point after the first: how far it lies from the point before it in the sweep.
+
+        Columns: those that name the point, the same with `_before` of the other one, `accuracy_step` (this mean − the
+        one before), `critical_total_step`, each with the intervals of `summary`; `draws` and `trials` of both. With
+        ``fp.BitErrorRate(…, nested=True)`` trials are "paired": those of one number share their random numbers, and
+        the interval is of their differences. Else they are "independent", and it is that of two means (MOVER).
+
+        Example:
+            >>> import flipproof as fp, torch
+            >>> net, data = torch.nn.Linear(2, 2), [(torch.eye(2), torch.tensor([0, 1]))]
+            >>> found = fp.assess(net, data, faults=fp.BitErrorRate([0.02, 0.1], nested=True), trials=5)
+            >>> found.steps[["ber_before", "ber", "draws"]].values.tolist()
+            [[0.02, 0.1, 'paired']]
+        """
+        known = [(index, found) for index in range(len(self.header.points)) if (found := self.point(index)) is not None]
+        rows = []
+        for (before, theirs), (index, ours) in pairwise(known):
+            row: dict[str, Any] = {"point": index, **self.header.points[index].coordinates}
+            row |= {f"{name}_before": at for name, at in self.header.points[before].coordinates.items()}
+            for name in (*self.metrics, "critical_total"):
+                step = gain(ours, theirs, name)
+                row |= step.estimate.columns(f"{name}_step")
+            rows.append({**row, "draws": step.draws, "trials": step.trials})
         return pd.DataFrame(rows)
 
     @property

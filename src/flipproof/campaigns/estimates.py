@@ -231,8 +231,9 @@ class Gain:
 
     Attributes:
         estimate: ours − theirs.
-        draws: "identical": the same campaign, so that nothing can differ; "paired": the same faults trial by trial;
-            "independent": other faults; "exact": neither draws anything at random; "none": nothing to compare with.
+        draws: "identical": the same campaign, so that nothing can differ; "paired": the same faults trial by trial, or
+            from the same random numbers; "independent": other faults; "exact": neither draws anything at random;
+            "none": nothing to compare with.
         trials: how many trials of ours it rests on.
     """
 
@@ -294,13 +295,21 @@ def _shared(ours: Records, theirs: Records) -> tuple[Records, Records]:
 
 
 def paired(ours: Point, theirs: Point) -> tuple[Point | None, Point | None]:
-    """Both points with the trials that both have, if they drew the same faults in each of them; else None."""
+    """Both points with the trials that both have, if faults or random numbers are the same in each; else None."""
     if ours.exact or theirs.exact:
         return None, None
     one, other = _shared(ours.records, theirs.records)
-    if len(one) < 2 or not np.array_equal(one.column("digest"), other.column("digest")):
+    if len(one) < 2:
+        return None, None
+    if not _one_stream(ours, theirs) and not np.array_equal(one.column("digest"), other.column("digest")):
         return None, None
     return Point(ours.header, one), Point(theirs.header, other)
+
+
+def _one_stream(ours: Point, theirs: Point) -> bool:
+    """Points of one campaign that draw from the same random numbers."""
+    here, there = ours.header.points[ours.index], theirs.header.points[theirs.index]
+    return ours.header.identity == theirs.header.identity and here.stream == there.stream != ""
 
 
 def _independent(ours: Point, theirs: Point, name: str) -> Gain:

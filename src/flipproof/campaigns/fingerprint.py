@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from flipproof.campaigns.plan import Fingerprint
 from flipproof.campaigns.trial import TrialRunner
+from flipproof.errors import ConfigError
 from flipproof.faults.base import FaultModel
 from flipproof.running.data import Output, tensor_bytes
 from flipproof.running.decision import Decision
@@ -96,13 +97,23 @@ def digest_of(*values: Any) -> str:
     classes outside libraries with all their functions; objects with their attributes; tensors and arrays with every
     bit. What cannot be looked into counts with the name of its type.
 
+    Raises:
+        ConfigError: if values hold each other too deep to be looked into.
+
     Example:
         >>> digest_of({"high": 1.0}) == digest_of({"high": 1.0}), digest_of({"high": 1.0}) == digest_of({"high": 2.0})
         (True, False)
     """
     walk = _Walk()
     for value in values:
-        walk.feed(value)
+        try:
+            walk.feed(value)
+        except RecursionError:
+            raise ConfigError(
+                f"what a {type(value).__name__} of the model, the metrics or output= refers to (attributes, closures, "
+                f"globals that its functions name) nests too deep for a campaign to be told from another one by it; "
+                f"let it refer to less"
+            ) from None
     return walk.state.hexdigest()
 
 

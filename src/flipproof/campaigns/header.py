@@ -44,7 +44,7 @@ def header_of(runner: TrialRunner, faults: FaultModel, where: object, plan: Plan
         metrics={metric.name: metric.scale for metric in runner.metrics},
         decision=Reading(judge.outputs, judge.threshold, judge.assumed) if isinstance(judge, Decision) else None,
         task=Job(judge.task, judge.sample, judge.describe()),
-        points=tuple(FaultPoint(repr(p), p.coordinates(), runner.repeats(p)) for p in runner.points),
+        points=tuple(FaultPoint(repr(p), p.coordinates(), runner.repeats(p), p.stream) for p in runner.points),
         stored=tuple(StoredSite(s.name, s.kind, s.values, repr(s.format), s.bits) for s in space.sites),
         left_out=dict(space.left_out),
         left_out_bits=space.left_out_bits,

@@ -46,11 +46,19 @@ class Plan:
 
 @dataclass(frozen=True)
 class FaultPoint:
-    """One point of the sweep: the fault model as text, what names it in tables, and whether one trial says all."""
+    """One point of the sweep.
+
+    Attributes:
+        faults: the fault model as text.
+        coordinates: what names it in tables.
+        repeats: whether one trial says all.
+        stream: names its random numbers; points of one name share them. Empty in older journals, where none do.
+    """
 
     faults: str
     coordinates: Mapping[str, float | int]
     repeats: bool
+    stream: str = ""
 
 
 @dataclass(frozen=True)
@@ -302,7 +310,8 @@ def _audit(about: Fields) -> AuditPlan:
 def _point(about: Fields) -> FaultPoint:
     values = about.inside("coordinates")
     coordinates = {name: values.as_is(name) for name in about.mapping("coordinates")}
-    return FaultPoint(about.text("faults"), coordinates, about.flag("repeats"))
+    stream = about.text("stream") if about.has("stream") else ""
+    return FaultPoint(about.text("faults"), coordinates, about.flag("repeats"), stream)
 
 
 def _site(about: Fields) -> StoredSite:

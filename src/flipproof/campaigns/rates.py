@@ -577,6 +577,8 @@ def _check(faults: object, of: object, sampling: object, images: object, margin:
         raise ConfigError(f"estimate_rates takes the name of an outcome or metric for of=, got {of!r}")
     if not isinstance(faults, FaultModel):
         raise ConfigError(f"faults= takes a fault model such as fp.RandomBits(1), got {faults!r}")
+    if isinstance(faults, BitErrorRate) and faults.nested:
+        raise ConfigError("estimate_rates draws each rate by itself: leave out nested=True, or take assess")
 
 
 def _strata_of(sampling: str, space: Space, points: tuple[FaultModel, ...]) -> tuple[FaultModel, ...]:

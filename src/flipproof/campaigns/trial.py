@@ -87,12 +87,12 @@ class TrialRunner:
         return self.faulty.space
 
     @cached_property
-    def _names(self) -> tuple[str, ...]:
-        return tuple(map(repr, self.points))
+    def _streams(self) -> tuple[str, ...]:
+        return tuple(point.stream for point in self.points)
 
     def draw(self, point: int, trial: int) -> Draw:
         """The faults of a trial: a function of seed, point and index alone."""
-        return self.points[point].draw(self.space, TrialGenerator(self.seed, self._names[point], trial))
+        return self.points[point].draw(self.space, TrialGenerator(self.seed, self._streams[point], trial))
 
     def repeats(self, point: FaultModel) -> bool:
         """Whether one trial of this point says everything."""
@@ -151,7 +151,7 @@ class TrialRunner:
         difference = audit.difference(self.faulty, draw, answers, batch)
         if difference is not None:
             self.ask_without_faults(point, trial)
-            raise audit.error(self.faulty, draw, answers, difference, point, trial, self._names[point], batch)
+            raise audit.error(self.faulty, draw, answers, difference, point, trial, repr(self.points[point]), batch)
 
     def ask_without_faults(self, point: int, trial: int) -> None:
         """Run one batch without faults, another one each time: it must answer as in the golden run.

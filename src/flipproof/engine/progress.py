@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from flipproof.errors import ConfigError
+
 EVERY = 0.1
 """Seconds between two drawings on a terminal or in a notebook."""
 
@@ -34,10 +36,15 @@ def progress_bar(total: int, done: int, *, show: bool | None) -> Iterator[Step]:
         done: jobs that the journal already has.
         show: None shows it on a terminal and in a notebook; True also in a log; False never.
 
+    Raises:
+        ConfigError: if `show` is something else.
+
     Example:
         >>> with progress_bar(2, 0, show=False) as step:
         ...     step("first")
     """
+    if show is not None and not isinstance(show, bool):
+        raise ConfigError(f"progress= takes True, False or None (on a terminal), got {show!r}")
     terminal, notebook = sys.stderr.isatty(), _notebook()
     if show is False or (show is None and not terminal and notebook is None):
         yield lambda label, steps=1: None

@@ -30,6 +30,11 @@ class FaultModel(ABC):
         """Whether this point is one upset, so that each sample of a trial can have one of its own."""
         return False
 
+    @property
+    def stream(self) -> str:
+        """Names the random numbers of this point's trials: points of one name draw from the same ones."""
+        return repr(self)
+
     @abstractmethod
     def draw(self, space: Space, generator: TrialGenerator) -> Draw:
         """The faults of one trial: a function of space and generator alone.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
+from scipy.stats import binom
 
 from flipproof.errors import FaultModelError
 from flipproof.faults._rates import check_rate, draw_at_rate, nothing_to_draw
@@ -28,9 +29,13 @@ class BitErrorRate(FaultModel):
         exact: fixed count or independent bits.
         spread: "bits" draws uniformly over bits. "layers" first draws a layer uniformly for each flip, then one of
             its bits, as FORTUNE's code does (small layers are hit far more often per bit).
+        nested: trial t of a lower rate flips some of the bits that trial t of a higher one flips (common random
+            numbers: Kleijnen, Statistical Techniques in Simulation, 1974). Each rate by itself is drawn as without;
+            the difference between two rates is known far better, see `Assessment.steps`.
 
     Raises:
-        FaultModelError: on a rate outside [0, 1], an empty sweep or a repeated point.
+        FaultModelError: on a rate outside [0, 1], an empty sweep or a repeated point, and on nested with
+            ``spread="layers"``.
 
     Example:
         >>> import flipproof as fp
@@ -41,12 +46,27 @@ class BitErrorRate(FaultModel):
     ber: float | Sequence[float]
     exact: bool = True
     spread: Literal["bits", "layers"] = "bits"
+    nested: bool = False
     swept: ClassVar[str] = "ber"
 
     def __post_init__(self) -> None:
         self._normalise(float, 0.0, 1.0, "a rate in [0, 1]")
         if self.spread not in ("bits", "layers"):
             raise FaultModelError(f"BitErrorRate: spread must be 'bits' or 'layers', got {self.spread!r}")
+        if self.nested not in (True, False):
+            raise FaultModelError(f"BitErrorRate: nested must be True or False, got {self.nested!r}")
+        if self.nested and self.spread != "bits":
+            raise FaultModelError(f"BitErrorRate: nested=True takes spread='bits', got spread={self.spread!r}")
+
+    def __repr__(self) -> str:
+        """What rebuilds it; it names the random numbers of points that are not nested, so it says no more than that."""
+        nested = ", nested=True" if self.nested else ""
+        return f"BitErrorRate(ber={self.ber!r}, exact={self.exact!r}, spread={self.spread!r}{nested})"
+
+    @property
+    def stream(self) -> str:
+        """Nested rates share their random numbers."""
+        return repr(replace(self, ber=0.0)) if self.nested else repr(self)
 
     def repeats(self, space: Space) -> bool:
         """Only if the rate comes to no bit, or all of them."""
@@ -59,10 +79,21 @@ class BitErrorRate(FaultModel):
     def draw(self, space: Space, generator: TrialGenerator) -> Faults:
         """Distinct bits at this rate."""
         ber = self._single()
+        if self.nested:
+            return Faults.drawn(_nested(ber, self.exact, space, generator))
         if self.spread == "bits":
             return Faults.drawn(draw_at_rate(ber, self.exact, space, generator))
         count = round(ber * space.bits) if self.exact else generator.bernoulli(ber, space.bits).size
         return Faults(_spread_over_layers(count, space, generator))
+
+
+def _nested(ber: float, exact: bool, space: Space, generator: TrialGenerator) -> Positions:
+    """The first bits of one random order of all; how many follows from one uniform number, and grows with the rate."""
+    count = round(ber * space.bits)
+    if not exact:
+        uniform = (int(generator.below(2**53, 1)[0]) + 0.5) / 2**53
+        count = int(binom.ppf(uniform, space.bits, ber))
+    return generator.nested(count, space.bits)
 
 
 def _spread_over_layers(count: int, space: Space, generator: TrialGenerator) -> Positions:

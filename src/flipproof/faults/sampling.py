@@ -241,6 +241,22 @@ class TrialGenerator:
             self._counter = _distinct(self._key, self._counter, population, chosen)
         return chosen
 
+    def nested(self, count: int, population: int) -> Positions:
+        """The first `count` of a random order of range(population), sorted: fewer of one stream are among more of it.
+
+        As `distinct`, of which it is the same set up to half of the population; the complement that is drawn beyond
+        would not hold it.
+        """
+        half = max(1, population // 2)
+        if count <= half:
+            return self.distinct(count, population)
+        first = self.distinct(half, population)
+        others = np.ones(population, np.bool_)
+        others[first] = False
+        rest = np.flatnonzero(others)
+        more = rest[self.nested(count - half, rest.size)]
+        return np.sort(np.concatenate([first, more])).astype(np.int64)
+
     def bernoulli(self, probability: float, population: int) -> Positions:
         """Each of range(population) independently with `probability`, sorted."""
         if probability <= 0.0 or population == 0:

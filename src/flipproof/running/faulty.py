@@ -46,6 +46,7 @@ class FaultyModel:
         alone: one upset a forward: what a row answers depends on other rows of its batch.
         repaired: batches that answered as in the golden run while every stored word was read as without faults: they
             are not run again for that. None to run them always.
+        kept: False for a copy that is used once: its bits are not compared after the last forward.
     """
 
     model: nn.Module
@@ -58,6 +59,7 @@ class FaultyModel:
     suffixes: Suffixes | None = None
     alone: bool = False
     repaired: set[int] | None = field(default_factory=set)
+    kept: bool = True
 
     def answers(self, draw: Draw, batch: int | None = None) -> Answers:
         """What the model answers with these faults, from cached cuts where there are some.
@@ -77,6 +79,7 @@ class FaultyModel:
             lambda: self.space.corrupted(draw),
             self.state,
             self.randomness,
+            kept=self.kept,
         )
         return replace(found, error=errors[0] if errors else found.error, words=self.space.word_outcomes)
 
@@ -91,7 +94,7 @@ class FaultyModel:
         with eval_mode(model), space.stored():
             state = Snapshot(model, like=self.model)  # which holds no fault now
             state.watch_bits()
-            yield self.whole(model=model, space=space, state=state)
+            yield self.whole(model=model, space=space, state=state, kept=False)
 
     def _batch(self, batch: int, draw: Draw, errors: list[str]) -> Tensor:
         if self.space.samples is None:
@@ -130,10 +133,13 @@ class FaultyModel:
             FaultyRunError: if the model raises, or gives outputs of another shape.
         """
         with self.space.only([row]):
+            if not self.kept:  # bits that the forward before this one wrote unseen are still there
+                self._clean()
             try:
                 outputs = self._forward(batch, draw)
             finally:
-                self._clean()
+                if self.state.changed(bits=self.kept):
+                    self.state.restore()
         golden = self.golden[self.batches.part(batch)]
         if outputs.shape != golden.shape:
             raise FaultyRunError(f"outputs of shape {tuple(outputs.shape)} instead of {tuple(golden.shape)}")

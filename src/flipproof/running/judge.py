@@ -79,6 +79,10 @@ class Judge(ABC):
         """How right each answer is, float64 (N,) from 0 to 1; its mean is the main metric."""
         return self.correct(outputs, targets, golden).double()
 
+    def shown(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """What a user's own metric is given of the answers: here rows as they are."""
+        return outputs
+
     def labels_of(self, golden: Tensor) -> Tensor:
         """Of which kind each golden answer is, int64 (N,) below `labels`."""
         return torch.zeros(len(golden), dtype=torch.int64)

@@ -90,7 +90,7 @@ class Metric:
         library = sys.modules.get("torchmetrics")
         if library is not None and isinstance(self.function, library.Metric):
             self.function.reset()
-        value = self.function(outputs.clone(), targets.clone())  # what it writes to is its own
+        value = self.function(judge.shown(outputs, targets).clone(), targets.clone())  # what it writes to is its own
         try:
             return float(value)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:

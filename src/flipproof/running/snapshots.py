@@ -15,7 +15,7 @@ from argparse import Namespace
 from array import array
 from collections import UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from functools import partial
 from itertools import chain
 from operator import attrgetter
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from flipproof._tensors import same_bits
 from flipproof.errors import ModelError
 from flipproof.spaces.packed_params import set_aside
 from flipproof.spaces.quantised import every_tensor, is_wrapper
@@ -115,12 +116,16 @@ class Snapshot:
             list(map(id, chain.from_iterable(self._views))),
         )
 
-    def changed(self) -> bool:
-        """Whether anything may differ from what was recorded."""
+    def changed(self, *, bits: bool = True) -> bool:
+        """Whether anything may differ from what was recorded.
+
+        Args:
+            bits: False asks version counters alone, also of tensors that are otherwise compared bit by bit.
+        """
         return (
             self._read() != self._facts
             or bool(self._refills)
-            or any(kept.differs() for kept in self._silent)
+            or any(kept.differs() if bits else kept.counted() for kept in self._silent)
             or any(other.changed() for other in self._others)
         )
 
@@ -193,9 +198,8 @@ class Snapshot:
             if is_wrapper(value):
                 return inside
             if not value.is_meta and value.layout == torch.strided:
-                kept = _Kept(self._names.get(id(value), path), value)
-                kept.share(self._copies.get(kept.name))
-                self._tensors.append(kept)
+                name = self._names.get(id(value), path)
+                self._tensors.append(_Kept(name, value, self._copies.get(name)))
             return inside
         if isinstance(value, dict):
             self._maps.append((path, value, dict(value)))
@@ -262,14 +266,17 @@ def _recorded(model: nn.Module, bits: bool) -> Snapshot:
 
 @dataclass(eq=False)
 class _Kept:
-    """One tensor and its values."""
+    """One tensor and its values: those of another tensor, if they are the same bits, else a copy."""
 
     name: str
     tensor: Tensor
+    like: InitVar[Tensor | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, like: Tensor | None) -> None:
         self.home = self.tensor.data  # the same memory, whatever the tensor is made to refer to later
-        self.values = self.tensor.detach().clone()
+        held = self.tensor.detach()
+        shared = like is not None and _same_bits(like.detach(), held)
+        self.values = like.detach() if like is not None and shared else held.clone()
         self.silent = self.tensor.is_inference()  # such tensors count no versions
         self._look()
 
@@ -283,7 +290,12 @@ class _Kept:
             self.values = other.detach()
 
     def touched(self) -> bool:
-        return self.silent or self.tensor._version != self.version or self.tensor.data_ptr() != self.pointer
+        return self.silent or self.counted()
+
+    def counted(self) -> bool:
+        """Whether the tensor says itself that it was written to, or lies elsewhere."""
+        version = 0 if self.tensor.is_inference() else self.tensor._version
+        return version != self.version or self.tensor.data_ptr() != self.pointer
 
     def differs(self) -> bool:
         return not _same_bits(self.tensor.detach(), self.values)
@@ -428,9 +440,7 @@ def _same_state(now: Any, before: Any) -> bool:
 def _same_bits(left: Tensor, right: Tensor) -> bool:
     if left.device != right.device or left.dtype != right.dtype or left.shape != right.shape:
         return False
-    if left.is_floating_point() or left.is_complex():
-        return torch.equal(*(part.contiguous().reshape(-1).view(torch.uint8) for part in (left, right)))
-    return torch.equal(left, right)
+    return torch.equal(left, right) if left.is_quantized else same_bits(left, right)
 
 
 def _is_used_up(value: Any) -> bool:

@@ -181,6 +181,6 @@ def _filled(cell: Any) -> bool:
 
 
 def names_in(code: CodeType) -> set[str]:
-    """Names that a function and the functions inside it look up."""
+    """Names that a function and the functions inside it look up; not those that pytest writes into an `assert`."""
     inner = [part for part in code.co_consts if isinstance(part, CodeType)]
-    return {*code.co_names, *(name for part in inner for name in names_in(part))}
+    return {*filter(str.isidentifier, code.co_names), *(name for part in inner for name in names_in(part))}

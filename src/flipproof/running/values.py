@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from flipproof._tensors import copy_alike
-from flipproof.formats.base import bit_pattern
+from flipproof._tensors import copy_alike, same_bits
 
 PLAIN = (int, float, bool, str, type(None), torch.Size, torch.dtype, torch.device)
 
@@ -60,9 +59,8 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         if left.dtype != right.dtype or left.shape != right.shape or left.is_complex():
             return False
-        if left.is_floating_point():
-            return torch.equal(bit_pattern(left), bit_pattern(right))
-        return torch.equal(left, right)
+        plain = left.is_floating_point() and left.device == right.device
+        return same_bits(left, right) if plain else torch.equal(left, right)
     if type(left) is not type(right):
         return False
     if isinstance(left, (list, tuple)):

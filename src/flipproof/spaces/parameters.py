@@ -114,10 +114,9 @@ class FaultSpace(Space):
                 f"no parameter is left to hit with {where!r} and format={format!r}; "
                 f"the model's parameters are\n  {known or 'none at all'}"
             )
-        for pattern in unmatched(found, format):
+        for pattern, reason in unmatched(found, format).items():
             warnings.warn(
-                f"the pattern {pattern!r} of format= fits nothing that this {type(model).__name__} stores; what it was "
-                f"meant for is hit in its own type",
+                f"the pattern {pattern!r} of format= {reason}; what it was meant for is hit in its own type",
                 FlipproofWarning,
                 stacklevel=2,
             )

@@ -511,6 +511,16 @@ def own_format(dtype: torch.dtype) -> Format:
     return _NATIVE[dtype]
 
 
-def unmatched(found: Sequence[Candidate], choice: FormatChoice) -> list[str]:
-    """Patterns of a mapping that fit nothing this model stores: most likely misspelt."""
-    return [p for p in choice if not any(c.matches((p,)) for c in found)] if isinstance(choice, Mapping) else []
+def unmatched(found: Sequence[Candidate], choice: FormatChoice) -> dict[str, str]:
+    """Patterns of a mapping that store nothing of this model, with the reason: misspelt, or of a format for others."""
+    if not isinstance(choice, Mapping):
+        return {}
+    reasons = {}
+    for pattern, chosen in choice.items():
+        fitting = [candidate for candidate in found if candidate.matches((pattern,))]
+        if not fitting:
+            reasons[pattern] = "fits nothing that this model stores"
+        elif not any(one.packed is not None or chosen.stores(one.tensor.dtype) for one in fitting):
+            types = sorted({str(one.tensor.dtype) for one in fitting})
+            reasons[pattern] = f"fits only tensors of {', '.join(types)}, which {chosen!r} does not store"
+    return reasons

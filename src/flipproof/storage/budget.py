@@ -119,6 +119,11 @@ class Measuring:
         self.model, self.names, self.inners, self.data, self.seed = model, names, inners, data, seed
         self._state = Snapshot(model)
         self._suffixes = self._cuts()
+        self._expected: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With what the model answers here."""
+        return {**self.__dict__, "_expected": self.data.answers_of(self.model)}
 
     def _cuts(self) -> Suffixes | None:
         """Values at cuts of the model, if it is one that can be cut and whose forward writes nothing."""
@@ -211,7 +216,8 @@ class Measuring:
 
     def differs(self) -> str:
         """How this copy of the model answers otherwise without faults."""
-        return unlike(self.model, self.data.batches, self.data.output, self.data.teacher, self._state)
+        assert self._expected is not None  # it came from elsewhere
+        return unlike(self.model, self.data.batches, self.data.output, self._expected, self._state)
 
     def recover(self) -> None:
         """Give memory back to a device that ran out of it."""

@@ -12,7 +12,7 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from flipproof._fields import Fields
 from flipproof._files import replacing
@@ -216,6 +216,7 @@ class Trying:
     folder: Path
     _begun: dict[str, bytes] | None = None
     _elsewhere: TemporaryDirectory[str] | None = None
+    _expected: Tensor | None = None
 
     def __call__(self, kind: str, name: str) -> Tried:
         """Do one job."""
@@ -276,9 +277,9 @@ class Trying:
                 path.write_bytes(tried.journal)
 
     def __getstate__(self) -> dict[str, Any]:
-        """With the journals that there are."""
-        files = [file for file in self.folder.glob("*") if file.is_file()]
-        return {**self.__dict__, "_begun": {file.name: file.read_bytes() for file in files}}
+        """With the journals that there are, and what the model answers here."""
+        begun = {file.name: file.read_bytes() for file in self.folder.glob("*") if file.is_file()}
+        return {**self.__dict__, "_begun": begun, "_expected": self.verifying.answers_of(self.model)}
 
     @property
     def serial_only(self) -> str:
@@ -302,7 +303,8 @@ class Trying:
     def differs(self) -> str:
         """How this copy of the model answers otherwise without faults."""
         data = self.verifying
-        return unlike(self.model, data.batches, data.output, data.teacher)
+        assert self._expected is not None  # it came from elsewhere
+        return unlike(self.model, data.batches, data.output, self._expected)
 
     def recover(self) -> None:
         """Give memory back to a device that ran out of it."""

@@ -50,7 +50,7 @@ class FaultModelContract:
 
     def draw(self, point: FaultModel, trial: int, seed: int = 0) -> Draw:
         """The faults of one trial, as a campaign draws them."""
-        return point.draw(self.space(), TrialGenerator(seed, repr(point), trial))
+        return point.draw(self.space(), TrialGenerator(seed, point.stream, trial))
 
     def test_repr_rebuilds_the_model(self) -> None:
         names = {
@@ -118,7 +118,7 @@ class FaultModelContract:
         before = torch.get_rng_state()
         legacy = np.random.get_state()[1].copy()  # type: ignore[index]  # noqa: NPY002
         for point in self.model.points():
-            point.draw(self.space(), TrialGenerator(0, repr(point), 0))
+            point.draw(self.space(), TrialGenerator(0, point.stream, 0))
         assert torch.equal(torch.get_rng_state(), before)
         assert np.array_equal(np.random.get_state()[1], legacy)  # type: ignore[index]  # noqa: NPY002
 
@@ -137,7 +137,7 @@ class FaultModelContract:
         space = FaultSpace(network)
         before = [p.detach().clone() for p in network.parameters()]
         for point in self.model.points():
-            with space.corrupted(point.draw(space, TrialGenerator(0, repr(point), 0))) as changed:
+            with space.corrupted(point.draw(space, TrialGenerator(0, point.stream, 0))) as changed:
                 bits = sum(_differing(p.detach(), b) for p, b in zip(network.parameters(), before, strict=True))
                 assert bits == changed
             assert all(

@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from flipproof.errors import DataError
 from flipproof.running.data import Batches, Data, Output, answered, call, pick
-from flipproof.running.evaluation import eval_mode, golden_run, is_infrastructure
+from flipproof.running.device import device_of
+from flipproof.running.evaluation import eval_mode, golden_run, is_infrastructure, one_thread
 from flipproof.running.judge import Judge
 from flipproof.running.snapshots import Snapshot
 from flipproof.running.tasks.base import Task
@@ -163,6 +164,14 @@ class Calibration:
         """What a model answers on all samples, on the CPU."""
         with eval_mode(model):
             return torch.cat([answered(call(model, x), self.output) for x in self.batches.inputs])
+
+    def answers_of(self, model: nn.Module) -> Tensor:
+        """The same, bit by bit repeatable, the model as it was: what a copy elsewhere has to answer on these batches.
+
+        `teacher` may differ from it in last bits, where samples came out of other batches.
+        """
+        with eval_mode(model), one_thread(device_of(model)):
+            return golden_run(model, self.batches, self.output)
 
     def accuracy_of(self, model: nn.Module) -> float:
         """The task's main metric of a model."""

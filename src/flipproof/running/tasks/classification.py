@@ -52,6 +52,11 @@ class Classification(Task):
         drop = self.confidence_drop
         if drop is not None and (not isinstance(drop, (int, float)) or isinstance(drop, bool) or not 0 < drop <= 1):
             raise ConfigError(f"Classification: confidence_drop= takes a number above 0, up to 1, got {drop!r}")
+        if drop is not None and self.decision == "argmax":
+            raise ConfigError(
+                f"Classification: decision='argmax' says that the model gives class numbers, which have no probability "
+                f"that could fall by confidence_drop={drop!r}; leave one of the two out"
+            )
 
     def read_targets(self, given: Any, inputs: Any, batch: int) -> Tensor:
         return class_targets(given, batch)

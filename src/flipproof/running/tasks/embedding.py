@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flipproof.errors import ConfigError, DataError, MetricError
+from flipproof.errors import ConfigError, DataError, FlipproofWarning, MetricError
 from flipproof.running.data import Batches, Output, class_targets
 from flipproof.running.judge import Judge, holds_nan
 from flipproof.running.scales import Scale, scale_of
@@ -24,7 +25,8 @@ class Embedding(Task):
     """The model gives a vector a sample, (N, D); targets are what the sample shows, as a number (N,), or nothing.
 
     An answer is critical if its cosine with the vector without faults is below `cosine`. `recall_at_1` is the share of
-    samples whose nearest other sample, by cosine among the vectors of the same run, has the same target.
+    samples whose nearest other sample, by cosine among the vectors of the same run, has the same target; it takes a
+    target for each sample, and two that are alike.
 
     Args:
         cosine: the least that is still the same vector, above −1, up to 1.
@@ -61,7 +63,11 @@ class Embedding(Task):
         if len(empty):
             raise DataError(f"sample {int(empty[0, 0])} has an embedding of zeros, which has no direction")
         labels = batches.targets
-        several = len(labels) > 1 and bool((labels >= 0).all()) and len(torch.unique(labels)) < len(labels)
+        known = labels[labels >= 0]
+        several = len(known) == len(labels) > 1 and len(torch.unique(labels)) < len(labels)
+        if len(known) and not several:
+            why = "no two samples show the same" if len(known) == len(labels) else "some samples have no target"
+            warnings.warn(f"recall_at_1 is left out: {why}", FlipproofWarning, stacklevel=6)
         return VectorJudge(float(self.cosine), several)
 
 

@@ -29,7 +29,7 @@ class Regression(Task):
         unit: of the numbers, as it is written behind them ("m", "°C").
 
     Raises:
-        ConfigError: on a tolerance that is no positive number.
+        ConfigError: on a tolerance that is no positive number, or a unit that is no text.
 
     Example:
         >>> import flipproof as fp, torch
@@ -54,6 +54,8 @@ class Regression(Task):
         right = [type(one) in (int, float) and isfinite(one) and one > 0 for one in several]
         if not several or not all(right):
             raise ConfigError(f"Regression: tolerance= takes a number above 0, or one for each output, got {given!r}")
+        if not isinstance(self.unit, str):
+            raise ConfigError(f"Regression: unit= takes text such as 'm', got {self.unit!r}")
         if isinstance(given, list):
             object.__setattr__(self, "tolerance", tuple(given))
 

@@ -167,6 +167,10 @@ class TokenJudge(Judge):
             return torch.nan_to_num(outputs[:, _HASH:], nan=-1.0).to(torch.int64)
         return torch.where(torch.isnan(outputs).any(dim=2), -1, outputs.argmax(dim=2))
 
+    def shown(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Scores, or where none are kept, `winners`."""
+        return outputs if self.classes is not None else self.winners(outputs)
+
     def critical(self, golden: Tensor, faulty: Tensor, targets: Tensor) -> Tensor:
         counted = targets != self.ignore
         alike = ((self.winners(golden) == self.winners(faulty)) & counted).sum(dim=1) / counted.sum(dim=1)
