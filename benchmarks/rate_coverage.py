@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import flipproof as fp
-from flipproof.campaigns.allocation import Belief, allocation, stakes
+from flipproof.campaigns.allocation import Belief, allocation, stakes, stakes_seen
 from flipproof.campaigns.betting import Bets
 from flipproof.campaigns.populations import SingleBits, classes_of
 from flipproof.campaigns.rates import FIRST, GROWTH, LEAST
@@ -116,8 +116,17 @@ def _like_resnet20() -> Known:
     return Known(every.ravel(), found.ravel(), np.tile(prior, 3), groups)
 
 
+def _sixty() -> Known:
+    """As of a network of a hundred weights: no stratum is pure, and most are small."""
+    rng = np.random.default_rng(3)
+    shares, groups = rng.dirichlet(np.full(60, 0.4)), np.arange(60) % 20
+    rates = np.where(rng.random(60) < 0.5, 0.0, rng.beta(0.6, 6, 60)) * (shares < 0.1)
+    return Known(shares, rates, np.full(60, 0.02), groups)
+
+
 POPULATIONS = {
     "like ResNet-20": _like_resnet20(),
+    "sixty strata of all rates": _sixty(),
     "one rare fatal stratum": _known([0.999, 0.001], [0.0, 1.0], [0.01, 0.01]),
     "the guess lies": _known([0.5, 0.3, 0.2], [0.6, 0.0, 0.1], [0.004, 0.9, 0.004]),
     "nothing": _known([0.7, 0.3], [0.0, 0.0], [0.3, 0.01]),
@@ -153,18 +162,19 @@ def estimate(
     """As `estimate_rates` does it, until the margin is met."""
     rng = np.random.default_rng([seed, 11])
     belief = Belief(population.shares, population.groups, population.prior)
-    bets, early = Bets(0.0, 1.0), float("nan")
+    bets, early = Bets(0.0, 1.0, bettors=2), float("nan")
     low, high = 0.0, 1.0
     while True:
         q = allocation(belief, margin, confidence) if population.shares.size > 1 else population.shares
         weights, middle, means = population.shares / q, belief.mean, belief.means
         below, above = belief.range(weights)
-        stake = stakes(belief, q, margin, plausible=(low, high))
+        staked = [stakes(belief, q, margin, plausible=(low, high))]
+        staked += [stakes_seen(*bets.latest, belief, q, margin, plausible=(low, high)) if len(bets) else staked[0]]
         size = max(LEAST, len(bets) // GROWTH) if len(bets) else FIRST
         strata = rng.choice(q.size, size, p=q)
         values = population.draw(strata, rng)
         bets.add(
-            middle + weights[strata] * (values - means[strata]), within=(middle - below, middle + above), stakes=stake
+            middle + weights[strata] * (values - means[strata]), within=(middle - below, middle + above), stakes=staked
         )
         belief.learn(strata, values)
         if len(bets) == FIXED:
@@ -252,6 +262,7 @@ JOBS = (
     ("like ResNet-20", 0.01),
     ("like ResNet-20", 0.003),
     (REAL, 0.01),
+    ("sixty strata of all rates", 0.006),
     ("one rare fatal stratum", 0.01),
     ("the guess lies", 0.1),
     ("nothing", 0.01),

@@ -9,7 +9,7 @@ from flipproof.campaigns.statistics import binomial_interval
 
 def everything_on_zero(n, confidence=0.95):
     bets = Bets(0.0, 1.0)
-    bets.add(np.zeros(n), within=(0.0, 1.0), stakes=(1e9, 0.0))
+    bets.add(np.zeros(n), within=(0.0, 1.0), stakes=[(1e9, 0.0)])
     return bets.interval(confidence)
 
 
@@ -29,7 +29,7 @@ def test_capitals_are_those_of_plain_multiplication():
     values, bets = rng.uniform(-0.2, 1.3, 40), Bets(-1.0, 2.0)
     rounds = [(values[:15], (-0.5, 1.5), (0.3, 0.4)), (values[15:], (-0.2, 1.3), (0.9, 0.2))]
     for part, within, stakes in rounds:
-        bets.add(part, within=within, stakes=stakes)
+        bets.add(part, within=within, stakes=[stakes])
 
     def capitals(r):
         less = more = 1.0
@@ -43,6 +43,22 @@ def test_capitals_are_those_of_plain_multiplication():
         low, high = bets.interval(confidence)
         assert capitals(high)[0] == pytest.approx(2 / (1 - confidence), rel=1e-6)
         assert capitals(low)[1] == pytest.approx(2 / (1 - confidence), rel=1e-6)
+
+
+def test_bettors_share_one_capital():
+    rng = np.random.default_rng(1)
+    values, staked = rng.random(30), [(0.3, 0.4), (1.1, 0.0), (0.0, 0.8)]
+    bets = Bets(0.0, 1.0, bettors=3)
+    bets.add(values, within=(0.0, 1.0), stakes=staked)
+
+    def capital(r):
+        return np.mean([np.prod(1 - less * (values - r)) for less, _ in staked])
+
+    _, high = bets.interval(0.5)
+    assert capital(high) == pytest.approx(4, rel=1e-6)
+    z, times = bets.latest
+    assert times.sum() == 20
+    assert set(z) <= set(values)
 
 
 SHAPES = {
@@ -63,7 +79,7 @@ def test_it_holds_at_every_moment_however_much_is_bet(shape):
         bets, held = Bets(0.0, 1.0), True
         for _ in range(5):
             stakes = tuple(rng.uniform(0, 2, 2))
-            bets.add(SHAPES[shape](rng, 60), within=(0.0, 1.0), stakes=stakes)
+            bets.add(SHAPES[shape](rng, 60), within=(0.0, 1.0), stakes=[stakes])
             low, high = bets.interval(0.9)
             held &= low <= MEANS[shape] <= high
         failed += not held
@@ -77,6 +93,6 @@ def test_stakes_that_know_the_draw_are_seen_to_fail():
         rng = np.random.default_rng([8, run])
         bets = Bets(0.0, 1.0)
         for value in rng.random(60):
-            bets.add([value], within=(0.0, 1.0), stakes=(1.0 if value < 0.5 else 0.0, 0.0))
+            bets.add([value], within=(0.0, 1.0), stakes=[(1.0 if value < 0.5 else 0.0, 0.0)])
         failed += bets.interval(0.9)[1] < 0.5
     assert failed > 50

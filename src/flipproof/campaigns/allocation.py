@@ -31,6 +31,9 @@ _PARTS = 1 / (1 + np.exp(-np.linspace(-11, 6, 26)))
 _MOST = 0.95
 """Of a capital, the part that may be lost on one draw."""
 
+_ALIKE = 3.0
+"""How many draws of its own a stratum's group is worth."""
+
 _SURPRISES = 0.1
 """Draws at the far end of the range that nobody expects, among all: who stakes everything on none is ruined by one."""
 
@@ -39,8 +42,8 @@ _SURPRISES = 0.1
 class Belief:
     """What is thought of a quantity in each stratum: from what was drawn there, in its group, and before anything.
 
-    A stratum's mean is that of its draws and one more at the mean of its group; a group's mean is that of its draws and
-    one more at the prior.
+    A stratum's mean is that of its draws and three more at the mean of its group; a group's mean is that of its draws
+    and one more at the prior.
 
     Attributes:
         shares: p of each stratum, (S,).
@@ -80,13 +83,14 @@ class Belief:
     @property
     def means(self) -> FloatArray:
         """M of each stratum."""
-        return (self.sums + self.expected) / (self.drawn + 1)
+        return (self.sums + _ALIKE * self.expected) / (self.drawn + _ALIKE)
 
     @property
     def spreads(self) -> FloatArray:
         """Standard deviation of each stratum."""
         means = self.means
-        return np.sqrt(np.maximum((self.squares + self.expected) / (self.drawn + 1) - means**2, 0))
+        squares = (self.squares + _ALIKE * self.expected) / (self.drawn + _ALIKE)
+        return np.sqrt(np.maximum(squares - means**2, 0))
 
     @property
     def mean(self) -> float:
@@ -100,7 +104,7 @@ class Belief:
 
     def kinds(self) -> list[tuple[FloatArray, FloatArray]]:
         """(value of each stratum, its probability): few values that stand for all."""
-        expected, total = self.expected, self.drawn + 1
+        expected, total = _ALIKE * self.expected, self.drawn + _ALIKE
         seen = np.maximum(self.drawn, 1)
         mean = self.sums / seen
         spread = np.sqrt(np.maximum(self.squares / seen - mean**2, 0))
@@ -110,7 +114,7 @@ class Belief:
             (np.clip(up, 0, 1), part * self.drawn / total),
             (np.clip(down, 0, 1), (1 - part) * self.drawn / total),
             (np.ones_like(mean), expected / total),
-            (np.zeros_like(mean), (1 - expected) / total),
+            (np.zeros_like(mean), (_ALIKE - expected) / total),
         ]
 
 
@@ -167,20 +171,64 @@ def stakes(
         plausible: the interval so far: against no mean in it is nearly everything staked on one draw.
     """
     weights, means = belief.shares / q, belief.means
-    below, above = belief.range(weights)
     kinds = belief.kinds()
     z = np.concatenate([weights * (value - means) for value, _ in kinds])
     chance = np.concatenate([part * q for _, part in kinds])
-    z, chance = z[chance > 0], chance[chance > 0]
-    upper = np.asarray(splits)
     surprise = _SURPRISES / (float(belief.drawn.sum()) + 1)
-    up, less = _growth(z, chance, 2 * margin * upper, above, 1 - belief.mean, surprise)
-    down, more = _growth(-z, chance, 2 * margin * (1 - upper), below, belief.mean, surprise)
+    return _best(
+        z[chance > 0], chance[chance > 0], belief.mean, belief.range(weights), margin, splits, plausible, surprise
+    )
+
+
+def stakes_seen(
+    z: FloatArray,
+    times: FloatArray,
+    belief: Belief,
+    q: FloatArray,
+    margin: float,
+    splits: Sequence[float] = SPLITS,
+    plausible: tuple[float, float] = (0.0, 1.0),
+) -> tuple[float, float]:
+    """The same, if draws go on as the latest ones did, whatever is believed of their strata.
+
+    In a space of many strata with rates of all sizes, what is believed lags behind for thousands of draws. Who stakes
+    by that loses, and has to win it back; who looks at z alone does not.
+
+    Args:
+        z: the latest draws.
+        times: how often each.
+        belief: says with q how far z may lie, and no more.
+        q: with which strata are drawn next.
+        margin: as for `stakes`, and so are
+        splits: and
+        plausible: the interval so far.
+    """
+    chance = times / times.sum()
+    mean = min(max(float(z @ chance), plausible[0]), plausible[1])
+    below, above = belief.range(belief.shares / q)
+    within = (mean - belief.mean + below, belief.mean + above - mean)
+    return _best(z - mean, chance, mean, within, margin, splits, plausible, _SURPRISES / (float(times.sum()) + 1))
+
+
+def _best(
+    z: FloatArray,
+    chance: FloatArray,
+    mean: float,
+    within: tuple[float, float],
+    margin: float,
+    splits: Sequence[float],
+    plausible: tuple[float, float],
+    surprise: float,
+) -> tuple[float, float]:
+    """Both stakes, for draws that lie so far from their mean with these chances, and at most `within` of it."""
+    (below, above), upper = within, np.asarray(splits)
+    up, less = _growth(z, chance, 2 * margin * upper, above, 1 - mean, surprise)
+    down, more = _growth(-z, chance, 2 * margin * (1 - upper), below, mean, surprise)
     best = int(np.minimum(up, down).argmax())
     low, high = plausible
     return (
-        min(float(less[best]), _MOST / max(belief.mean + above - low, 1e-12)),
-        min(float(more[best]), _MOST / max(high - belief.mean + below, 1e-12)),
+        min(float(less[best]), _MOST / max(mean + above - low, 1e-12)),
+        min(float(more[best]), _MOST / max(high - mean + below, 1e-12)),
     )
 
 

@@ -10,7 +10,7 @@ bounded by, and what is bet on it, must only be fixed before it is drawn (Waudby
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import log
 
 import numpy as np
@@ -30,73 +30,90 @@ class Bets:
     With z the number drawn, l ≤ z ≤ h known before, and λ the stake, the capital of who says "it is less than r" is
     multiplied by 1 − min(λ, 0.999/(h − r)) (z − r), and that of who says "it is more" by 1 + min(λ', 0.999/(r − l))
     (z − r). Neither is ever negative, and both are expected to stay as they are if the mean is r. The first grows with
-    r and the second falls, so each end of the interval is one number.
+    r and the second falls, so each end of the interval is one number. Several bettors share a capital that began at 1
+    in equal parts: what all of them have together is expected to stay as it is, too, and is at least the part that the
+    best of them began with times what that one made of it.
 
     Args:
         low: the least the mean can be.
         high: the most.
+        bettors: how many there are on each side.
 
     Example:
         >>> bets = Bets(0.0, 1.0)
-        >>> bets.add([0.0] * 200, within=(0.0, 1.0), stakes=(1.0, 1.0))
+        >>> bets.add([0.0] * 200, within=(0.0, 1.0), stakes=[(1.0, 1.0)])
         >>> [round(end, 4) for end in bets.interval(0.95)]
         [0.0, 0.0186]
     """
 
-    def __init__(self, low: float, high: float) -> None:
-        self._low, self._high = low, high
-        self._kept: FloatArray = np.empty((6, 1024))  # value, low, high, stakes, and how often that was drawn
+    def __init__(self, low: float, high: float, bettors: int = 1) -> None:
+        self._low, self._high, self._bettors = low, high, bettors
+        # value, low, high, how often that was drawn, and the stakes of each bettor
+        self._kept: FloatArray = np.empty((4 + 2 * bettors, 1024))
         self._rows = self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
-    def add(self, values: ArrayLike, *, within: Interval, stakes: tuple[float, float]) -> None:
+    def add(self, values: ArrayLike, *, within: Interval, stakes: Sequence[tuple[float, float]]) -> None:
         """More numbers.
 
         Args:
             values: that were drawn.
             within: what bounds them, fixed before they were drawn.
-            stakes: λ of who says that the mean is less, λ' of who says that it is more; fixed before, too.
+            stakes: of each bettor, λ if the mean is said to be less, λ' if it is said to be more; fixed before, too.
         """
         new, times = np.unique(np.asarray(values, np.float64), return_counts=True)
         end = self._rows + new.size
         if end > self._kept.shape[1]:
-            more = np.empty((6, 2 * end))
+            more = np.empty((len(self._kept), 2 * end))
             more[:, : self._rows] = self._kept[:, : self._rows]
             self._kept = more
         here = self._kept[:, self._rows : end]
-        here[0], here[1:5], here[5] = new, np.array([*within, *stakes])[:, None], times
+        here[0], here[1:3], here[3], here[4:] = new, np.array(within)[:, None], times, np.array(stakes).reshape(-1, 1)
         self._rows = end
         self._count += int(times.sum())
 
     @property
     def mean(self) -> float:
         """Of the numbers; unbiased for a number of draws that was fixed before."""
-        values, times = self._kept[0, : self._rows], self._kept[5, : self._rows]
+        values, times = self._kept[0, : self._rows], self._kept[3, : self._rows]
         return float(values @ times) / self._count if self._count else float("nan")
+
+    @property
+    def latest(self) -> tuple[FloatArray, FloatArray]:
+        """The last two thirds of the numbers, and how often each was drawn."""
+        values, times = self._kept[0, : self._rows], self._kept[3, : self._rows]
+        first = int(np.searchsorted(np.cumsum(times), self._count / 3, side="right"))
+        return values[first:], times[first:]
 
     def interval(self, confidence: float) -> Interval:
         """All means against which no capital has reached 2 / (1 − confidence)."""
         if not self._count:
             return self._low, self._high
         enough = log(2 / (1 - confidence))
-        values, low, high, less, more, times = self._kept[:, : self._rows]
+        values, low, high, times, *sides = self._kept[:, : self._rows]
+        less, more = np.array(sides[::2]), np.array(sides[1::2])
 
         def against_high(r: float) -> float:
             room = high - r
             stake = np.minimum(less, np.divide(_MOST, room, out=np.full_like(room, np.inf), where=room > 0))
-            return float(np.log1p(-stake * (values - r)) @ times)
+            return _together(np.log1p(-stake * (values - r)) @ times)
 
         def against_low(r: float) -> float:
             room = r - low
             stake = np.minimum(more, np.divide(_MOST, room, out=np.full_like(room, np.inf), where=room > 0))
-            return float(np.log1p(stake * (values - r)) @ times)
+            return _together(np.log1p(stake * (values - r)) @ times)
 
         middle = min(max(self.mean, self._low), self._high)
         low = _edge(against_low, middle, self._low, self._high, enough)
         high = _edge(against_high, middle, self._high, self._low, enough)
         return min(low, high), max(low, high)
+
+
+def _together(logarithms: FloatArray) -> float:
+    """Logarithm of the mean of capitals, given theirs."""
+    return float(np.logaddexp.reduce(logarithms)) - log(len(logarithms))
 
 
 def _edge(against: Callable[[float], float], middle: float, outer: float, other: float, enough: float) -> float:

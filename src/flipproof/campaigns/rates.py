@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from flipproof._fields import Fields
-from flipproof.campaigns.allocation import SPLITS, Belief, FloatArray, allocation, stakes
+from flipproof.campaigns.allocation import SPLITS, Belief, FloatArray, allocation, stakes, stakes_seen
 from flipproof.campaigns.assess import noting, ready, switch_off, take_shortcuts
 from flipproof.campaigns.betting import Bets
 from flipproof.campaigns.fingerprint import fingerprint_of
@@ -468,7 +468,7 @@ class _Point:
         bad = 1.0 if name == "critical_total" else bad
         prior = without + (bad - without) * population.harm
         belief = Belief(population.shares, population.groups, prior, population.same * without)
-        return _Quantity(scale, belief, Bets(0.0, 1.0))
+        return _Quantity(scale, belief, Bets(0.0, 1.0, bettors=2))
 
     def _plan(self) -> None:
         """Choose where to draw next and what to bet on it."""
@@ -477,16 +477,16 @@ class _Point:
             self._q = main.shares / main.shares.sum()
         else:
             self._q = allocation(main, self._margin, self._confidence)
-        self._stakes = {
-            name: stakes(
-                one.belief,
-                self._q,
-                self._margin,
-                SPLITS if name == self._of else (0.5,),
-                one.bets.interval(self._confidence),
-            )
-            for name, one in self._quantities.items()
-        }
+        self._stakes = {name: self._staked(name, one) for name, one in self._quantities.items()}
+
+    def _staked(self, name: str, one: _Quantity) -> list[tuple[float, float]]:
+        """What both bettors stake on a quantity: by what is believed of the strata, and by the latest draws."""
+        splits = SPLITS if name == self._of else (0.5,)
+        plausible = one.bets.interval(self._confidence)
+        believed = stakes(one.belief, self._q, self._margin, splits, plausible)
+        if not len(one.bets):
+            return [believed, believed]
+        return [believed, stakes_seen(*one.bets.latest, one.belief, self._q, self._margin, splits, plausible)]
 
     def next(self, most: int) -> list[Key]:
         """The trials of the next round."""
