@@ -97,6 +97,8 @@ from .storage.choose import select_bits as select_bits
 from .storage.clipping import bit_criticality as bit_criticality
 from .storage.clipping import bit_profile as bit_profile
 from .storage.clipping import choose_clipping as choose_clipping
+from .storage.coded import load_coded as load_coded
+from .storage.coded import save_coded as save_coded
 from .storage.explore import Exploration as Exploration
 from .storage.explore import explore as explore
 from .storage.files import load_packed as load_packed

@@ -393,8 +393,6 @@ def test_what_writes_to_memory_itself_is_refused_in_a_sentence():
         fp.errors.FaultSpaceError, match=r"0\.bias lies in an object of torch\.ao, which takes no writes"
     ):
         fp.analyze(net, data, fp.DeepVigor(), where=fp.Parameters(kinds="bias"))
-    with pytest.raises(fp.errors.ConfigError, match=r"0\.weight is quantised already, in words that a library reads"):
-        fp.protect(net, data, ber=1e-3)
     with pytest.raises(
         fp.errors.FormatError, match=r"0\.bias is part of 0\._packed_params\._packed_params, which a library"
     ):

@@ -274,8 +274,6 @@ def test_a_copy_shares_nothing():
 
 def test_what_would_decode_a_librarys_words_is_refused_in_a_sentence():
     net = quantised("int8")
-    with pytest.raises(fp.errors.ConfigError, match=r"0\.weight\.qdata is quantised already, in words"):
-        fp.protect(net, data(net), ber=1e-3)
     with pytest.raises(fp.errors.FormatError, match=r"0\.weight\.scale is part of 0\.weight, which a library reads"):
         fp.pack_(net, fp.Float16())
     with pytest.raises(fp.errors.FaultSpaceError, match=r"0\.weight\.qdata is stored as packed words or integers"):

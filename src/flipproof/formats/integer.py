@@ -22,7 +22,8 @@ class Integer(Format):
         signed: whether the top bit counts −2^(bits−1).
 
     Raises:
-        FormatError: for another width, or a tensor of another type.
+        FormatError: for another width, or a tensor of another type. A tensor of a wider type is stored as long as all
+            of its values fit: a zero point of an int8 layer that torch.ao keeps as int64.
 
     Example:
         >>> import torch
@@ -57,13 +58,25 @@ class Integer(Format):
         return _TYPES.get(dtype) == (self.bits, self.signed)
 
     def stores(self, dtype: torch.dtype) -> bool:
-        return self.is_native(dtype)
+        bits, signed = _TYPES.get(dtype, (0, self.signed))
+        return self.signed == signed and self.bits <= bits
 
     def encode_values(self, x: Tensor, coding: Coding) -> Tensor:
-        return x.clone(memory_format=torch.contiguous_format).view(word_dtype(self.bits))
+        own = x.clone(memory_format=torch.contiguous_format)
+        if not self.is_native(x.dtype):
+            narrow = own.to(self._dtype)
+            if not torch.equal(narrow.to(x.dtype), own):
+                wide = own.reshape(-1)[int((narrow.to(x.dtype) != own).reshape(-1).nonzero()[0, 0])]
+                raise FormatError(f"{self!r} does not hold {int(wide)}, which a tensor of {x.dtype} has")
+            own = narrow
+        return own.view(word_dtype(self.bits))
 
     def decode_words(self, words: Tensor, coding: Coding, dtype: torch.dtype) -> Tensor:
-        return words.clone(memory_format=torch.contiguous_format).view(dtype)
+        return words.clone(memory_format=torch.contiguous_format).view(self._dtype).to(dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(dtype for dtype, held in _TYPES.items() if held == (self.bits, self.signed))
 
 
 _TYPES: dict[torch.dtype, tuple[int, bool]] = {

@@ -444,7 +444,7 @@ class _Encoder(nn.Module):
 
 
 def _sequences(samples: int) -> Tensor:
-    return torch.randn(samples, 15, 8)
+    return torch.randn(samples, 8, 8)
 
 
 def _ids(samples: int) -> Tensor:

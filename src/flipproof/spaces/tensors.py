@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Literal, cast
 
 import torch
@@ -469,8 +469,8 @@ def asked_format(candidate: Candidate, choice: FormatChoice) -> Format | None:
     """The format that was asked for, for one tensor; None where it keeps its own type.
 
     One format alone that quantises stores the weights of layers, any other one every floating-point tensor; a mapping
-    means what it says. What a format does not store keeps its own type: integers are stored by `Integer` of theirs, and
-    codes around it.
+    means what it says, the tensor's own name first, then patterns in their order. What a format does not store keeps
+    its own type: integers are stored by `Integer`, and codes around it.
     """
     if choice is None:
         return None
@@ -478,7 +478,8 @@ def asked_format(candidate: Candidate, choice: FormatChoice) -> Format | None:
     if isinstance(choice, Format):
         wanted = packed or candidate.quantisable or not choice.weights_only
         return choice if wanted and (packed or choice.stores(dtype)) else None
-    fitting = (chosen for pattern, chosen in choice.items() if candidate.matches((pattern,)))
+    named = [choice[name] for name in candidate.names if name in choice]  # before patterns, and names of what holds it
+    fitting = chain(named, (chosen for pattern, chosen in choice.items() if candidate.matches((pattern,))))
     return next((chosen for chosen in fitting if packed or chosen.stores(dtype)), None)
 
 

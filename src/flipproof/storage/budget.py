@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flipproof._fields import Fields, wrong
 from flipproof.engine.journal import Key
 from flipproof.errors import ConfigError, FormatError
-from flipproof.formats import Affine, Float16, Float32, Format, Rounded
+from flipproof.formats import Affine, Float16, Float32, Format, Integer, Rounded
 from flipproof.hardening.fitting.calibration import Calibration
 from flipproof.running.data import answered, call
 from flipproof.running.device import device_of, release_memory
@@ -26,7 +26,7 @@ from flipproof.running.resume import Suffixes
 from flipproof.running.snapshots import Snapshot
 from flipproof.running.straight import refers_to_tensors
 from flipproof.running.values import same
-from flipproof.spaces.tensors import Candidate
+from flipproof.spaces.tensors import Candidate, own_format
 from flipproof.storage.codes import LINE, cheapest, lost_share, strongest, untouched
 from flipproof.storage.mixed import least_cost
 
@@ -267,6 +267,7 @@ class Planner:
     Attributes:
         weights: tensors that have several options.
         rest: tensors that are stored in one of `REST`.
+        words: what a library reads by itself: quantised words, scales, zero points. They keep their bits, under a code.
         found: measurements, by (number of the weight, option).
         inners: what weights may be stored in.
         line: stored bits of the longest code word.
@@ -279,6 +280,7 @@ class Planner:
     inners: Sequence[Format]
     line: int = LINE
     apart: int = 0
+    words: Sequence[Candidate] = ()
     _plans: dict[tuple[float, float], Plan | None] = field(default_factory=dict, init=False, compare=False, repr=False)
     _known: dict[float, list[list[dict[str, Any]]]] = field(default_factory=dict, init=False, compare=False, repr=False)
     _reckoned: dict[Any, tuple[list[tuple[Format, float]], bool]] = field(
@@ -288,7 +290,12 @@ class Planner:
     @cached_property
     def now(self) -> int:
         """Stored bits of the parameters in their own types."""
-        return sum(candidate.bits for candidate in (*self.weights, *self.rest)) + self.apart
+        return sum(candidate.bits for candidate in self.all) + self.apart
+
+    @property
+    def all(self) -> tuple[Candidate, ...]:
+        """The tensors that are planned for."""
+        return (*self.weights, *self.words, *self.rest)
 
     def plan(self, ber: float, bits: float) -> Plan | None:
         """The plan of least expected drift for a rate within so many bits; None if nothing fits. Made once."""
@@ -326,8 +333,9 @@ class Planner:
             self._coded(candidate, ber, self._rounded(i), self.found[i, -1].drift or 0.0)
             for i, candidate in enumerate(self.weights)
         ]
+        words = [self._coded(candidate, ber, _that_keep(candidate), WORST) for candidate in self.words]
         rest = replace(self, line=max(self.line, _LONGEST))  # so few values that longer code words cost no time
-        return weights + [rest._coded(candidate, ber, _that_hold(candidate), WORST) for candidate in self.rest]
+        return weights + words + [rest._coded(one, ber, _that_hold(one), WORST) for one in self.rest]
 
     def _rounded(self, number: int) -> list[tuple[Format, float]]:
         """What a weight may be stored in, and what rounding costs."""
@@ -363,6 +371,33 @@ class Planner:
 def _that_hold(candidate: Candidate) -> list[tuple[Format, float]]:
     """Those of `REST` that can hold the values, with their costs."""
     return [(inner, cost) for inner, cost in REST if held_by(inner, candidate.tensor) is not None]
+
+
+def _that_keep(candidate: Candidate) -> list[tuple[Format, float]]:
+    found = kept_by(candidate.tensor)
+    return [] if found is None else [(found, 0.0)]
+
+
+def kept_by(tensor: Tensor) -> Format | None:
+    """The format that gives back every bit of a tensor and leaves room for a code; None if there is none.
+
+    Its own, or where that is 64 bits wide a narrower one that happens to hold all values.
+
+    >>> kept_by(torch.tensor([3], dtype=torch.int64)), kept_by(torch.tensor([0.1], dtype=torch.float64))
+    (Integer(bits=8, signed=True), None)
+    """
+    own = own_format(tensor.dtype)
+    if own.width < 64:
+        return own
+    signed = tensor.dtype.is_signed
+    narrower = [Float32()] if tensor.is_floating_point() else [Integer(bits, signed) for bits in (8, 16, 32)]
+    for format in narrower:
+        try:
+            if same(format.encode(tensor.detach()).decode(), tensor.detach()):
+                return format
+        except FormatError:
+            continue
+    return None
 
 
 def held_by(format: Format, tensor: Tensor) -> Tensor | None:

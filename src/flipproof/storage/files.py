@@ -18,6 +18,7 @@ from flipproof._files import replacing
 from flipproof.errors import ConfigError, ModelError
 from flipproof.formats import Format, parse_format
 from flipproof.formats.packing import Packed
+from flipproof.spaces.quantised import is_wrapper
 from flipproof.storage.pack import pack_
 
 VERSION = 1
@@ -67,9 +68,10 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         )
     about = {"version": VERSION, "formats": {name: repr(format) for name, format in formats.items()}}
     stored = model.state_dict()
-    if other := [name for name, value in stored.items() if not isinstance(value, Tensor)]:
+    if other := [name for name, value in stored.items() if not isinstance(value, Tensor) or is_wrapper(value)]:
         raise ModelError(
-            f"{other[0]} of this model's state_dict is a {type(stored[other[0]]).__name__}; files hold tensors"
+            f"{other[0]} of this model's state_dict is a {type(stored[other[0]]).__name__}; files hold plain tensors. "
+            f"Numbers that a library has quantised are written by fp.save_coded"
         )
     state = {name: value.detach().cpu().contiguous().clone() for name, value in stored.items()}
     with replacing(path) as temporary:

@@ -28,7 +28,7 @@ from flipproof.campaigns.fingerprint import digest_of
 from flipproof.engine.cluster import Client
 from flipproof.engine.jobs import do_all
 from flipproof.engine.journal import Journal
-from flipproof.errors import ConfigError, DataError, JournalError
+from flipproof.errors import ConfigError, DataError, FlipproofError, JournalError
 from flipproof.formats import (
     BCH,
     CEP,
@@ -72,8 +72,10 @@ from flipproof.storage.budget import (
     constant_bits,
     copy_in_eval_mode,
     held_by,
+    kept_by,
     keys_of,
 )
+from flipproof.storage.coded import save_coded
 from flipproof.storage.codes import LINE, ideal_rate, untouched
 from flipproof.storage.explore import Question, file_name
 from flipproof.storage.files import save_packed
@@ -97,6 +99,9 @@ _FEW = 2
 
 AS_IT_CAME = "as it came"
 """The form of the model as it came, in tables."""
+
+MEMORY_CODE = "SECDED (72, 64) around the words"
+"""The rival of numbers that a library reads by itself, in tables."""
 
 _OURS = "protect, memory "
 """How the names of our forms on the front begin."""
@@ -139,8 +144,9 @@ class Protection:
     """A protected model, and its evidence.
 
     Attributes:
-        model: a copy whose parameters are packed words, decoded and repaired at every use; see `unpack_`, `scrub_`.
-        formats: {qualified name: format} of what is packed.
+        model: a copy whose parameters are packed words, decoded and repaired at every use; see `unpack_`, `scrub_`, and
+            `at_load`.
+        formats: {qualified name: format} of what is packed, or coded where it is stored.
         hardening: the bounds that were added, "none" if there are none.
         ber: the bit error rate it is made for.
         least: the mean accuracy that was asked for at that rate, a fraction.
@@ -162,6 +168,8 @@ class Protection:
         metric: the task's main metric, by which all this is judged: what is called accuracy here, and its column.
         deployment: whether the protected model answers alike one sample at a time and exported (`check_deployment`);
             None if that was not asked for (``gate=False``).
+        at_load: names of all tensors, if the model is quantised already, in numbers that a library's own kernels read.
+            `model` holds them as they came then; `save` writes their coded words, which `load_coded` repairs.
     """
 
     model: nn.Module
@@ -180,6 +188,7 @@ class Protection:
     hardened: nn.Module | None = field(default=None, repr=False)
     metric: str = "accuracy"
     deployment: Deployment | None = None
+    at_load: tuple[str, ...] = ()
 
     @property
     def kept(self) -> float:
@@ -216,7 +225,7 @@ class Protection:
         """Write the words, the tables and the verdict to a folder.
 
         ``words.safetensors`` is for `load_packed`; where bounds were added, around the model that `load_hardened` makes
-        of ``hardened.safetensors``.
+        of ``hardened.safetensors``. Of a model that is quantised already it is ``coded.safetensors``, for `load_coded`.
 
         Raises:
             ConfigError: if a file cannot be written.
@@ -224,7 +233,10 @@ class Protection:
         where = Path(folder)
         if self.hardened is not None:
             save_hardened(self.hardened, where / "hardened.safetensors")
-        save_packed(self.model, where / "words.safetensors")
+        if self.at_load:
+            save_coded(self.model, where / "coded.safetensors", self.formats)
+        else:
+            save_packed(self.model, where / "words.safetensors")
         for name, table in (("table", self.table), ("evidence", self.evidence), ("front", self.front)):
             with replacing(where / f"{name}.csv") as target:
                 table.to_csv(target, index=False)
@@ -273,7 +285,8 @@ def protect(
     for and they help.
 
     Args:
-        model: a classifier that `assess` takes; stays untouched.
+        model: what `assess` takes; stays untouched. Of a model that is quantised already, words, scales and zero points
+            keep their bits and get a code: they are coded where they are stored, and repaired when they are loaded.
         data: labelled batches that the network has not been trained on.
         ber: the bit error rate to survive.
         accuracy: the least mean accuracy at that rate, a fraction; by default 99 % of the accuracy without faults.
@@ -347,7 +360,7 @@ def protect(
             f"the {choosing.samples} to choose on, so there is nothing to keep; are labels and model of the same task?"
         )
     some = _drawn(choosing, images, seed)
-    weights, rest, whole = _tensors(work, where)
+    weights, rest, words, whole = _tensors(work, where)
     folder = None if journal is None else Path(journal)
     if folder is not None and folder.is_file():
         raise JournalError(f"{folder} is a file; protect takes journal= a folder, for a journal of each form")
@@ -376,7 +389,7 @@ def protect(
     }
     making = _Making(
         model=work,
-        planner=Planner(weights, rest, found, inners, line, sum(c.bits for c in whole)),
+        planner=Planner(weights, rest, found, inners, line, sum(c.bits for c in whole), words),
         choosing=some,
         some=_drawn(verifying, max(front, 1), seed),
         verifying=verifying,
@@ -388,7 +401,9 @@ def protect(
     )
     plan = making.within(memory, time)
     making.forms = {AS_IT_CAME: Form(None, 0.0), PROTECTED: making.form(plan)}
-    stored = {name: making.rival(format, plan) for name, format in rivals.items()}
+    stored = {name: making.rival(format, plan) for name, format in rivals.items()} if weights else {}
+    if words:
+        stored[MEMORY_CODE] = making.memory_code(plan)
     making.forms |= {name: form for name, form in stored.items() if form is not None}
     jobs = [(AT, name) for name in making.forms]
     if front:
@@ -405,7 +420,7 @@ def protect(
             if kind == AT:
                 making.found[name] = Assessment.load(trying.path(AT, name, ber))
     if all(site.name in plan.formats for site in FaultSpace(work, where=where, format=plan.formats).sites):
-        sure = prod(untouched(f, tuple(work.get_parameter(n).shape), ber) for n, f in plan.formats.items())
+        sure = prod(untouched(plan.formats[c.name], tuple(c.tensor.shape), ber) for c in making.planner.all)
         clean = making.found[PROTECTED].golden[making.metric]
         making.certain[PROTECTED] = (sure * clean, sure * clean + 1 - sure)
     else:
@@ -416,7 +431,7 @@ def protect(
     if sure < 1 - _SURE and hardenings != {}:
         bounds, hardened, refused = _bounded(making, plan, memory, hardenings, choosing)
     chosen = PROTECTED if bounds is None else f"{PROTECTED}, {bounds}"
-    safe = _packed(work if hardened is None else hardened, plan.formats)
+    safe = making.packed(work if hardened is None else hardened, plan)
     evidence = making.evidence()
     took = making.time_of(safe)
     evidence.loc[evidence["form"] == chosen, "time"] = took
@@ -431,12 +446,21 @@ def protect(
         ]
     if unable := [name for name, form in stored.items() if form is None]:
         notes.append(f"Not compared, since they cannot hold some weight: {', '.join(unable)}.")
+    if making.at_load:
+        notes.append(
+            "The model is quantised already, in numbers that a library's own kernels read: all of it keeps its bits, "
+            "is coded where it is stored and repaired when it is loaded (fp.load_coded), not at every use. Faults "
+            "that come later are not repaired until it is loaded again."
+        )
+    if wide := [c.name for c in whole if len(c.names) == 1 and not c.problem]:
+        notes.append(f"Stored as they came, since words of 64 bits leave no room for a code: {', '.join(wide)}.")
     if tied := [c.name for c in whole if len(c.names) > 1]:
         notes.append(f"Stored as they came, since tied parameters cannot be packed: {', '.join(tied)}.")
     table = making.front([found for (kind, _), found in reached.items() if kind == FRONT])
     return Protection(
         model=safe,
         formats=plan.formats,
+        at_load=making.at_load,
         hardening="none" if bounds is None else bounds,
         ber=ber,
         least=least,
@@ -450,7 +474,7 @@ def protect(
         assessments=making.found,
         hardened=hardened,
         metric=making.metric,
-        deployment=deployed(safe, work, verifying, unpack_(deepcopy(safe))) if gate else None,
+        deployment=deployed(safe, work, verifying, making.plain(safe)) if gate else None,
     )
 
 
@@ -497,7 +521,7 @@ class _Making:
             plan = self._spent(planner, plan, bits)
             if time is None:
                 return plan
-            took = self.time_of(_packed(self.model, plan.formats))
+            took = self.time_of(self.packed(self.model, plan))
             if took <= time:
                 return plan
             fits.append((took, plan))
@@ -537,8 +561,34 @@ class _Making:
                 return None
             formats[candidate.name] = format
             bits += format.stored_bits(tuple(candidate.tensor.shape)) + constant_bits(format, candidate.tensor)
-        bits += sum(int(rows[candidate.name]) for candidate in self.planner.rest)
+        bits += sum(int(rows[candidate.name]) for candidate in (*self.planner.rest, *self.planner.words))
         return Form(formats, (bits + self.planner.apart) / self.planner.now - 1)
+
+    def memory_code(self, plan: Plan) -> Form:
+        """What a memory with error correction does for numbers that a library reads: eight check bits for 64."""
+        formats, bits = dict(plan.formats), self.planner.apart
+        rows = plan.table.set_index("name")["bits"]
+        for candidate in self.planner.words:
+            own, values = kept_by(candidate.tensor), candidate.tensor.numel()
+            assert own is not None  # or it would not be planned for
+            format = formats[candidate.name] = SECDED(own, block=min(64, own.width * values))
+            bits += format.stored_bits(tuple(candidate.tensor.shape))
+        bits += sum(int(rows[candidate.name]) for candidate in (*self.planner.weights, *self.planner.rest))
+        return Form(formats, bits / self.planner.now - 1)
+
+    @property
+    def at_load(self) -> tuple[str, ...]:
+        """What is coded where it is stored, and not packed: all of a model that a library has quantised."""
+        words = self.planner.words
+        return tuple(c.name for c in words) if any(c.held for c in words) else ()
+
+    def packed(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """A copy that holds packed words; of a model that a library has quantised, as it came."""
+        return deepcopy(model) if self.at_load else pack_(deepcopy(model), plan.formats)
+
+    def plain(self, packed: nn.Module) -> nn.Module:
+        """A copy of that with plain parameters."""
+        return deepcopy(packed) if self.at_load else unpack_(deepcopy(packed))
 
     def verdict(self, name: str) -> str:
         """Whether the interval of the mean over trials lies above what was asked for."""
@@ -571,7 +621,7 @@ class _Making:
 
     def front(self, reached: Sequence[Tried]) -> pd.DataFrame:
         """One row a form: the highest rate that it survives, beside the limit of its memory."""
-        values = sum(c.tensor.numel() for c in (*self.planner.weights, *self.planner.rest))
+        values = sum(c.tensor.numel() for c in self.planner.all)
         rows = []
         for found in reached:
             form = self.forms[found.name]
@@ -650,7 +700,9 @@ class _Making:
 
         A code gives back what it was given, so this depends on the formats inside alone.
         """
-        inside = {name: f.inner if isinstance(f, BCH) else f for name, f in plan.formats.items()}
+        words = {candidate.name for candidate in self.planner.words}  # which keep their bits
+        coded = {name: f for name, f in plan.formats.items() if name not in words}
+        inside = {name: f.inner if isinstance(f, BCH) else f for name, f in coded.items()}
         key = repr(inside)
         if key not in self.cleaned:
             stored = deepcopy(self.model)
@@ -690,15 +742,20 @@ def _bounded(
     best: tuple[float, str, nn.Module, float] | None = None
     refused, own = [], {name for name, _ in making.model.named_parameters()}
     for name, method in named.items():
-        safe = harden(
-            making.model,
-            method,
-            data=choosing.batches.pairs,
-            output=choosing.output,
-            task=choosing.task,
-            progress=False,
-            gate=False,
-        )
+        try:
+            safe = harden(
+                making.model,
+                method,
+                data=choosing.batches.pairs,
+                output=choosing.output,
+                task=choosing.task,
+                progress=False,
+                gate=False,
+            )
+        except FlipproofError:
+            if not making.planner.words:
+                raise
+            continue  # a quantised graph has no activations to bound
         extra = sum(p.numel() * p.element_size() * 8 for n, p in safe.named_parameters() if n not in own)
         takes = (plan.bits + extra) / making.planner.now - 1
         if takes > memory:
@@ -737,21 +794,22 @@ def _why(making: _Making, chosen: str, verdict: str, plan: Plan, evidence: pd.Da
         ),
         f"The model as it came has {100 * plain['clean']:.2f} % without faults and {_percent(plain, making.metric)} at "
         f"that rate; without faults the protected one has {100 * row['clean']:.2f} %.",
-        f"Of the weights that are packed, {widths} bits, coded for {plan.ber:g}; memory {100 * row['memory']:+.1f} %, "
+        f"Of the weights, {widths} bits, coded for {plan.ber:g}; memory {100 * row['memory']:+.1f} %, "
         f"with the constants of formats, which are taken to lie in protected memory, charged as if the same codes "
         f"protected them.",
     ]
-    # rivals store biases and norms as we do: what that adds is not theirs
-    names = {candidate.name for candidate in making.planner.rest}
-    coded = int(plan.table.loc[plan.table["name"].isin(names), "bits"].sum())
-    added = (coded - sum(candidate.bits for candidate in making.planner.rest)) / making.planner.now
+    # rivals store biases, norms and quantised words as we do: what that adds is not theirs
+    ours = (*making.planner.rest, *making.planner.words)
+    coded = int(plan.table.loc[plan.table["name"].isin({candidate.name for candidate in ours}), "bits"].sum())
+    added = (coded - sum(candidate.bits for candidate in ours)) / making.planner.now
     rivals = evidence[~evidence["form"].isin([AS_IT_CAME, PROTECTED, chosen])]
     fair = rivals[rivals["memory"] - max(added, 0.0) <= max(float(row["memory"]), 0.0) + 1e-9]
     if len(fair):
         best = fair.sort_values(making.metric).iloc[-1]
         sentences.append(
-            f"The best of {len(fair)} other forms whose weights take no more memory than the model had is "
-            f"{best['form']!r} with {_percent(best, making.metric)}."
+            f"The best of other forms ({len(fair)}) whose weights take no more memory than "
+            f"{'the model had' if row['memory'] <= 1e-9 else 'these'} is {best['form']!r} with "
+            f"{_percent(best, making.metric)}."
         )
     found = making.found[chosen]
     if found.coverage < 1:
@@ -773,13 +831,18 @@ def _percent(row: Any, name: str) -> str:
     return f"{100 * row[name]:.2f} % [{100 * row[f'{name}_low']:.2f}, {100 * row[f'{name}_high']:.2f}]"
 
 
-def _tensors(model: nn.Module, where: Parameters | None) -> tuple[list[Candidate], list[Candidate], list[Candidate]]:
-    """Weights that have a choice, other parameters, and those that stay as they are: tied ones and integers."""
+def _tensors(
+    model: nn.Module, where: Parameters | None
+) -> tuple[list[Candidate], list[Candidate], list[Candidate], list[Candidate]]:
+    """Weights that have a choice, other parameters, what keeps its bits under a code, and what stays as it is."""
     asked = check_where(where)
     chosen = [c for c in inventory(model) if not c.is_buffer and not asked.leaves_out(c)]
-    free = [c for c in chosen if len(c.names) == 1 and not c.problem and c.tensor.is_floating_point()]
-    if not free:
-        raise ConfigError(f"protect: this {type(model).__name__} has no floating-point parameters that can be packed")
+    fit = [c for c in chosen if len(c.names) == 1 and not c.problem and c.tensor.numel()]
+    quantised = any(c.held for c in fit)  # then nothing is packed, and all keep their bits
+    words = [c for c in fit if (quantised or not c.tensor.is_floating_point()) and kept_by(c.tensor) is not None]
+    free = [] if quantised else [c for c in fit if c.tensor.is_floating_point()]
+    if not free and not words:
+        raise ConfigError(f"protect: this {type(model).__name__} has no parameters that can be packed or coded")
     for candidate in free:
         if not bool(torch.isfinite(candidate.tensor).all()):
             raise ConfigError(
@@ -792,8 +855,8 @@ def _tensors(model: nn.Module, where: Parameters | None) -> tuple[list[Candidate
                 f"model.half()"
             )
     weights = [c for c in free if c.quantisable]
-    named = {c.name for c in free}
-    return weights, [c for c in free if not c.quantisable], [c for c in chosen if c.name not in named]
+    named = {c.name for c in (*free, *words)}
+    return weights, [c for c in free if not c.quantisable], words, [c for c in chosen if c.name not in named]
 
 
 def _drawn(part: Calibration, count: int, seed: int) -> Calibration:
@@ -809,10 +872,6 @@ def _drawn(part: Calibration, count: int, seed: int) -> Calibration:
 def _fingerprint(model: nn.Module, data: Calibration, device: Any) -> Any:
     choices = {"output": data.output, "task": data.task, "metrics": data.judge.main, "device": device}
     return inject(choices, model, None, data, 0.0, 1, None).header.fingerprint
-
-
-def _packed(model: nn.Module, formats: dict[str, Format]) -> nn.Module:
-    return pack_(deepcopy(model), formats)
 
 
 def _check(**given: Any) -> None:
@@ -861,13 +920,6 @@ def _check_module(model: nn.Module) -> None:
     stored = inventory(model)
     if packed := [c.name for c in stored if c.packed is not None]:
         raise ConfigError(f"{packed[0]} is packed already; protect takes the model as it was before")
-    whole = [c.name for c in stored if c.kind == "weight" and not c.is_buffer and not c.tensor.is_floating_point()]
-    if words := [c.name for c in stored if c.kind == "weight" and c.held and not c.problem] or whole:
-        raise ConfigError(
-            f"{words[0]} is quantised already, in words that a library reads by itself: protect takes the model as it "
-            f"was before (inners=[fp.Affine(8, axis=0)] stores 8 bits). A code around these words is measured by "
-            f"fp.assess(model, data, faults=…, format={{{words[0]!r}: fp.BCH(fp.Integer(8), t=1)}})"
-        )
     check_hooks_run(model)
     for name, module in model.named_modules():
         place = f"{name} of the model" if name else "the model"
