@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import flipproof as fp
 from flipproof._tensors import same_bits
 
 DTYPES = (
@@ -40,3 +41,25 @@ def test_layouts_do_not_matter():
     assert same_bits(one, laid)
     assert same_bits(one[1:, ::2].mT, laid[1:, ::2].mT)
     assert same_bits(torch.tensor(3), torch.tensor(3))
+
+
+class Versioned(torch.nn.Sequential):
+    """Refuses a state without its version, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        assert local_metadata.get("version") == 2
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def test_modules_that_note_a_version_are_loaded(tmp_path):
+    torch.manual_seed(0)
+    net = Versioned(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).eval()
+    x = torch.randn(40, 4)
+    safe = fp.harden(net, [(x, net(x).argmax(dim=1))], fp.Ranger(), progress=False)
+    again = fp.load_hardened(net, fp.save_hardened(safe, tmp_path / "safe"))
+    assert torch.equal(again(x), safe(x))
+    words = fp.pack_(Versioned(torch.nn.Linear(4, 8)), fp.Affine(8))
+    loaded = fp.load_packed(Versioned(torch.nn.Linear(4, 8)), fp.save_packed(words, tmp_path / "words"))
+    assert torch.equal(loaded(x), words(x))

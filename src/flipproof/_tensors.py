@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor, empty, equal, int64, uint8
+from collections import OrderedDict
+from collections.abc import Mapping
+
+from torch import Tensor, empty, equal, int64, nn, uint8
 
 _LINE = 64
 """Bytes to which fast kernels look whether memory is aligned."""
@@ -27,6 +30,16 @@ def copy_alike(tensor: Tensor) -> Tensor:
     memory = empty(reach + room, dtype=tensor.dtype, device=tensor.device)
     offset = (tensor.data_ptr() - memory.data_ptr()) // tensor.element_size() % room
     return memory.as_strided(tensor.shape, tensor.stride(), offset).copy_(tensor)
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """`load_state_dict` of tensors that came out of a plain file.
+
+    Modules that note a version of theirs beside the tensors, as MNASNet does, find there the one that `model` has.
+    """
+    noted: OrderedDict[str, Tensor] = OrderedDict(state)
+    noted._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]  # where PyTorch keeps versions
+    model.load_state_dict(noted)
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

@@ -219,7 +219,11 @@ class Format(ABC):
             tensor([ 1., -2.])
         """
         if not self.stores(x.dtype):
-            what = "floating-point values" if self.stores(torch.float32) else "integers of its own sign alone, of its width or wider"
+            what = (
+                "floating-point values"
+                if self.stores(torch.float32)
+                else "integers of its own sign alone, of its width or wider"
+            )
             raise FormatError(f"{self!r} stores {what}, got a tensor of {x.dtype}")
         x = x.detach()
         coding = self.fit(x)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flipproof._fields import HINT, Fields, read_json, wrong
 from flipproof._files import replacing
+from flipproof._tensors import load_state
 from flipproof.errors import ConfigError, ModelError
 from flipproof.hardening import bounds
 from flipproof.hardening._example_inputs import from_plain, inputs_like, to_plain
@@ -120,7 +121,7 @@ def load_hardened(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     _fence(rewritten, about, inputs, path)
     _rebuild(rewritten, about, state, path)
     _check_state(rewritten.model, state, path)
-    rewritten.model.load_state_dict(state)
+    load_state(rewritten.model, state)
     _check_bounds(rewritten, inputs, path)
     report = HardeningReport(
         method=about.method,

@@ -242,6 +242,13 @@ def _video() -> tuple[nn.Module, Callable[[int], Any]]:
     return net, lambda samples: torch.randn(samples, 3, 4, 16, 16)
 
 
+def _efficientnet(models: Any) -> Any:
+    package = models.efficientnet
+    blocks = [package.MBConvConfig(4, 3, 2, size, 2 * size, 1, width_mult=1.0, depth_mult=1.0) for size in (8, 16, 32)]
+    first = package.MBConvConfig(1, 3, 1, 8, 8, 1, width_mult=1.0, depth_mult=1.0)
+    return package.EfficientNet([first, *blocks], dropout=0.1, last_channel=64, num_classes=CLASSES)
+
+
 def _efficientnet_v2(models: Any) -> Any:
     package = models.efficientnet
     blocks = [
@@ -525,13 +532,10 @@ NETWORKS: tuple[Network, ...] = (
     Network("ResNeXt, 4 blocks", "ResNet", "torchvision", _small_vision(_resnext, 32)),
     Network("DenseNet, 8 layers", "CNN", "torchvision", _small_vision(_densenet, 32)),
     Network("GoogLeNet", "Inception", "torchvision", _vision("googlenet", 32, aux_logits=False, init_weights=False)),
-    Network(
-        "Inception v3", "Inception", "torchvision", _vision("inception_v3", 80, aux_logits=False, init_weights=False)
-    ),
     Network("SqueezeNet 1.1", "CNN", "torchvision", _vision("squeezenet1_1", 32)),
     Network("MobileNet v2, width ¼", "mobile", "torchvision", _vision("mobilenet_v2", 32, width_mult=0.25)),
     Network("MobileNet v3 small", "mobile", "torchvision", _vision("mobilenet_v3_small", 32)),
-    Network("EfficientNet B0", "mobile", "torchvision", _vision("efficientnet_b0", 32)),
+    Network("EfficientNet, 4 blocks", "mobile", "torchvision", _small_vision(_efficientnet, 32)),
     Network("EfficientNet v2, 3 blocks", "mobile", "torchvision", _small_vision(_efficientnet_v2, 32)),
     Network("RegNet Y, 4 blocks", "ResNet", "torchvision", _small_vision(_regnet, 32)),
     Network("ShuffleNet v2 ×0.5", "mobile", "torchvision", _vision("shufflenet_v2_x0_5", 32)),
@@ -590,7 +594,12 @@ NETWORKS: tuple[Network, ...] = (
         "timm",
         _poolformer,
     ),
-    Network("RepViT M0.9", "vision transformer", "timm", _timm("repvit_m0_9")),
+    Network(
+        "RepViT, 4 blocks",
+        "vision transformer",
+        "timm",
+        _timm("repvit_m0_9", embed_dim=(8, 16, 24, 32), depth=(1, 1, 1, 1)),
+    ),
     Network(
         "BERT, 2 layers",
         "BERT",

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from flipproof._fields import Fields, read_json
 from flipproof._files import replacing
+from flipproof._tensors import load_state
 from flipproof.errors import ConfigError, ModelError
 from flipproof.formats import Format, parse_format
 from flipproof.formats.packing import Packed
@@ -126,5 +127,5 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             raise ModelError(
                 f"{name}: the model has {tuple(here.shape)} {here.dtype}, {path} has {tuple(there.shape)} {there.dtype}"
             )
-    packed.load_state_dict(state)
+    load_state(packed, state)
     return packed
