@@ -8,6 +8,7 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ from flipproof.analysis.bit_table import WordFlips
 from flipproof.errors import AuditError, ConfigError, DataError, JournalError, JournalMismatch
 from flipproof.formats.base import dense
 from flipproof.running.scales import OUTCOMES
+from flipproof.spaces.parameters import FaultSpace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -520,3 +522,28 @@ def test_a_client_changes_nothing():
     with ThreadPoolExecutor(2) as client:
         there = fp.inject_all(net, data, client=client, progress=False)
     pd.testing.assert_frame_equal(there.table, fp.inject_all(net, data, progress=False).table)
+
+
+@pytest.mark.parametrize(
+    ("seed", "widths", "rows"), [(8, (4, 5, 1), 7), (37, (5, 6, 6, 3), 7), (30, (3, 5, 1), 5), (3, (6, 7, 2), 13)]
+)
+def test_small_products_are_pooled_only_where_rows_may_lie_anywhere(seed, widths, rows):
+    """Kernels take the last rows of a small product another way: a few golden numbers did not show it."""
+    torch.manual_seed(seed)
+    layers = [part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())]
+    net, single = nn.Sequential(*layers[:-1]).eval(), widths[-1] == 1
+    inputs = [part.clone() for part in torch.randn(2 * rows, widths[0]).split(rows)]
+    with torch.no_grad():
+        golden = [net(x) for x in inputs]
+    data = [(x, out.clone() if single else out.argmax(dim=1)) for x, out in zip(inputs, golden, strict=True)]
+    found = fp.inject_all(net, data, task=fp.Regression(tolerance=0.05) if single else None).table
+    masked = {(row.site, row.bit): row.masked for row in found.itertuples()}
+    space = FaultSpace(net)
+    for site in space.sites:
+        for bit in range(32):
+            by_hand = 0
+            for word in range(site.words):
+                with space.corrupted(space.faults([(site.name, word, bit)])), torch.no_grad():
+                    for x, out in zip(inputs, golden, strict=True):
+                        by_hand += int((net(x).view(torch.int32) == out.view(torch.int32)).all(dim=1).sum())
+            assert masked[site.name, bit] == by_hand, (site.name, bit)

@@ -59,6 +59,11 @@ class Pooled(NamedTuple):
     words: list[WordOutcomes | None]
 
 
+_COMPARED, _ORDERS, _MOST_ROUNDS = 20_000, 3, 64
+"""Numbers that are compared at least to see that it does not matter where a row or a filter lies, in so many orders of
+each of so many batches at most."""
+
+
 class _Rows(NamedTuple):
     """Rows of one flip at a cut: its number, which samples, and their live values."""
 
@@ -202,16 +207,20 @@ class RowPool:
     def proved(self) -> bool:
         """Whether it does not matter with which rows, and where among them, a row runs, nor where a filter lies.
 
-        Golden rows in random order must give the golden answers. Rows under two flips are mixed with golden rows: each
-        must answer as among its own kind. Golden rows must stay golden among rows that hold the largest values of
+        Golden rows, and others like them, must give the same answers in any order: small products take the rows at the
+        end of a batch another way, which a few numbers may not show. Rows under two flips are mixed with golden rows:
+        each must answer as among its own kind. Golden rows must stay golden among rows that hold the largest values of
         either sign, infinities or NaN.
-        Filters in random order must give the golden output, in that order; else each flip has its own run of the layer.
+        Filters, and others like them, must give the same output in any order, in that order; else each flip has its own
+        run of the layer.
         """
         generator = TrialGenerator(0, f"rows of {self._site.name}", 0)
         try:
             if not self._filters_alone(generator):
                 self._layer = None
-            return self._rows_alone(generator) and self._unmoved_by_extremes(generator)
+            return (
+                self._rows_alone(generator) and self._unmoved_by_extremes(generator) and self._in_any_order(generator)
+            )
         except FaultyRunError:
             return False
 
@@ -237,6 +246,18 @@ class RowPool:
         mixed = [torch.stack(parts)[choice[moved], rows[moved]] for parts in zip(*kinds, strict=True)]
         return same(self._through(mixed), torch.stack(answers)[choice[moved], rows[moved]])
 
+    def _in_any_order(self, generator: TrialGenerator) -> bool:
+        """Whether rows like the golden ones answer the same wherever they are in a batch."""
+        golden = [values[: self._batch] for values in self._stops[0].golden]
+        for _ in range(_rounds(self._faulty.golden[: self._batch].numel())):
+            live = [_varied(values, generator) for values in golden]
+            answers = self._through(live)
+            for _ in range(_ORDERS):
+                order = torch.from_numpy(_shuffled(generator, self._batch))
+                if not same(self._through([values.index_select(0, order) for values in live]), answers[order]):
+                    return False
+        return True
+
     def _unmoved_by_extremes(self, generator: TrialGenerator) -> bool:
         """Whether golden rows answer as ever while an eighth of the layer's output is extreme in half of the rows."""
         hit = _shuffled(generator, self._batch)[: self._batch // 2]
@@ -260,14 +281,21 @@ class RowPool:
         if self._layer is None:
             return True
         layer: Any = self._layer
-        order = torch.from_numpy(_shuffled(generator, layer.weight.shape[0]))
-        weight = layer.weight.detach().clone()
-        weight[:] = layer.weight.detach()[order]
-        bias = None if layer.bias is None else layer.bias.detach()[order]
-        return all(
-            same(self._called(weight, bias, batch), self._golden_output(batch).index_select(self._axis, order))
-            for batch in range(len(self._inputs))
-        )
+        weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+        for batch in range(len(self._inputs)):
+            if not same(self._called(weight, bias, batch), self._golden_output(batch)):
+                return False
+            for number in range(_rounds(self._golden_output(batch).numel())):
+                tried = _varied(weight, generator) if number else weight
+                found = self._called(tried, bias, batch) if number else self._golden_output(batch)
+                for _ in range(_ORDERS):
+                    order = torch.from_numpy(_shuffled(generator, weight.shape[0]))
+                    moved = tried.clone()  # laid out as the weight is
+                    moved[:] = tried[order]
+                    there = self._called(moved, None if bias is None else bias[order], batch)
+                    if not same(there, found.index_select(self._axis, order)):
+                        return False
+        return True
 
     def _through(self, live: list[Tensor]) -> Tensor:
         """What the model answers for a batch of rows at the first stop."""
@@ -518,3 +546,21 @@ def _wrapped(order: Tensor, batch: int) -> list[Tensor]:
     """All of `order` in parts of `batch`, the last one filled up from the start."""
     whole = -(-order.numel() // batch) * batch
     return list(order.repeat(-(-whole // order.numel()))[:whole].reshape(-1, batch))
+
+
+def _rounds(numbers: int) -> int:
+    """Batches, each in `_ORDERS` orders, after which enough numbers were compared."""
+    return min(_MOST_ROUNDS, max(1, -(-_COMPARED // max(1, _ORDERS * numbers))))
+
+
+def _varied(values: Tensor, generator: TrialGenerator) -> Tensor:
+    """Random values of that size, three quarters of them positive, so that a rectifier leaves sums of many terms.
+
+    They are laid out as the given ones; integers stay as they are.
+    """
+    if not values.is_floating_point():
+        return values
+    finite = torch.nan_to_num(values.double(), 0.0, 0.0, 0.0)
+    size = float(finite.square().mean().sqrt()) or 1.0
+    drawn = torch.from_numpy(generator.below(2**52, values.numel()) / 2**51 - 0.5).reshape(values.shape)
+    return values.clone().copy_(drawn * size)

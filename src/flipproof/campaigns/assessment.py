@@ -208,10 +208,12 @@ class Assessment:
     def steps(self) -> pd.DataFrame:
         """One row for each point after the first: how far it lies from the point before it in the sweep.
 
-        Columns: those that name the point, the same with `_before` of the other one, `accuracy_step` (this mean − the
-        one before), `critical_total_step`, each with the intervals of `summary`; `draws` and `trials` of both. With
-        ``fp.BitErrorRate(…, nested=True)`` trials are "paired": those of one number share their random numbers, and
-        the interval is of their differences. Else they are "independent", and it is that of two means (MOVER).
+        Columns: those that name the point, the same with `_before` of the other one, `accuracy_step`,
+        `critical_total_step`, each with the intervals of `summary`; `draws`, and the `trials` that a step rests on.
+        With ``fp.BitErrorRate(…, nested=True)`` trials of one number share their random numbers: they are "paired", a step
+        is the mean difference of those that both points have, and the interval is of these differences. Else, and where
+        a point runs once or the two have no trial in common (in a single shard), they are "independent": a step is this
+        mean − the one before, and the interval that of two means (MOVER).
 
         Example:
             >>> import flipproof as fp, torch

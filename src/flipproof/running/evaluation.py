@@ -120,24 +120,22 @@ def run_faulty(
     """
     outputs: list[Tensor] = []
     flips = 0
-
-    def changed() -> bool:
-        return state.changed(bits=kept or len(outputs) < batches)
-
+    clean = True  # seen to be: asking costs as much as a small layer, so it is asked once a forward
     try:
         while len(outputs) < batches:
             with corrupted() as flips:
-                while len(outputs) < batches:
+                while len(outputs) < batches and clean:
                     randomness.pin()
+                    clean = False
                     outputs.append(answer(len(outputs)))
-                    if changed():
-                        break
-            if changed():
+                    clean = not state.changed(bits=kept or len(outputs) < batches)
+            if not clean:
                 state.restore()
+                clean = True
     except FaultyRunError as failure:
         return Answers(None, flips, str(failure)[:500])
     finally:
-        if state.changed(bits=kept):  # what it holds may be others' too, such as attributes of its class
+        if not clean and state.changed(bits=kept):  # what it holds may be others' too, such as attributes of its class
             state.restore()
     return Answers(torch.cat(outputs), flips)
 

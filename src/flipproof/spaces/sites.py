@@ -106,8 +106,8 @@ class Neurons:
               their softmax, named ``…:probabilities``. "context": what attention gives.
             - "functional": products called in a forward as functions: `F.linear`, `F.conv2d`, `matmul`.
             - "gates": i, f, g, o of an LSTM, after their sigmoid or tanh; r, z (``…:gates``) and n (``…:candidate``) of
-              a GRU; a site a step. "cell": the cell state of an LSTM, and the state of a GRU (``…:state``), behind
-              every step.
+              a GRU; a site a step, numbered by time in both directions. "cell": the cell state of an LSTM, and the
+              state of a GRU (``…:state``), behind every step.
 
     Example:
         >>> import flipproof as fp, torch

@@ -74,7 +74,7 @@ class Detection(Task):
                     f"batch {batch}, image {i}: a box ends before it begins; boxes are (x₁, y₁, x₂, y₂), not "
                     f"corner and size"
                 )
-            if not bool(torch.isfinite(boxes).all()) or not bool((labels >= 0).all()):
+            if not bool(torch.isfinite(boxes).all()) or not bool(((labels >= 0) & (labels == labels.round())).all()):
                 raise DataError(f"batch {batch}, image {i}: boxes must be finite and labels whole numbers from 0")
             rows.append(torch.cat([boxes, labels[:, None]], dim=1))
         if not rows:
