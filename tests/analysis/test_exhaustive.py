@@ -524,9 +524,7 @@ def test_a_client_changes_nothing():
     pd.testing.assert_frame_equal(there.table, fp.inject_all(net, data, progress=False).table)
 
 
-@pytest.mark.parametrize(
-    ("seed", "widths", "rows"), [(8, (4, 5, 1), 7), (37, (5, 6, 6, 3), 7), (30, (3, 5, 1), 5), (3, (6, 7, 2), 13)]
-)
+@pytest.mark.parametrize(("seed", "widths", "rows"), [(8, (4, 5, 1), 7), (30, (3, 5, 1), 5)])
 def test_small_products_are_pooled_only_where_rows_may_lie_anywhere(seed, widths, rows):
     """Kernels take the last rows of a small product another way: a few golden numbers did not show it."""
     torch.manual_seed(seed)

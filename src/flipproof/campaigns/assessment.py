@@ -210,10 +210,11 @@ class Assessment:
 
         Columns: those that name the point, the same with `_before` of the other one, `accuracy_step`,
         `critical_total_step`, each with the intervals of `summary`; `draws`, and the `trials` that a step rests on.
-        With ``fp.BitErrorRate(…, nested=True)`` trials of one number share their random numbers: they are "paired", a step
-        is the mean difference of those that both points have, and the interval is of these differences. Else, and where
-        a point runs once or the two have no trial in common (in a single shard), they are "independent": a step is this
-        mean − the one before, and the interval that of two means (MOVER).
+
+        - "paired", with ``fp.BitErrorRate(…, nested=True)``: trials of one number share their random numbers. A step is
+          the mean difference of those that both points have, and the interval is of these differences.
+        - "independent", else, and where a point runs once or both have no trial in common (in a single shard): a step
+          is this mean − the one before, and the interval that of two means (MOVER).
 
         Example:
             >>> import flipproof as fp, torch
