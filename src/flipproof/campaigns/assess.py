@@ -395,10 +395,10 @@ def _opened(
             off = file.switched_off if file is not None else frozenset()
             records = done if isinstance(done, Records) else Records(header)
             switch_off(runner, off)
-            if TOGETHER in off and together > 1:
+            if together > 1 and off & {TOGETHER, "versions"}:
                 raise AuditError(
-                    f"an audit of {journal} found that trials which share a forward change each other; leave "
-                    f"together={together} out, in another journal",
+                    f"an audit of {journal} found that trials which share a forward change each other, or leave "
+                    f"something behind that nothing sees; leave together={together} out, in another journal",
                     TOGETHER,
                     0,
                     0,

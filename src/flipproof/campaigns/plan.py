@@ -173,10 +173,10 @@ class Header:
 
     @property
     def identity(self) -> tuple[Mapping[str, Any], ...]:
-        """What must be the same to resume: the fingerprint, the golden run, and how many trials share a forward."""
+        """What must be the same to resume: the fingerprint and how many trials share a forward, then the golden run."""
         formats = ", ".join(sorted({site.format for site in self.stored}))  # a digest alone says nothing to a reader
         fingerprint = asdict(self.fingerprint) | {"format": f"{formats} ({self.fingerprint.format})"}
-        return fingerprint, {"golden": dict(self.golden)}, {"together": self.together}
+        return fingerprint | {"together": self.together}, {"golden": dict(self.golden)}
 
     def extended(self, now: Header) -> Header:
         """This one with the sweep of another one, if that has all of its points and more: draws are per point."""
