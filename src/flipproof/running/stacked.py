@@ -241,7 +241,7 @@ def _sharing(faulty: FaultyModel, space: FaultSpace) -> list[str]:
 
 
 def _golden_run(stack: StackedModel, faulty: FaultyModel) -> Tensor:
-    """What the stack answers without faults, which every slot must answer alike, twice.
+    """What the stack answers without faults, which every slot must answer alike, and a second time.
 
     Raises:
         ModelError: if they do not, or answer something else than the model does.
@@ -251,7 +251,8 @@ def _golden_run(stack: StackedModel, faulty: FaultyModel) -> Tensor:
     outputs = []
     for batch in range(len(faulty.batches.inputs)):
         try:
-            found, again = (stack.forward(batch).cpu() for _ in range(2))
+            found = stack.forward(batch).cpu()
+            again = found if batch else stack.forward(batch).cpu()
         except FaultyRunError as error:
             raise refusal(stack.slots, f"torch.func.vmap cannot run it on batch {batch}: {str(error)[:500]}") from error
         alone = faulty.golden[faulty.batches.part(batch)]
@@ -300,7 +301,7 @@ def prove(stack: StackedModel, faulty: FaultyModel, draws: Sequence[Draw]) -> No
     sizes = faulty.batches.sizes
     for batch in sorted({size: batch for batch, size in reversed([*enumerate(sizes)])}.values()):
         _prove_apart(stack, faulty, batch)
-        _prove_alike(stack, faulty, batch, draws)
+        _prove_alike(stack, batch, draws)
     _prove_hit(stack, faulty, min(range(len(sizes)), key=lambda batch: sizes[batch]))
     if wrong := stack.differing():
         raise refusal(stack.slots, f"its forward writes to {wrong[0]} where no version counter sees it")
@@ -318,16 +319,18 @@ def _prove_apart(stack: StackedModel, faulty: FaultyModel, batch: int) -> None:
                 raise refusal(stack.slots, f"{what} values in some slots change what other slots answer")
 
 
-def _prove_alike(stack: StackedModel, faulty: FaultyModel, batch: int, draws: Sequence[Draw]) -> None:
+def _prove_alike(stack: StackedModel, batch: int, draws: Sequence[Draw]) -> None:
     every = range(stack.slots)
-    among = {slot: draws[slot % len(draws)] for slot in every}
-    mixed = stack.answers(among, batch)
-    for i, draw in enumerate(draws[: stack.slots]):
-        alone = stack.answers({i: draw}, batch)[i]
-        others = [mixed[slot] for slot in every if slot % len(draws) == i]
-        others += stack.answers(dict.fromkeys(every, draw), batch).values()
-        if not all(same_answers(alone, other) for other in others):
-            raise refusal(stack.slots, "the same faults give other bits in another slot, or beside other faults")
+    answers: list[list[Answers]] = [[] for _ in draws]
+    for turn in range(2):  # each in two slots at least, beside others
+        which = {slot: (slot + turn) % len(draws) for slot in every}
+        for slot, found in stack.answers({slot: draws[i] for slot, i in which.items()}, batch).items():
+            answers[which[slot]].append(found)
+    answers[0] += stack.answers(dict.fromkeys(every, draws[0]), batch).values()
+    for i, draw in enumerate(draws[:2]):
+        answers[i].append(stack.answers({i: draw}, batch)[i])
+    if not all(same_answers(each[0], other) for each in answers for other in each[1:]):
+        raise refusal(stack.slots, "the same faults give other bits in another slot, or beside other faults")
 
 
 def _prove_hit(stack: StackedModel, faulty: FaultyModel, batch: int) -> None:
