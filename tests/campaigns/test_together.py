@@ -306,6 +306,28 @@ def test_a_forward_that_raises_is_the_failure_of_the_trial_whose_fault_it_was():
     assert found["error"][~raised].isna().all()
 
 
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randint(-3, 4, parameter.shape))
+
+    def forward(self, x: Tensor, y: Tensor, twice: bool = False) -> dict[str, object]:
+        return {"scores": self.a(x) + (2 if twice else 1) * self.b(y), "kind": "scores"}
+
+
+@pytest.mark.parametrize("give", [lambda x, y: (x, y), lambda x, y: {"y": y, "x": x, "twice": True}])
+def test_several_inputs_and_an_output_that_is_picked(give):
+    model, x, y = Named().eval(), *torch.randint(-3, 4, (2, 12, 4)).float()
+    data = [(give(x[:8], y[:8]), torch.arange(8) % 3), (give(x[8:], y[8:]), torch.arange(4) % 3)]
+    setup = {"data": data, "faults": fp.RandomBits([1, 4]), "format": fp.FixedPoint(4, 0), "trials": 7}
+    for output in ("scores", lambda found: found["scores"]):
+        single = fp.assess(model, **setup, output=output, cache_bytes=0)
+        assert lines(fp.assess(model, **setup, output=output, together=3)) == lines(single)
+
+
 @pytest.fixture
 def accelerator(monkeypatch):
     """What lies in memory as it is goes the way of an accelerator."""
