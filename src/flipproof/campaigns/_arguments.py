@@ -19,6 +19,7 @@ def check_numbers(
     cache_bytes: object,
     journal: object,
     audit: object,
+    together: object = 1,
     verb: str = "assess",
 ) -> None:
     """Refuse counts that are no whole numbers, shares outside (0, 1), and a `journal=` that is no path.
@@ -45,6 +46,13 @@ def check_numbers(
         raise ConfigError(f"{verb} takes 0 (no cache) or more bytes for cache_bytes=, got {cache_bytes}")
     if not _is(audit, Real) or not 0 <= cast(float, audit) <= 1:
         raise ConfigError(f"{verb} takes a share of the trials from 0 to 1 for audit=, got {audit!r}")
+    if not _is(together, Integral) or cast(int, together) < 1:
+        raise ConfigError(f"{verb} takes a whole number of trials a forward, from 1, for together=, got {together!r}")
+    if cast(int, together) > 1 and workers != 1:
+        raise ConfigError(
+            f"together={together} shares forwards within one process, and workers={workers} are several: give one of "
+            f"the two"
+        )
     if journal is not None and not isinstance(journal, (str, os.PathLike)):
         raise ConfigError(f"{verb} takes the path of a journal for journal=, got {journal!r}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +23,13 @@ from flipproof.campaigns.assessment import (
     campaign_journal,
     narrow,
 )
-from flipproof.campaigns.audit import audit_of, on_copies
+from flipproof.campaigns.audit import Audit, audit_of, on_copies, uncopyable
 from flipproof.campaigns.header import header_of
 from flipproof.campaigns.merge import Shard
 from flipproof.campaigns.plan import Header, Plan
 from flipproof.campaigns.record import Trial
 from flipproof.campaigns.records import Records
+from flipproof.campaigns.stacked_trial import TOGETHER, StackedRunner
 from flipproof.campaigns.trial import TrialRunner
 from flipproof.engine.cluster import Client
 from flipproof.engine.jobs import Crew, crew
@@ -44,6 +45,7 @@ from flipproof.running.metrics import Metrics, judged_by, resolve
 from flipproof.running.neurons import neuron_space, own_space
 from flipproof.running.resume import Suffixes
 from flipproof.running.snapshots import RandomState, Snapshot, as_it_came
+from flipproof.running.stacked import prove, refusal, stacked
 from flipproof.running.straight import refers_to_tensors
 from flipproof.running.tasks.base import Task, check_task
 from flipproof.running.tasks.classification import task_of
@@ -77,6 +79,7 @@ def assess(
     progress: bool | None = None,
     audit: float = 0.01,
     shard: str | None = None,
+    together: int = 1,
 ) -> Assessment:
     """How a model behaves when the memory that holds it loses bits.
 
@@ -130,6 +133,13 @@ def assess(
             and what caused it is switched off when it is resumed. 0 audits nothing.
         shard: "3/100" runs the third of a hundred parts of the trials, for array jobs; `merge` puts the journals
             together.
+        together: trials a forward: so many copies of the tensors that can be hit lie behind each other, and
+            `torch.func.vmap` runs the model on all of them, whole, from no cache. For small networks on an
+            accelerator, which wait for launches; it takes `together` times the memory of these tensors (twice that
+            where a format quantises) and of what a forward computes. Batched kernels may round otherwise than single
+            ones, so fault-free is what the stack answers, and 8 is another campaign than 1. Which trials share a
+            forward changes no record. Only with `fp.Parameters` and in one process; models that cannot be run so are
+            refused (docs/campaigns.md).
 
     Returns:
         Records and tables.
@@ -167,6 +177,7 @@ def assess(
         task=task_of(task, decision),
         cache_bytes=cache_bytes,
         audit=audit,
+        together=together,
     ) as campaign:
         if campaign.left:
             take_shortcuts(campaign.runner, cache_bytes, campaign.off)
@@ -351,6 +362,7 @@ def _opened(
     task: Task | None,
     cache_bytes: int | None,
     audit: float,
+    together: int = 1,
 ) -> Iterator[_Campaign]:
     """Check the arguments, store the model, make the golden run, open the journal; give the model back at the end."""
     if plan.shard is not None and plan.margin is not None:
@@ -373,15 +385,24 @@ def _opened(
         task=task,
         cache_bytes=cache_bytes,
         audit=audit,
+        together=together,
         depth=6,
     ) as runner:
-        header = header_of(runner, faults, where or Parameters(), plan)
+        header = header_of(runner, faults, where or Parameters(), plan, together)
         ceilings = [1 if runner.repeats(point) else plan.trials for point in runner.points]
         file = campaign_journal(journal) if journal is not None else None
         with written(file, header) as done:
             off = file.switched_off if file is not None else frozenset()
             records = done if isinstance(done, Records) else Records(header)
             switch_off(runner, off)
+            if together > 1 and off & {TOGETHER, "versions"}:
+                raise AuditError(
+                    f"an audit of {journal} found that trials which share a forward change each other, or leave "
+                    f"something behind that nothing sees; leave together={together} out, in another journal",
+                    TOGETHER,
+                    0,
+                    0,
+                )
             yield _Campaign(runner, header, records, ceilings, file, off)
 
 
@@ -404,6 +425,7 @@ def ready(
     cache_bytes: int | None,
     audit: float,
     depth: int,
+    together: int = 1,
     verb: str = "assess",
     images: int | None = None,
     parts: Callable[[Space, tuple[FaultModel, ...]], tuple[FaultModel, ...]] | None = None,
@@ -427,6 +449,7 @@ def ready(
         cache_bytes: a number, to be checked.
         audit: share of the trials that run again.
         depth: how far up the stack the line is that a warning is to name.
+        together: trials a forward, at most.
         verb: who asks.
         images: samples of a batch, at most; None for batches as they come.
         parts: what is drawn instead of the points of `faults`, made of the stored space.
@@ -447,8 +470,14 @@ def ready(
         cache_bytes=cache_bytes,
         journal=journal,
         audit=audit,
+        together=together,
         verb=verb,
     )
+    if together > 1 and isinstance(where, (Neurons, Where)):
+        raise ConfigError(
+            f"together={together} stacks stored parameters, and where={where!r} hits something else"
+            f"{': the upsets of a batch share forwards as it is' if isinstance(where, Neurons) else ''}; leave it out"
+        )
     if not isinstance(faults, FaultModel):
         raise FaultModelError(f"faults= takes a fault model such as fp.BitErrorRate([1e-6, 1e-5]), got {faults!r}")
     target = check_device(model, device)
@@ -488,17 +517,38 @@ def ready(
         pristine = auditing.pristine if auditing is not None else None
         if pristine is not None:
             came.share(pristine)
-        with space.stored():
+        with space.stored(), ExitStack() as held:
             state = Snapshot(model, like=pristine)
             golden = golden_run(model, batches, reading, state, randomness)
-            judge = known.judge(model, batches, reading, golden)
+            faulty = FaultyModel(model, space, batches, reading, golden, state, randomness)
+            stack = None
+            if together > 1:
+                auditing = _copied(on_copies(faulty, auditing), model, reading, together)
+                stack, faulty.golden = held.enter_context(stacked(faulty, together))
+            judge = known.judge(model, batches, reading, faulty.golden)
             state.verify()
             judge.check_targets(batches.targets)
-            faulty = FaultyModel(model, space, batches, reading, golden, state, randomness)
             asked = judged_by(chosen, judge)
             runner = TrialRunner(faulty, parts(space, points) if parts else points, asked, judge, seed, target)
-            runner.audit = on_copies(faulty, auditing)
-            yield runner
+            if stack is None:
+                runner.audit = on_copies(faulty, auditing)
+                yield runner
+                return
+            runner.audit = auditing
+            prove(stack, faulty, runner.first_draws())
+            yield StackedRunner.of(runner, stack)
+
+
+def _copied(audit: Audit | None, model: nn.Module, output: Output, together: int) -> Audit | None:
+    """The audit of trials that share forwards, which run on copies of the model, as the audited ones do.
+
+    Raises:
+        ModelError: if a copy would not do.
+    """
+    reason = uncopyable(model, output) if audit is None else audit.reason
+    if reason is not None:
+        raise refusal(together, f"it runs copies of the model, and {reason}")
+    return audit
 
 
 def _divided(batches: Batches, images: int | None) -> Batches:
@@ -569,6 +619,8 @@ def _fill(campaign: _Campaign, workers: int, client: Client | None, progress: bo
 def take_shortcuts(runner: TrialRunner, cache_bytes: int | None, off: frozenset[str]) -> None:
     """Use what can be proved for this model and these faults, and was not switched off by an audit."""
     faulty = runner.faulty
+    if isinstance(runner, StackedRunner):  # whose forwards are whole
+        return
     if faulty.space.samples is not None:
         faulty.alone = "shared batch" in off or faulty.mixes_rows(runner.seed)
         if faulty.alone and max(faulty.batches.sizes) > 1:

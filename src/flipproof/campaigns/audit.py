@@ -167,7 +167,7 @@ def audit_of(model: nn.Module, share: float, ceilings: Sequence[int], seed: int,
     """
     if share == 0:
         return None
-    pristine, reason = None, _uncopyable(model, output)
+    pristine, reason = None, uncopyable(model, output)
     if reason is None:
         try:
             pristine = deepcopy(model)
@@ -205,7 +205,7 @@ def _spread(ceilings: Sequence[int]) -> list[tuple[int, int]]:
     return [job for job, _ in zip(rounds, range(LEAST), strict=False)]
 
 
-def _uncopyable(model: nn.Module, output: Output) -> str | None:
+def uncopyable(model: nn.Module, output: Output) -> str | None:
     """Why a copy would go on using parts of the original."""
     if callable(output) and refers_to_tensors(output):
         return "output= refers to tensors or modules of its own"

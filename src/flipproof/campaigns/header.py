@@ -15,7 +15,7 @@ from flipproof.faults.base import FaultModel
 from flipproof.running.decision import Decision
 
 
-def header_of(runner: TrialRunner, faults: FaultModel, where: object, plan: Plan) -> Header:
+def header_of(runner: TrialRunner, faults: FaultModel, where: object, plan: Plan, together: int = 1) -> Header:
     """What is assessed, and what it does without faults.
 
     Args:
@@ -23,6 +23,7 @@ def header_of(runner: TrialRunner, faults: FaultModel, where: object, plan: Plan
         faults: the whole sweep.
         where: what can be hit.
         plan: how much is to be done.
+        together: trials a forward, at most.
 
     Raises:
         DataError: if a metric of the golden run is not finite.
@@ -52,6 +53,7 @@ def header_of(runner: TrialRunner, faults: FaultModel, where: object, plan: Plan
         audit=_audit_plan(runner),
         plan=plan,
         versions=versions(),
+        together=together,
     )
 
 

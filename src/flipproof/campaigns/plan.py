@@ -150,6 +150,7 @@ class Header:
         audit: how trials are audited.
         plan: how much is done.
         versions: of what computed the golden run.
+        together: trials that shared a forward, at most: batched kernels may round otherwise than single ones.
     """
 
     created: str
@@ -168,13 +169,14 @@ class Header:
     left_out_bits: int = 0
     coverage: float = nan
     audit: AuditPlan = AuditPlan()
+    together: int = 1
 
     @property
     def identity(self) -> tuple[Mapping[str, Any], ...]:
-        """What must be the same to resume: the fingerprint, then the golden run."""
+        """What must be the same to resume: the fingerprint and how many trials share a forward, then the golden run."""
         formats = ", ".join(sorted({site.format for site in self.stored}))  # a digest alone says nothing to a reader
         fingerprint = asdict(self.fingerprint) | {"format": f"{formats} ({self.fingerprint.format})"}
-        return fingerprint, {"golden": dict(self.golden)}
+        return fingerprint | {"together": self.together}, {"golden": dict(self.golden)}
 
     def extended(self, now: Header) -> Header:
         """This one with the sweep of another one, if that has all of its points and more: draws are per point."""
@@ -184,9 +186,10 @@ class Header:
         return replace(self, points=now.points, fingerprint=replace(self.fingerprint, faults=now.fingerprint.faults))
 
     def to_json(self) -> dict[str, Any]:
-        """As the first line of a journal."""
+        """As the first line of a journal; what there always was, and `together` if it is more than one."""
         return {
-            **{part.name: getattr(self, part.name) for part in fields(self)},
+            **{part.name: getattr(self, part.name) for part in fields(self) if part.name != "together"},
+            **({} if self.together == 1 else {"together": self.together}),
             "fingerprint": asdict(self.fingerprint),
             "points": [asdict(point) for point in self.points],
             "stored": [asdict(site) for site in self.stored],
@@ -224,6 +227,8 @@ class Header:
             given["audit"] = _audit(about.inside("audit"))
         if about.has("coverage"):
             given |= {"coverage": about.number("coverage"), "left_out_bits": about.whole("left_out_bits")}
+        if about.has("together"):
+            given["together"] = about.whole("together", 1)
         golden, left_out, versions = (about.inside(name) for name in ("golden", "left_out", "versions"))
         return cls(
             created=about.text("created"),

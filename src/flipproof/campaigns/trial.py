@@ -102,8 +102,6 @@ class TrialRunner:
         """Run one trial, on all data or on one batch of them, and if it is chosen for that, audit it."""
         began = time.perf_counter()
         faulty, draw = self.faulty, self.draw(point, trial)
-        samples = slice(None) if batch is None else faulty.batches.part(batch)
-        golden, targets = faulty.golden[samples], faulty.batches.targets[samples]
         with eval_mode(faulty.model), one_thread(self.device):
             answers = faulty.answers(draw, batch)
             self._look_for_silent_writes(point, trial)
@@ -111,6 +109,23 @@ class TrialRunner:
             audited = self.audit is not None and self.audit.chooses(point, trial)
             if self.audit is not None and audited:
                 self._check(self.audit, point, trial, draw, answers, batch)
+        return self.record(point, trial, draw, answers, time.perf_counter() - began, audited=audited, batch=batch)
+
+    def record(
+        self,
+        point: int,
+        trial: int,
+        draw: Draw,
+        answers: Answers,
+        took: float,
+        *,
+        audited: bool,
+        batch: int | None = None,
+    ) -> Trial:
+        """What a trial leaves; judging its answers counts to the seconds that it took."""
+        began = time.perf_counter() - took
+        samples = slice(None) if batch is None else self.faulty.batches.part(batch)
+        golden, targets = self.faulty.golden[samples], self.faulty.batches.targets[samples]
         outputs, error = answers.outputs, answers.error
         if outputs is None:
             outputs = torch.full_like(golden, float("nan"))
@@ -200,9 +215,13 @@ class TrialRunner:
         now = time.perf_counter()
         if now < self._next_look:
             return
-        silent = self.faulty.state.verify()
+        silent = self._silent_writes()
         self._next_look = time.perf_counter() + 100 * (time.perf_counter() - now)
         self._refuse_silent(silent, point, trial)
+
+    def _silent_writes(self) -> list[str]:
+        """Tensors that hold other bits than they should, and were not seen to be written."""
+        return self.faulty.state.verify()
 
     def _refuse_silent(self, silent: list[str], point: int, trial: int) -> None:
         if silent:
@@ -224,10 +243,14 @@ class TrialRunner:
 
     def faithful(self, suffixes: Suffixes) -> bool:
         """Whether trials from cached cuts are those of whole runs, bit by bit, for the first draws of every point."""
-        keys = ((p, t) for t in range(_PROOFS) for p in range(len(self.points)))
-        draws = [self.draw(p, t) for p, t in islice(keys, _PROOFS)]
+        draws = self.first_draws()
         cut, whole = replace(self.faulty, suffixes=suffixes), self.faulty.whole()
         return all(same_answers(cut.answers(draw), whole.answers(draw)) for draw in draws)
+
+    def first_draws(self) -> list[Draw]:
+        """Those that what is to be proved is held against."""
+        keys = ((p, t) for t in range(_PROOFS) for p in range(len(self.points)))
+        return [self.draw(p, t) for p, t in islice(keys, _PROOFS)]
 
     @property
     def cache_bytes(self) -> int:

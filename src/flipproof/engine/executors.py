@@ -9,11 +9,12 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from itertools import islice
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -49,6 +50,18 @@ class Work(Protocol[R]):
         """After the machine failed, before the job is tried again: give memory back."""
 
 
+@runtime_checkable
+class Shared(Work[R], Protocol[R]):
+    """Work of which several jobs are done at once, in this process."""
+
+    @property
+    def together(self) -> int:
+        """How many."""
+
+    def many(self, keys: Sequence[Key]) -> Sequence[R]:
+        """Do so many jobs or fewer; what each leaves depends on its own key alone."""
+
+
 ATTEMPTS = 3
 """How often a job is tried when the machine, not the model, fails."""
 
@@ -71,9 +84,14 @@ class Serial(Generic[T]):
         self._work = work
 
     def run(self, jobs: Iterable[Key]) -> Iterator[T]:
-        """One after the other, in order."""
-        for key in jobs:
-            yield attempt(self._work, key)
+        """One after the other, in order; of work that is shared, as many at once as it says."""
+        work, waiting = self._work, iter(jobs)
+        if isinstance(work, Shared):
+            while keys := list(islice(waiting, work.together)):
+                yield from _attempt(work, keys[0], partial(work.many, keys))
+            return
+        for key in waiting:
+            yield attempt(work, key)
 
 
 def attempt(work: Work[T], key: Key) -> T:
@@ -82,9 +100,13 @@ def attempt(work: Work[T], key: Key) -> T:
     Raises:
         InfrastructureError: if it fails `ATTEMPTS` times.
     """
+    return _attempt(work, key, partial(work, *key))
+
+
+def _attempt(work: Work[Any], key: Key, do: Callable[[], T]) -> T:
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return work(*key)
+            return do()
         except InfrastructureError as error:
             if attempt == ATTEMPTS:
                 raise InfrastructureError(f"{work.describe(key)}, failed {ATTEMPTS} times: {error}") from error

@@ -235,6 +235,7 @@ def _one(assessment: Assessment) -> str:
     left_out = [{"name": name, "why": str(why)} for name, why in dict(header.left_out).items()]
     outside = html_table(pd.DataFrame(left_out), text=("name", "why")) if left_out else "<p>none</p>"
     facts = {**asdict(header.fingerprint), **header.plan.to_json(), **header.versions, "started": header.created}
+    facts |= {} if header.together == 1 else {"trials a forward": header.together}
     identity = html_table(
         pd.DataFrame([{"field": name, "value": str(value)} for name, value in facts.items()]), text=("field", "value")
     )

@@ -185,6 +185,11 @@ class Snapshot:
         for kept in self._tensors:
             kept.share(copies.get(kept.name))
 
+    @property
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """Every tensor that is watched, once, with one of its names."""
+        return [(kept.name, kept.tensor) for kept in self._tensors]
+
     def _keep(self, path: str, value: Any) -> Iterable[tuple[str, Any]]:
         """Record one value, and return what it holds."""
         if isinstance(value, _PLAIN) or id(value) in self._seen:
