@@ -87,9 +87,9 @@ def test_damaged_metadata_is_refused(file, change, message, tmp_path):
 
 def test_other_files_and_models_are_refused(file, tmp_path):
     (tmp_path / "text").write_text("no safetensors")
-    with pytest.raises(ConfigError, match="cannot be read as a packed model"):
+    with pytest.raises(ConfigError, match=r"cannot be read as a file of fp\.save_packed"):
         fp.load_packed(network(), tmp_path / "text")
-    with pytest.raises(ConfigError, match="cannot be read as a packed model"):
+    with pytest.raises(ConfigError, match=r"cannot be read as a file of fp\.save_packed"):
         fp.load_packed(network(), tmp_path / "missing")
     save_file({"a": torch.zeros(1)}, tmp_path / "plain")
     with pytest.raises(ConfigError, match=r"not written by fp\.save_packed"):

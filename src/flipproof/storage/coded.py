@@ -7,7 +7,6 @@ memory that is read once, at start. What happens to them there is repaired; what
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -15,19 +14,13 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flipproof._fields import Fields, read_json
-from flipproof._files import replacing
 from flipproof.errors import ConfigError, FlipproofWarning, FormatError, ModelError
-from flipproof.formats import Format, parse_format
+from flipproof.formats import Format
 from flipproof.formats.packing import pack, unpack
 from flipproof.spaces.tensors import Candidate, inventory
-
-VERSION = 1
-"""Of the file: counts up whenever what is written changes. A file of another version is refused."""
+from flipproof.storage.files import read_words, write_words
 
 _FIELD = "flipproof_coded"
 
@@ -61,10 +54,7 @@ def save_coded(model: nn.Module, path: str | os.PathLike[str], formats: Mapping[
         if not torch.equal(_bytes(format.read(words, (), values.dtype)[0]), _bytes(values)):
             raise FormatError(f"{name}: {format!r} does not give back the bits of these values; code their own type")
         state[name] = pack(words, format.layout(words.numel())).cpu()
-    about = {"version": VERSION, "formats": {name: repr(format) for name, format in formats.items()}}
-    with replacing(path) as temporary:
-        save_file(state, temporary, {_FIELD: json.dumps(about)})
-    return Path(path)
+    return write_words(path, _FIELD, formats, state)
 
 
 def load_coded(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -81,20 +71,7 @@ def load_coded(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Warns:
         FlipproofWarning: naming tensors with words beyond repair, which read as 0.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(_FIELD)
-            state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path} cannot be read as coded words: {error}") from None
-    if text is None:
-        raise ConfigError(f"{path} was not written by fp.save_coded: its metadata has no {_FIELD}")
-    about = Fields(read_json(text, str(path)), str(path))
-    if (version := about.whole("version")) != VERSION:
-        raise ConfigError(f"{path} is of version {version} of this file; this flipproof reads version {VERSION}")
-    named = about.inside("formats")
-    formats = {name: parse_format(named.text(name)) for name in about.mapping("formats")}
-    about.end()
+    formats, state = read_words(path, _FIELD, "fp.save_coded")
     if set(formats) != set(state):
         raise ConfigError(f"{path}: the words {sorted(state)} are not those of the formats {sorted(formats)}")
     found = deepcopy(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 
@@ -67,7 +68,6 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         raise ModelError(
             f"no parameter of this {type(model).__name__} is packed; make one with fp.pack_(model, format)"
         )
-    about = {"version": VERSION, "formats": {name: repr(format) for name, format in formats.items()}}
     stored = model.state_dict()
     if other := [name for name, value in stored.items() if not isinstance(value, Tensor) or is_wrapper(value)]:
         raise ModelError(
@@ -75,9 +75,45 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> Path:
             f"Numbers that a library has quantised are written by fp.save_coded"
         )
     state = {name: value.detach().cpu().contiguous().clone() for name, value in stored.items()}
+    return write_words(path, _FIELD, formats, state)
+
+
+def write_words(
+    path: str | os.PathLike[str], field: str, formats: Mapping[str, Format], state: dict[str, Tensor]
+) -> Path:
+    """Tensors as a safetensors file, whole or not at all; a field of the metadata has the formats of their words."""
+    about = {"version": VERSION, "formats": {name: repr(format) for name, format in formats.items()}}
     with replacing(path) as temporary:
-        save_file(state, temporary, {_FIELD: json.dumps(about)})
+        save_file(state, temporary, {field: json.dumps(about)})
     return Path(path)
+
+
+def read_words(path: str | os.PathLike[str], field: str, writer: str) -> tuple[dict[str, Format], dict[str, Tensor]]:
+    """What `write_words` wrote: formats, and tensors.
+
+    Args:
+        path: of the file.
+        field: of the metadata.
+        writer: the verb that writes such files, for errors.
+
+    Raises:
+        ConfigError: if the file cannot be read, or another verb or version wrote it.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(field)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path} cannot be read as a file of {writer}: {error}") from None
+    if text is None:
+        raise ConfigError(f"{path} was not written by {writer}: its metadata has no {field}")
+    about = Fields(read_json(text, str(path)), str(path))
+    if (version := about.whole("version")) != VERSION:
+        raise ConfigError(f"{path} is of version {version} of this file; this flipproof reads version {VERSION}")
+    named = about.inside("formats")
+    formats = {name: parse_format(named.text(name)) for name in about.mapping("formats")}
+    about.end()
+    return formats, state
 
 
 def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -94,20 +130,7 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         ConfigError: if the file cannot be read or was not written by `save_packed`.
         ModelError: if the model is another one.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(_FIELD)
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path} cannot be read as a packed model: {error}") from None
-    if text is None:
-        raise ConfigError(f"{path} was not written by fp.save_packed: its metadata has no {_FIELD}")
-    about = Fields(read_json(text, str(path)), str(path))
-    if (version := about.whole("version")) != VERSION:
-        raise ConfigError(f"{path} is of version {version} of this file; this flipproof reads version {VERSION}")
-    named = about.inside("formats")
-    formats = {name: parse_format(named.text(name)) for name in about.mapping("formats")}
-    about.end()
+    formats, state = read_words(path, _FIELD, "fp.save_packed")
     ours = dict(model.named_parameters())
     if missing := sorted(set(formats) - set(ours)):
         raise ModelError(f"{path} holds {missing[0]}, which this {type(model).__name__} has not")
