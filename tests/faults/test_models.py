@@ -132,7 +132,7 @@ def test_a_nested_rate_draws_every_subset_equally_often():
 
 @pytest.mark.parametrize("rate", [1e-4, 0.01, 0.3, 0.7])
 def test_a_nested_independent_rate_hits_a_binomial_number_of_bits(uneven, rate):
-    model, trials = fp.BitErrorRate(rate, exact=False, nested=True), 2000
+    model, trials = fp.BitErrorRate(rate, exact=False, nested=True), 800
     counts = np.array([len(draw(model, uneven, trial)) for trial in range(trials)])
     of = stats.binom(uneven.bits, rate)
     assert counts.mean() == pytest.approx(of.mean(), abs=4.5 * of.std() / trials**0.5)

@@ -117,7 +117,7 @@ def test_no_broken_parameter_lets_nan_or_infinity_through(value):
     x = batches((1, 6, 6))
     for replace in ("bound", "zero"):
         for name in ("0.weight", "1.weight", "1.running_var", "0.fence.threshold", "0.fence.low", "1.fence.low"):
-            safe = fp.harden(net, Fence(replace=replace), data=x, progress=False).eval()
+            safe = fp.harden(net, Fence(replace=replace), data=x, progress=False, gate=False).eval()
             with torch.no_grad():
                 safe.state_dict()[name].view(-1)[0] = value
                 for layer in (safe[:1], safe[:2], safe):

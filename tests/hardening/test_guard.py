@@ -149,7 +149,13 @@ def test_guarded_outputs_save_answers_that_bounded_activations_lose():
     torch.manual_seed(0)
     net = train_classifier(digits_cnn(), digits("train", batch_size=64), epochs=8)
     where = fp.Parameters(include="fc2.weight")
-    setup = {"data": digits(), "faults": fp.BitErrorRate([3e-4]), "format": fp.FixedPoint(), "where": where}
+    setup = {
+        "data": digits(),
+        "faults": fp.BitErrorRate([3e-4]),
+        "format": fp.FixedPoint(),
+        "where": where,
+        "trials": 200,
+    }
     open_, guarded = (
         fp.assess(fp.harden(net, Guard(outputs=outputs), data=digits("train")), **setup) for outputs in (False, True)
     )
