@@ -536,3 +536,25 @@ def test_a_rate_at_which_no_code_is_enough_says_how_much_the_strongest_need():
     fp.protect(network(), batches(), **given | {"memory": need})
     with pytest.raises(ConfigError, match="are needed"):
         fp.protect(network(), batches(), **given | {"memory": need - 0.01})
+
+
+def test_infinite_constants_keep_their_bits():
+    """A mask of −∞, as exported graphs hold it, is coded as it is."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc, self.mask = nn.Linear(8, 4), nn.Parameter(torch.tensor([0.0, 0.0, 0.0, float("-inf")]))
+
+        def forward(self, x):
+            return torch.softmax(self.fc(x) + self.mask, dim=1)
+
+    net = Masked().eval()
+    x = torch.randn(200, 8)
+    data = [(x, net(x).argmax(dim=1))]
+    asked = {"ber": 1e-2, "memory": 1.0, "trials": 3, "front": 0, "rivals": {}, "decision": "probabilities"}
+    safe = fp.protect(net, data, **asked)
+    assert safe.verdict == "met"
+    assert torch.equal(safe.model.mask, net.mask)
+    assert isinstance(safe.formats["mask"], fp.BCH)

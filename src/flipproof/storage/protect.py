@@ -843,6 +843,9 @@ def _tensors(
     free = [] if quantised else [c for c in fit if c.tensor.is_floating_point()]
     if not free and not words:
         raise ConfigError(f"protect: this {type(model).__name__} has no parameters that can be packed or coded")
+    masks = [c for c in free if not c.quantisable and kept_by(c.tensor) and not bool(torch.isfinite(c.tensor).all())]
+    words += masks  # −∞ for what attention shall not see
+    free = [c for c in free if all(c is not mask for mask in masks)]
     for candidate in free:
         if not bool(torch.isfinite(candidate.tensor).all()):
             raise ConfigError(
