@@ -285,14 +285,6 @@ def _detector(name: str, **options: Any) -> Callable[[], tuple[nn.Module, Callab
                 box_detections_per_img=10,
                 **more,
             ),
-            "Mask R-CNN": lambda **more: detection.MaskRCNN(
-                _backbone(),
-                CLASSES,
-                rpn_anchor_generator=anchors,
-                box_score_thresh=0.0,
-                box_detections_per_img=10,
-                **more,
-            ),
             "RetinaNet": lambda **more: detection.RetinaNet(
                 _backbone(), CLASSES, anchor_generator=anchors, score_thresh=0.0, detections_per_img=10, **more
             ),
@@ -304,14 +296,6 @@ def _detector(name: str, **options: Any) -> Callable[[], tuple[nn.Module, Callab
         return net, lambda samples: ([*torch.rand(samples, 3, 64, 64)],)
 
     return make
-
-
-def _ssdlite() -> tuple[nn.Module, Callable[[int], Any]]:
-    detection = _package("torchvision.models.detection")
-    net = detection.ssdlite320_mobilenet_v3_large(
-        weights=None, weights_backbone=None, num_classes=CLASSES, score_thresh=0.0, detections_per_img=10
-    )
-    return net, lambda samples: ([*torch.rand(samples, 3, 320, 320)],)
 
 
 def _segmenter(name: str) -> Callable[[], tuple[nn.Module, Callable[[int], Any]]]:
@@ -547,20 +531,10 @@ NETWORKS: tuple[Network, ...] = (
     Network("MaxViT, 2 blocks", "vision transformer", "torchvision", _small_vision(_maxvit, 32)),
     Network("Video ResNet, 4 blocks", "ResNet", "torchvision", _video),
     Network("Faster R-CNN, small", "detection", "torchvision", _detector("Faster R-CNN"), task=Detection(score=0.0)),
-    Network("Mask R-CNN, small", "detection", "torchvision", _detector("Mask R-CNN"), task=Detection(score=0.0)),
     Network("RetinaNet, small", "detection", "torchvision", _detector("RetinaNet"), task=Detection(score=0.0)),
     Network("FCOS, small", "detection", "torchvision", _detector("FCOS"), task=Detection(score=0.0)),
-    Network("SSDlite, MobileNet v3", "detection", "torchvision", _ssdlite, task=Detection(score=0.0)),
     Network("FCN, small", "segmentation", "torchvision", _segmenter("FCN"), "out", Segmentation()),
     Network("DeepLab v3, small", "segmentation", "torchvision", _segmenter("DeepLab v3"), "out", Segmentation()),
-    Network(
-        "LR-ASPP, MobileNet v3",
-        "segmentation",
-        "torchvision",
-        _vision("lraspp_mobilenet_v3_large", 32, weights_backbone=None, num_classes=5),
-        "out",
-        Segmentation(),
-    ),
     Network(
         "ViT, 2 blocks (timm)",
         "vision transformer",
