@@ -73,31 +73,19 @@ class StackedRunner(TrialRunner):
                 records.append(self.record(point, trial, draw, found[slot], took, audited=audit is not None))
         return records
 
-    def ask_without_faults(self, point: int, trial: int) -> None:
-        """Run one batch without faults, another one each time: each slot must answer as in the golden run.
-
-        Raises:
-            AuditError: if one does not.
-        """
-        faulty = self.faulty
-        batch = self._asked % len(faulty.batches.inputs)
-        self._asked += 1
+    def _as_golden(self, batch: int) -> bool:
+        golden = self.faulty.golden[self.faulty.batches.part(batch)]
         try:
-            golden = faulty.golden[faulty.batches.part(batch)]
-            differs = not all(same(slot, golden) for slot in self.stack.forward(batch).cpu())
+            return all(same(slot, golden) for slot in self.stack.forward(batch).cpu())
         except FaultyRunError:
-            differs = True
-        if differs:
-            self._refuse_silent(self._silent_writes(), point, trial)
-            raise AuditError(
-                f"after point {point} ({self.points[point]!r}), trial {trial}, the stack of together={self.together} "
-                f"no longer gives its fault-free answers, although it holds what it held: the model keeps state in a "
-                f"global variable, a closure, or an object that cannot be looked into. That cannot be put back: "
-                f"finished trials are worth nothing. Keep such state in attributes of the module",
-                "state",
-                point,
-                trial,
-            )
+            return False
+
+    def _keeps_state(self) -> str:
+        return (
+            f"the stack of together={self.together} no longer gives its fault-free answers, although it holds what it "
+            f"held: the model keeps state in a global variable, a closure, or an object that cannot be looked into. "
+            f"That cannot be put back: finished trials are worth nothing. Keep such state in attributes of the module"
+        )
 
     def _silent_writes(self) -> list[str]:
         return [*super()._silent_writes(), *self.stack.differing()]

@@ -174,30 +174,38 @@ class TrialRunner:
         Raises:
             AuditError: if it does not: the model keeps state where nobody watches.
         """
-        faulty = self.faulty
-        batch = self._asked % len(faulty.batches.inputs)
+        batch = self._asked % len(self.faulty.batches.inputs)
         self._asked += 1
-        faulty.randomness.pin()
-        try:
-            found = answer(lambda: call(faulty.model, faulty.batches.inputs[batch]), faulty.output, batch)
-            differs = not same(found, faulty.golden[faulty.batches.part(batch)])
-        except FaultyRunError:
-            differs = True
-        finally:
-            if faulty.state.changed():
-                faulty.state.restore()
-        if differs:
-            self._refuse_silent(faulty.state.verify(), point, trial)
+        if not self._as_golden(batch):
+            self._refuse_silent(self._silent_writes(), point, trial)
             raise AuditError(
-                f"after point {point} ({self.points[point]!r}), trial {trial}, the model no longer gives its "
-                f"fault-free answers, although its parameters, buffers and attributes are as they were: it keeps state "
-                f"in a global variable, a closure, a default argument, or an object that cannot be looked into. That "
-                f"cannot be put back: finished trials are worth nothing, and this model answers differently from now "
-                f"on. Keep such state in attributes of the module",
+                f"after point {point} ({self.points[point]!r}), trial {trial}, {self._keeps_state()}",
                 "state",
                 point,
                 trial,
             )
+
+    def _as_golden(self, batch: int) -> bool:
+        """Whether a batch is answered without faults as in the golden run."""
+        faulty = self.faulty
+        faulty.randomness.pin()
+        try:
+            found = answer(lambda: call(faulty.model, faulty.batches.inputs[batch]), faulty.output, batch)
+            return same(found, faulty.golden[faulty.batches.part(batch)])
+        except FaultyRunError:
+            return False
+        finally:
+            if faulty.state.changed():
+                faulty.state.restore()
+
+    def _keeps_state(self) -> str:
+        """What is said if it is not, and nothing was seen to be written."""
+        return (
+            "the model no longer gives its fault-free answers, although its parameters, buffers and attributes are as "
+            "they were: it keeps state in a global variable, a closure, a default argument, or an object that cannot "
+            "be looked into. That cannot be put back: finished trials are worth nothing, and this model answers "
+            "differently from now on. Keep such state in attributes of the module"
+        )
 
     def _ask_sometimes(self, point: int, trial: int) -> None:
         """Run a batch without faults as often as that costs a fiftieth of the time."""

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flipproof._tensors import same_bits
 from flipproof.errors import ConfigError, FlipproofWarning, FormatError, ModelError
 from flipproof.formats import Format
 from flipproof.formats.packing import pack, unpack
@@ -51,7 +52,7 @@ def save_coded(model: nn.Module, path: str | os.PathLike[str], formats: Mapping[
     for name, candidate in _named(model, formats, "the model").items():
         format, values = formats[name], candidate.tensor.detach()
         words = format.encode_values(values, _no_constants(name, format, values))
-        if not torch.equal(_bytes(format.read(words, (), values.dtype)[0]), _bytes(values)):
+        if not same_bits(format.read(words, (), values.dtype)[0], values):
             raise FormatError(f"{name}: {format!r} does not give back the bits of these values; code their own type")
         state[name] = pack(words, format.layout(words.numel())).cpu()
     return write_words(path, _FIELD, formats, state)
@@ -135,7 +136,3 @@ def _no_constants(name: str, format: Format, values: Tensor) -> tuple[Tensor, ..
     if len(format.fit(values)):
         raise FormatError(f"{name}: {format!r} needs constants of its own, and codes here stand around a tensor's type")
     return ()
-
-
-def _bytes(values: Tensor) -> Tensor:
-    return values.contiguous().reshape(-1).view(torch.uint8)
